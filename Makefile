@@ -1,0 +1,34 @@
+# make quickstart   train a draft and a verifier on the embedded pair, then measure PARSE against the target alone
+# make test         all tests
+# make lint         formatting, lint, types
+# Each sets up .venv by itself, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/run.stamp
+	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
+	$(BIN)/python -m eval recipes/quickstart.yaml
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+.venv/run.stamp: pyproject.toml constraints.txt install.sh
+	PYTHON=$(PYTHON) bash install.sh
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	PYTHON=$(PYTHON) bash install.sh dev
+	touch $@

@@ -1,0 +1,137 @@
+"""python -m eval RECIPE [section.key=value ...]: every method on the same prompts, end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`."""
+    parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate a recipe's run.")
+    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+
+    from train.recipe import RecipeError, check_models, load_recipe
+
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        check_models(recipe)
+        for part in ("draft", "verifier/verifier.json"):
+            if not (recipe.folder / part).exists():
+                raise RecipeError(
+                    f"{recipe.folder / part} is not there: run `accelerate launch -m train {options.recipe}` first"
+                )
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary = _evaluate(recipe)
+    print(json.dumps(summary))
+    return 0
+
+
+def _evaluate(recipe: Any) -> dict[str, Any]:
+    import torch
+
+    from eval.measure import summarize
+    from eval.methods import compare, settings_of
+    from eval.properties import measure_pair
+    from eval.report import console_table, html_report, pair_table
+    from eval.tasks import draw_prompts, load_task
+    from parse import Engine
+    from train.run import hardware, quieten, write_text
+
+    quieten()
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    task = load_task(recipe.task)
+    verifier = recipe.folder / "verifier"
+    engine = Engine.from_pretrained(
+        recipe.target, recipe.folder / "draft", verifier, segments=recipe.segments
+    )
+    thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
+    prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
+    methods = settings_of(recipe, thresholds)
+    outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup)
+    rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
+    pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"]) if "draft" in outcomes else None
+    sweep = _sweep(engine, task, recipe, methods, outcomes) if "parse" in outcomes else []
+    summary = {
+        "name": recipe.name,
+        "hardware": hardware(),
+        "threshold": thresholds[recipe.engine.policy],
+        "methods": rows,
+        "pair": pair,
+        "sweep": sweep,
+        "sweep_prompts": recipe.eval.sweep_prompts,
+    }
+    folder = recipe.folder / "eval"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "report.html", html_report(summary, outcomes))
+    write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
+    if pair:
+        print(f"\nthe pair of models, on {len(prompts)} test prompts\n{pair_table(pair)}")
+    print(f"\n{console_table(rows)}\n\nreport: {folder / 'report.html'}\n", flush=True)
+    return summary
+
+
+def _sweep(
+    engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcomes: Any
+) -> list[dict[str, Any]]:
+    """PARSE at other thresholds, on the first prompts: speed-up and accuracy of each."""
+    from eval.methods import compare
+
+    count = recipe.eval.sweep_prompts
+    confidences = sorted(
+        segment.confidence
+        for outcome in outcomes["parse"]
+        for segment in outcome.generation.segments
+        if segment.confidence is not None
+    )
+    if not count or not confidences:
+        return []
+    quantiles = [confidences[int(q * (len(confidences) - 1))] for q in (0.02, 0.1, 0.3, 0.6, 0.9)]
+    variants = {f"parse {t:.4f}": methods["parse"] | {"threshold": t} for t in sorted({0.0, *quantiles})}
+    ran = compare(
+        engine,
+        task,
+        [o.prompt for o in outcomes["parse"][:count]],
+        {"target": methods["target"], **variants},
+        0,
+        "thresholds",
+    )
+    baseline = sum(o.seconds for o in ran.pop("target"))
+    return [
+        {
+            "threshold": variants[name]["threshold"],
+            "speedup": baseline / sum(o.seconds for o in some),
+            "accuracy": sum(o.right for o in some) / len(some),
+        }
+        for name, some in ran.items()
+    ]
+
+
+def _transcripts(outcomes: Any) -> str:
+    import dataclasses
+
+    lines = []
+    for name, some in outcomes.items():
+        for outcome in some:
+            record = {
+                "method": name,
+                "prompt": outcome.prompt,
+                "right": outcome.right,
+                "seconds": outcome.seconds,
+            }
+            record |= dataclasses.asdict(outcome.generation)
+            lines.append(json.dumps(record) + "\n")
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

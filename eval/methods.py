@@ -1,0 +1,83 @@
+"""The methods that are compared, each a way to call the engine; and how they are run fairly.
+
+Every method answers the same prompts in the same process. For each prompt the methods take turns, in
+an order that rotates, so that a machine that drifts slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from eval.tasks import Task
+from parse import Engine, Generation
+from train.recipe import Recipe
+from train.run import progress_bar
+
+WHAT = {
+    "target": "target alone",
+    "draft": "draft alone",
+    "cascade": "the whole draft, or the target's own answer",
+    "sequential": "one segment and one pass at a time",
+    "parse": "every prefix of the draft in one pass",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method's answer to one prompt."""
+
+    prompt: str
+    generation: Generation
+    right: bool
+    seconds: float  # wall time of the whole request
+
+
+def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """The engine's settings for every method of the recipe.
+
+    Args:
+        thresholds: the calibrated threshold for each acceptance policy.
+    """
+    section = recipe.engine
+    limit = {"max_new_tokens": section.max_new_tokens}
+    rounds = {"policy": section.policy, "handback": section.handback}
+    threshold = {"threshold": thresholds.get(section.policy)}
+    every = {
+        "target": {**limit, "method": "target"},
+        "draft": {**limit, "method": "draft"},
+        "cascade": {**limit, "policy": "whole", "threshold": thresholds.get("whole")},
+        "sequential": {**limit, **rounds, **threshold, "horizon": "segment"},
+        "parse": {**limit, **rounds, **threshold, "horizon": section.horizon},
+    }
+    return {name: every[name] for name in recipe.eval.methods}
+
+
+def compare(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[str],
+    methods: dict[str, dict[str, Any]],
+    warmup: int,
+    what: str = "methods",
+) -> dict[str, list[Outcome]]:
+    """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice."""
+    names = list(methods)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    for prompt in prompts[:warmup]:
+        for name in names:
+            engine.generate(prompt, **methods[name])
+    gc.collect()
+    with progress_bar(what, total=len(prompts) * len(names)) as bar:
+        for turn, prompt in enumerate(prompts):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                started = perf_counter()
+                generation = engine.generate(prompt, **methods[name])[0]
+                seconds = perf_counter() - started
+                right = generation.finish_reason == "stop" and task.check(prompt, generation.text)
+                outcomes[name].append(Outcome(prompt, generation, right, seconds))
+                bar.update()
+    return outcomes

@@ -1,0 +1,91 @@
+"""What makes the demonstration worth anything: properties of the pair of models, measured.
+
+A task on which the free rules separate right from wrong, or on which the draft writes what the target
+would have written, needs no semantic verifier. These figures say whether it is so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from eval.judged import Judged, examine, measure_kind, reader, untrained_kinds
+from eval.methods import Outcome
+from eval.tasks import Task
+from parse import Engine
+from parse.segments import cut
+from train.generation import write_all
+
+
+def judge_drafts(
+    engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
+) -> list[Judged]:
+    """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
+    mine, engine.verifier = engine.verifier, reader(engine, layers)
+    judged = []
+    for outcome in outcomes:
+        generation, ended = outcome.generation, outcome.generation.finish_reason == "stop"
+        ids = generation.token_ids
+        if not ids:
+            continue
+        ends = cut(ids, engine.tokenizer, engine.segments)
+        prefixes = [engine.tokenizer.decode(ids[:end]) for end in ends]
+        valid = [task.first_wrong(outcome.prompt, prefix) is None for prefix in prefixes]
+        valid[-1] = outcome.right if ended else valid[-1]
+        evidence = examine(engine, engine.encode(outcome.prompt), ids, ends, ended)
+        judged.append(Judged(evidence, valid))
+    engine.verifier = mine
+    return judged
+
+
+def measure_pair(
+    engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]
+) -> dict[str, Any]:
+    """The properties of target and draft on the same prompts."""
+    judged = judge_drafts(engine, task, draft)
+    kinds = untrained_kinds(engine)
+    lengths = [len(outcome.generation.token_ids) for outcome in target]
+    oracle = sum([0, *item.evidence.ends][sum(item.valid)] for item in judged)
+    seconds = [
+        sum(o.seconds for o in side) / sum(len(o.generation.token_ids) for o in side)
+        for side in (target, draft)
+    ]
+    draft_layers = engine.draft.config.num_hidden_layers if engine.draft else 0
+    return {
+        "answer_tokens": {"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)},
+        "target_accuracy": sum(o.right for o in target) / len(target),
+        "target_accuracy_after_foreign_prefix": foreign_accuracy(engine, task, [o.prompt for o in target]),
+        "draft_accuracy": sum(o.right for o in draft) / len(draft),
+        "auc": {name: measure_kind(kind, judged, 0.5, "first_fail")["auc"] for name, kind in kinds.items()},
+        "oracle_tokens": oracle / len(judged),
+        "lossless_tokens": sum(_agreeing(item) for item in judged) / len(judged),
+        "target_layers": engine.target.config.num_hidden_layers,
+        "draft_layers": draft_layers,
+        "cost_ratio": seconds[0] / seconds[1],
+    }
+
+
+def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[str]) -> float | None:
+    """How often the target finishes rightly a right prefix in a foreign manner; None where the task has none."""
+    write_foreign = getattr(task, "foreign_prefix", None)
+    if write_foreign is None:
+        return None
+    rng = random.Random(0)
+    prefixes = [write_foreign(prompt, rng) for prompt in prompts]
+    encode = engine.tokenizer.encode
+    ids = [
+        [*engine.encode(prompt), *encode(prefix, add_special_tokens=False)]
+        for prompt, prefix in zip(prompts, prefixes, strict=True)
+    ]
+    written = write_all(engine.target, engine.tokenizer, ids, 256, 50, "foreign prefixes")
+    return sum(
+        answer.ended and task.check(prompt, f"{prefix} {engine.tokenizer.decode(answer.ids)}")
+        for prompt, prefix, answer in zip(prompts, prefixes, written, strict=True)
+    ) / len(prompts)
+
+
+def _agreeing(judged: Judged) -> int:
+    """Leading tokens of a draft that the target would have written itself: what lossless speculation keeps."""
+    agrees = (judged.evidence.margin[: judged.evidence.ends[-1]] <= 0).long()  # [N]
+    return int(agrees.cumprod(0).sum())

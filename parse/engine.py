@@ -1,0 +1,307 @@
+"""The engine: rounds of draft, verify, accept, continue.
+
+`Engine.generate` answers prompts; the loop in `Engine._parse` is the algorithm. A draft model writes
+up to `horizon` tokens, the target judges every prefix in one packed pass, the longest accepted
+prefix stays in both caches, and the target goes on from there. With a threshold above 1 the output
+is the target's own greedy answer, with threshold 0 it is the draft's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from parse.answer import HANDBACKS, METHODS, POLICIES, Answer, Generation, Settings, accept
+from parse.decode import Context, Sampler, sampler
+from parse.layout import pack
+from parse.models import Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
+from parse.segments import Segmenter, check_segmenter
+from parse.verifiers import Evidence, Verifier
+from parse.verifiers import load as load_verifier
+
+
+class Engine:
+    """A target, a draft and a verifier, ready to answer."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        draft: PreTrainedModel | None = None,
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+        verifier: Verifier | None = None,
+        segments: Segmenter = "sentence",
+    ) -> None:
+        check_segmenter(segments)
+        self.target, self.tokenizer = target, tokenizer
+        self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
+        self.verifier, self.segments = verifier, segments
+        self._same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
+        self._target_eos = eos_ids(target, tokenizer.eos_token_id)
+        self._draft_eos = eos_ids(draft, self.draft_tokenizer.eos_token_id) if draft else frozenset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path | PreTrainedModel,
+        draft: str | Path | PreTrainedModel | None = None,
+        verifier: str | Path | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        segments: Segmenter | None = None,
+    ) -> Engine:
+        """Load an engine.
+
+        Args:
+            target, draft: path, hub id or loaded model.
+            verifier: "prompt", "likelihood", or the folder of a trained one.
+            tokenizer, draft_tokenizer: where the models are given loaded from elsewhere.
+            device, dtype: default to the GPU and bfloat16 where there is one, else CPU and float32.
+            attention: "auto" or "sdpa": dense masks over scaled-dot-product attention.
+            segments: "sentence", "line" or a number of tokens; defaults to the trained verifier's own,
+                else "sentence".
+
+        Raises:
+            ValueError: for an architecture whose cache cannot be rolled back, a verifier made for
+                another target, or settings that are not allowed; the message says what is.
+            FileNotFoundError: for a verifier folder that is not there.
+        """
+        if attention not in ("auto", "sdpa"):
+            raise ValueError(f'attention={attention!r} is not known: use "auto" or "sdpa"')
+        target_model = load_model(target, device, dtype)
+        draft_model = None if draft is None else load_model(draft, device, dtype)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(target_model.config.name_or_path)
+        if draft_model is not None and draft_tokenizer is None:
+            draft_tokenizer = AutoTokenizer.from_pretrained(draft_model.config.name_or_path)
+        loaded: Verifier | None = None
+        record: dict[str, Any] = {}
+        if verifier is not None:
+            loaded, record = load_verifier(verifier, target_model, tokenizer)
+        trained_with = record.get("segments")
+        if segments is not None and trained_with is not None and segments != trained_with:
+            raise ValueError(
+                f"segments={segments!r}, but the verifier in {verifier} was trained on {trained_with!r}: "
+                "leave `segments` out or train a verifier for it"
+            )
+        chosen = segments if segments is not None else (trained_with or "sentence")
+        return cls(target_model, tokenizer, draft_model, draft_tokenizer, loaded, chosen)
+
+    def generate(
+        self,
+        prompts: str | Messages | Sequence[str | Messages],
+        max_new_tokens: int = 512,
+        threshold: float | None = None,
+        policy: str = "first_fail",
+        handback: str = "segment",
+        horizon: int | str | None = None,
+        method: str = "parse",
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> list[Generation]:
+        """Answer prompts, one after the other.
+
+        Args:
+            prompts: text, chat messages, or a list of either. Text is asked as a user's turn where the
+                target has a chat template.
+            max_new_tokens: at most so many of the target's tokens an answer, cut to the context's end.
+            threshold: accept confidences at or above it; None takes the verifier's own.
+            policy: "first_fail" keeps the cuts before the first one below the threshold, "longest" all up
+                to the last one above it, "whole" the whole draft or nothing (a cascade).
+            handback: after the target's repair of a draft, "segment" lets the draft go on behind the next
+                cut, "never" lets the target write to the end.
+            horizon: draft at most so many tokens a round; "segment" for one segment, None for all.
+            method: "parse", "target" (alone) or "draft" (alone).
+            temperature, seed: 0 is greedy; a positive temperature samples draft and target alike.
+
+        Returns:
+            one `Generation` a prompt.
+        """
+        settings = self._settings(
+            max_new_tokens, threshold, policy, handback, horizon, method, sampler(temperature, seed)
+        )
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+            prompts = [cast(str | Messages, prompts)]
+        many = cast(Sequence[str | Messages], prompts)
+        return [self.generate_ids(self.encode(p), settings, self._draft_prompt(p)) for p in many]
+
+    def generate_ids(
+        self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
+    ) -> Generation:
+        """Answer one prompt that is tokenized already; see `generate`."""
+        budget = self._budget(len(prompt_ids), settings)
+        answer = Answer(self, prompt_ids, draft_prompt_ids or prompt_ids, settings, budget)
+        if settings.method == "parse":
+            self._parse(answer)
+        else:
+            answer.write_alone(settings.method)
+        return answer.finish()
+
+    def _parse(self, answer: Answer) -> None:
+        """The algorithm: draft, cut, verify, accept, commit, continue."""
+        settings = answer.settings
+        while not answer.done:
+            draft = answer.draft()
+            verdict = answer.verify(draft)
+            k = accept(verdict.confidences, settings.threshold, settings.policy)
+            answer.commit(draft, verdict, k)
+            if not answer.done:
+                answer.proceed()
+
+    @torch.inference_mode()
+    def verify(self, prompt_ids: Sequence[int], draft_ids: Sequence[int], ends: Sequence[int]) -> Tensor:
+        """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K]."""
+        target = self.context("target")
+        target.read(prompt_ids)
+        evidence, _ = self.examine(target, draft_ids, ends, ended=False)
+        return self.need_verifier().confidences(evidence).float().cpu()
+
+    @torch.inference_mode()
+    def examine(
+        self, target: Context, draft_ids: Sequence[int], ends: Sequence[int], ended: bool
+    ) -> tuple[Evidence, Tensor]:
+        """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
+
+        Afterwards the cache holds the text and the whole draft; the suffixes are dropped.
+
+        Returns:
+            the evidence for the verifier, and the target's logits behind each end, [K, V].
+        """
+        verifier = self.need_verifier()
+        layout = pack(draft_ids, ends, verifier.suffix_ids, past=len(target.ids))
+        device, n = self.target.device, len(draft_ids)
+        assert target.next_logits is not None
+        output = self.target(
+            input_ids=layout.input_ids[None].to(device),  # [1, T]
+            position_ids=layout.position_ids[None].to(device),  # [1, T]
+            attention_mask=layout.mask()[None, None].to(device),  # [1, 1, T, L + T]
+            past_key_values=target.cache,
+            use_cache=True,
+            output_hidden_states=bool(verifier.layers),
+            logits_to_keep=torch.cat([torch.arange(n), layout.last_suffix]).to(device),  # N + K
+        )
+        target.cache.truncate(layout.past + n)
+        target.ids.extend(draft_ids)
+        logits = output.logits[0]  # [N + K, V]
+        before = torch.cat([target.next_logits[None], logits[:n]])  # [N + 1, V] row t predicts token t
+        following = [*draft_ids, *([min(self._target_eos)] if ended and self._target_eos else [])]
+        tokens = torch.tensor(following, device=device)  # [M]
+        log_probs = torch.log_softmax(before[: len(following)].float(), dim=-1)  # [M, V]
+        log_prob = log_probs.gather(1, tokens[:, None])[:, 0]  # [M]
+        states = None
+        if verifier.layers:
+            chosen = [output.hidden_states[layer][0, :n] for layer in verifier.layers]  # [N, D] each
+            states = torch.cat(chosen, dim=-1)  # [N, D * layers]
+        evidence = Evidence(
+            ends=ends,
+            log_prob=log_prob,
+            entropy=-(log_probs.exp() * log_probs).sum(-1),
+            margin=log_probs.amax(-1) - log_prob,
+            states=states,
+            suffix_logits=logits[n:] if verifier.suffix_ids else None,
+        )
+        target.next_logits = before[n]
+        return evidence, before[torch.tensor(ends, device=device)]
+
+    def context(self, role: str) -> Context:
+        """A fresh context of the "target" or the "draft"."""
+        if role == "target":
+            return Context(self.target, self._target_eos)
+        if self.draft is None:
+            raise ValueError('this engine has no draft model: give one, or use method="target"')
+        return Context(self.draft, self._draft_eos)
+
+    def encode(self, prompt: str | Messages) -> list[int]:
+        """The target's tokens of a prompt, up to where the answer begins."""
+        return encode_prompt(prompt, self.tokenizer)
+
+    def _draft_prompt(self, prompt: str | Messages) -> list[int] | None:
+        return None if self._same_tokens else encode_prompt(prompt, self.draft_tokenizer)
+
+    def to_target(self, draft_ids: Sequence[int]) -> list[int]:
+        """The draft's tokens as the target's; as text where the vocabularies differ."""
+        if self._same_tokens:
+            return list(draft_ids)
+        return encode_text(text_of(draft_ids, self.draft_tokenizer), self.tokenizer)
+
+    def to_draft(self, target_ids: Sequence[int]) -> list[int]:
+        """The target's tokens as the draft's; as text where the vocabularies differ."""
+        if self._same_tokens:
+            return list(target_ids)
+        return encode_text(text_of(target_ids, self.tokenizer), self.draft_tokenizer)
+
+    def need_verifier(self) -> Verifier:
+        """The verifier, or ValueError with advice."""
+        if self.verifier is None:
+            raise ValueError(
+                'this engine has no verifier: give a trained one, "prompt" or "likelihood", '
+                'or use method="target" or "draft"'
+            )
+        return self.verifier
+
+    def _settings(
+        self,
+        max_new_tokens: int,
+        threshold: float | None,
+        policy: str,
+        handback: str,
+        horizon: int | str | None,
+        method: str,
+        sample: Sampler,
+    ) -> Settings:
+        for name, value, allowed in (
+            ("policy", policy, POLICIES),
+            ("handback", handback, HANDBACKS),
+            ("method", method, METHODS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not allowed: use one of {', '.join(allowed)}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if horizon not in (None, "segment") and not (isinstance(horizon, int) and horizon > 0):
+            raise ValueError(f'horizon={horizon!r}: use None, "segment" or a positive number of tokens')
+        if method == "parse":
+            verifier = self.need_verifier()
+            threshold = verifier.threshold if threshold is None else threshold
+        if method != "target":
+            self.context("draft")
+        return Settings(max_new_tokens, threshold or 0.0, policy, handback, horizon, method, sample)
+
+    def settings(self, **options: Any) -> Settings:
+        """Checked settings for `generate_ids`: the keyword arguments of `generate`."""
+        sample = sampler(options.pop("temperature", 0.0), options.pop("seed", None))
+        defaults: dict[str, Any] = {
+            "max_new_tokens": 512,
+            "threshold": None,
+            "policy": "first_fail",
+            "handback": "segment",
+            "horizon": None,
+            "method": "parse",
+        }
+        if unknown := set(options) - set(defaults):
+            raise ValueError(f"unknown settings {sorted(unknown)}: use {', '.join(defaults)}")
+        return self._settings(**{**defaults, **options}, sample=sample)
+
+    def _budget(self, prompt_length: int, settings: Settings) -> int:
+        """New tokens that fit: the request's own limit, or what the shorter context leaves."""
+        room = settings.max_new_tokens
+        suffix = len(self.verifier.suffix_ids) if self.verifier and settings.method == "parse" else 0
+        models = [self.target] if settings.method == "target" else [self.target, self.draft]
+        for model in models:
+            limit = getattr(model.config, "max_position_embeddings", None) if model else None
+            if limit is not None:
+                room = min(room, limit - prompt_length - suffix)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {prompt_length} tokens and leaves no room for an answer in the models' "
+                "context: shorten it"
+            )
+        return room

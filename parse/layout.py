@@ -1,0 +1,102 @@
+"""The packed verification pass: which tokens go in, at which positions, and who sees whom.
+
+One pass judges every prefix of a draft. Behind the draft's N tokens stand K copies of the verdict
+suffix, S tokens each; copy k sits at the positions that follow prefix k, sees the prompt, the draft
+up to its own end, and itself. With L=3 cached prompt tokens, N=6, ends (2, 4, 6) and S=2:
+
+    position          0 1 2 | 3 4 5 6 7 8 | 5 6 | 7 8 | 9 10
+    query y_6         # # # | # # # # # # |     |     |
+    query s (k=1)     # # # | # #         | # . |     |
+                      # # # | # #         | # # |     |
+    query s (k=2)     # # # | # # # #     |     | # . |
+
+Visibility needs two numbers a query: `limit`, how many of the leading keys (prompt and draft) it
+sees, and `own`, the first key of its own block. The dense mask is written from those two alone.
+Shape letters: B batch, L prompt, N draft, K cuts, S suffix, T = N + K*S packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One packed row: a draft and the K suffix copies behind it, over `past` cached tokens."""
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64
+    limit: Tensor  # [T] int64: keys [0, limit) are visible
+    own: Tensor  # [T] int64: keys [own, past + own index] are visible
+    past: int  # L
+    draft_length: int  # N
+    suffix_length: int  # S
+
+    @property
+    def last_suffix(self) -> Tensor:
+        """Index in the pass of each suffix copy's last token: int64 [K]."""
+        length = len(self.input_ids)
+        return torch.arange(self.draft_length, length, max(self.suffix_length, 1)) + max(
+            self.suffix_length - 1, 0
+        )
+
+    def mask(self) -> Tensor:
+        """Who sees whom: bool [T, L + T], True where the query may attend."""
+        key = torch.arange(self.past + len(self.input_ids))  # [L + T]
+        query = key[self.past :, None]  # [T, 1]
+        return (key < self.limit[:, None]) | ((key >= self.own[:, None]) & (key <= query))
+
+
+def pack(draft_ids: Sequence[int], ends: Sequence[int], suffix_ids: Sequence[int], past: int = 0) -> Layout:
+    """Lay out `draft | suffix | suffix | ...`, one suffix copy for each prefix end.
+
+    Args:
+        draft_ids: the draft's N tokens, in the target's vocabulary.
+        ends: prefix ends, strictly increasing, each in 1..N.
+        suffix_ids: the verdict suffix, S tokens; empty for verifiers that read the draft itself.
+        past: L, the number of prompt tokens that the target's cache holds already.
+
+    Raises:
+        ValueError: if the ends are not strictly increasing or fall outside the draft.
+    """
+    n, s = len(draft_ids), len(suffix_ids)
+    if any(a >= b for a, b in pairwise([0, *ends])) or max(ends, default=0) > n:
+        raise ValueError(f"prefix ends must be increasing and within 1..{n}; got {list(ends)}")
+    draft = torch.arange(n)  # [N]
+    end = torch.tensor(list(ends) if s else [], dtype=torch.long)  # [K]
+    step = torch.arange(s)  # [S]
+    first = n + torch.arange(len(end)) * s  # [K] index of each copy's first token
+    spread = end[:, None] + step  # [K, S]
+    return Layout(
+        input_ids=torch.tensor([*draft_ids, *(list(suffix_ids) * len(end))], dtype=torch.long),
+        position_ids=past + torch.cat([draft, spread.flatten()]),
+        limit=past + torch.cat([draft + 1, end.repeat_interleave(s)]),
+        own=past + torch.cat([draft, first.repeat_interleave(s)]),
+        past=past,
+        draft_length=n,
+        suffix_length=s,
+    )
+
+
+def stack(layouts: Sequence[Layout], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-pad rows without a cache to one batch, as training runs them.
+
+    Returns:
+        input ids int64 [B, T], positions int64 [B, T], mask bool [B, 1, T, T]; a padding token
+        sees only itself, so that no row of the mask is empty.
+    """
+    length = max(len(row.input_ids) for row in layouts)
+    ids = torch.full((len(layouts), length), pad_id)  # [B, T]
+    positions = torch.zeros(len(layouts), length, dtype=torch.long)  # [B, T]
+    mask = torch.eye(length, dtype=torch.bool).expand(len(layouts), 1, length, length).clone()
+    for b, row in enumerate(layouts):
+        if row.past:
+            raise ValueError("only rows without a cache can be stacked")
+        t = len(row.input_ids)
+        ids[b, :t], positions[b, :t], mask[b, 0, :t, :t] = row.input_ids, row.position_ids, row.mask()
+    return ids, positions, mask

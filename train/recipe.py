@@ -1,0 +1,264 @@
+"""The recipe: one YAML file = one experiment, read by every stage and by the evaluation.
+
+Loading is strict: an unknown key, a wrong type or a missing file is an error that names it and the
+remedy, before anything expensive. `section.key=value` on the command line overrides the file.
+Arguments under `trainer:` go to TRL's configuration class as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGES = ("pretrain", "answers", "distill", "rollouts", "verifier")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as written; the message names the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Make a small model from nothing on the task's own text (the embedded pair only)."""
+
+    output: str  # folder of the model
+    speaker: str  # "target" (one habit, reads every manner, judges) or "draft" (its own manner)
+    architecture: dict[str, Any]  # arguments of the model's configuration, with `model_type`
+    minutes: float
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    judge_weight: float = 1.0  # of the judging turns' loss; 0 trains none
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the target answers to the training prompts."""
+
+    prompts: int = 480
+    batch_size: int = 48
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The draft learns the target's answers."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)  # TRL SFTConfig
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What the draft answers, and which of its prefixes the target can still finish rightly."""
+
+    train: int = 400
+    calibration: int = 400
+    batch_size: int = 48
+
+
+@dataclass(frozen=True)
+class VerifierSection:
+    """The verifier and its threshold."""
+
+    kind: str = "probe"  # "probe", "prompt" or "likelihood"
+    layers: list[int] = field(default_factory=lambda: [-1])  # hidden states that the probe reads
+    hidden: int = 128
+    epochs: int = 40
+    learning_rate: float = 2e-3
+    max_accuracy_loss: float = 0.01
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """How the engine answers; the arguments of `Engine.generate`."""
+
+    max_new_tokens: int = 512
+    policy: str = "first_fail"
+    handback: str = "segment"
+    horizon: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Eval:
+    """The end-to-end evaluation."""
+
+    prompts: int = 200
+    methods: list[str] = field(default_factory=lambda: ["target", "draft", "cascade", "sequential", "parse"])
+    warmup: int = 3
+    sweep_prompts: int = 40  # on which PARSE is run at other thresholds too; 0 for none
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole experiment. Sections are the stages; what is above them is shared."""
+
+    name: str
+    target: str
+    draft: str
+    task: str
+    segments: str | int = "sentence"
+    seed: int = 0
+    threads: int | None = None  # CPU threads; None leaves torch's default
+    runs: str = "runs"
+    stages: list[str] = field(default_factory=lambda: list(STAGES[1:]))
+    pretrain: dict[str, Pretrain] = field(default_factory=dict)
+    answers: Answers = field(default_factory=Answers)
+    distill: Distill = field(default_factory=Distill)
+    rollouts: Rollouts = field(default_factory=Rollouts)
+    verifier: VerifierSection = field(default_factory=VerifierSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    eval: Eval = field(default_factory=Eval)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs) / self.name
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        RecipeError: naming the file, the key, and what is allowed.
+    """
+    if not Path(path).is_file():
+        near = ", ".join(str(p) for p in sorted(Path("recipes").glob("*.yaml"))) or "none here"
+        raise RecipeError(f"recipe {path} is not there; recipes found: {near}")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} must hold keys and values, and holds {type(content).__name__}")
+    for override in overrides:
+        _override(content, override)
+    recipe: Recipe = _build(Recipe, content, "")
+    _check(recipe)
+    return recipe
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """A recipe or a section as plain data."""
+    return dataclasses.asdict(recipe)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override {override!r} must read section.key=value, such as rollouts.train=100")
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"override {override!r}: {section!r} is a value and has no keys")
+    content[last] = yaml.safe_load(value)
+
+
+def _build(cls: type, content: Any, section: str) -> Any:
+    """A dataclass from a mapping, strictly."""
+    where = f"section {section!r}" if section else "the recipe"
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where} must hold keys and values, and holds {content!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"unknown key {key!r} in {where}{hint} Allowed: {', '.join(fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in content:
+            raise RecipeError(f"{where} lacks the key {name!r}: add it")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{section}." if section else ""
+    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in content.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """A value of the hinted type, or RecipeError."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _value(arguments[1], v, f"{key}.{k}") for k, v in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_value(arguments[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
+    allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    for kind in allowed:
+        if kind is Any or (kind is not float and type(value) is kind):
+            return value
+        if kind is float and type(value) in (int, float):
+            return float(value)
+    names = " or ".join(
+        "null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed
+    )
+    raise RecipeError(f"{key} must be {names}, and is {value!r} ({type(value).__name__})")
+
+
+def _check(recipe: Recipe) -> None:
+    """What types cannot say."""
+    _check_choices("stages", recipe.stages, STAGES)
+    _check_choices("verifier.kind", [recipe.verifier.kind], ("probe", "prompt", "likelihood"))
+    _check_choices("engine.policy", [recipe.engine.policy], ("first_fail", "longest", "whole"))
+    _check_choices("engine.handback", [recipe.engine.handback], ("segment", "never"))
+    methods = ("target", "draft", "cascade", "sequential", "parse")
+    _check_choices("eval.methods", recipe.eval.methods, methods)
+    if not 0 < recipe.verifier.max_accuracy_loss < 1:
+        raise RecipeError(
+            f"verifier.max_accuracy_loss is {recipe.verifier.max_accuracy_loss}: give a fraction between 0 and 1, "
+            "such as 0.01 for one point"
+        )
+    if "target" not in recipe.eval.methods:
+        raise RecipeError("eval.methods lacks 'target': every speed-up is measured against it; add it")
+    counts = {
+        "answers.prompts": recipe.answers.prompts,
+        "rollouts.train": recipe.rollouts.train,
+        "rollouts.calibration": recipe.rollouts.calibration,
+        "eval.prompts": recipe.eval.prompts,
+        "engine.max_new_tokens": recipe.engine.max_new_tokens,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise RecipeError(f"{key} is {count}: give a positive number")
+
+
+def _check_choices(key: str, values: typing.Sequence[str], allowed: typing.Sequence[str]) -> None:
+    for value in values:
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"{key} names {value!r}{hint} Allowed: {', '.join(allowed)}")
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse models that are not there or that the engine cannot run, from their configurations.
+
+    Raises:
+        RecipeError: naming the key, the model and the remedy.
+    """
+    from transformers import AutoConfig
+
+    from parse.models import check_architecture
+
+    for key, source in (("target", recipe.target), ("draft", recipe.draft)):
+        looks_local = source.count("/") != 1 or source.startswith((".", "~"))
+        if not Path(source).is_dir() and looks_local:
+            raise RecipeError(
+                f"{key}: {source} is not a folder here; give the folder of a model, or a hub id such as org/name"
+            )
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
+        try:
+            check_architecture(config)
+        except ValueError as error:
+            raise RecipeError(f"{key}: {error}") from error

@@ -1,0 +1,139 @@
+"""The run folder: resolved recipe, provenance, which stages are done, progress.
+
+A stage writes into a temporary folder that takes its final name when it is whole, so a stage killed
+at any moment leaves nothing half-written, and the next start runs it again. A stage is skipped
+where its recipe section and everything before it are unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from tqdm import tqdm
+from transformers.utils import logging
+
+from train.recipe import STAGES, Recipe, to_dict
+
+SHARED = ("target", "draft", "task", "segments", "seed")  # keys that every stage depends on
+FOLDERS = {"answers": "answers", "distill": "draft", "rollouts": "rollouts", "verifier": "verifier"}
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+
+
+class Run:
+    """A run folder and what is in it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.folder = recipe, recipe.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+
+    def path(self, stage: str) -> Path:
+        """The folder that a stage writes."""
+        return self.folder / FOLDERS[stage]
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has run with this recipe and all that comes before it."""
+        record = self._provenance().get("stages", {}).get(stage, {})
+        return record.get("hash") == self._hash(stage) and self.path(stage).is_dir()
+
+    @contextlib.contextmanager
+    def stage(self, stage: str) -> Iterator[Path]:
+        """Run a stage's body with the folder to write; it takes its name when the body ends."""
+        started = time.time()
+        scratch = self.folder / f".{FOLDERS[stage]}.part"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        yield scratch
+        shutil.rmtree(self.path(stage), ignore_errors=True)
+        scratch.rename(self.path(stage))
+        self._record(stage, time.time() - started)
+
+    def _hash(self, stage: str) -> str:
+        """The content that a stage's outcome depends on: its section and all earlier ones."""
+        content = to_dict(self.recipe)
+        order = [s for s in STAGES if s in FOLDERS]
+        earlier = order[: order.index(stage) + 1]
+        kept = {key: content[key] for key in (*SHARED, *earlier)}
+        kept["max_new_tokens"] = content["engine"]["max_new_tokens"]
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def _provenance(self) -> dict[str, Any]:
+        path = self.folder / "provenance.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _record(self, stage: str, seconds: float) -> None:
+        provenance = self._provenance() | {
+            "argv": sys.argv,
+            "git_commit": _git_commit(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "hardware": hardware(),
+        }
+        record = {"hash": self._hash(stage), "seconds": round(seconds, 1)}
+        provenance["stages"] = provenance.get("stages", {}) | {stage: record}
+        write_text(self.folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def hardware() -> str:
+    """The machine, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
+    return f"{os.cpu_count()} CPU cores, {model}, {torch.get_num_threads()} threads"
+
+
+class _Lines(io.TextIOBase):
+    """Where no terminal rewrites a line, each state of a progress bar takes a line of its own."""
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n ")
+        return sys.stderr.write(f"{line}\n") if line else 0
+
+
+def progress_bar(what: str, total: int) -> tqdm[Any]:
+    """A progress bar with rate and remaining time; off a terminal, a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(desc=what, total=total, mininterval=0.2, dynamic_ncols=True)
+    return tqdm(desc=what, total=total, mininterval=10, maxinterval=10, ascii=True, ncols=100, file=_Lines())
+
+
+def quieten() -> None:
+    """Silence the libraries' own bars and notices, so that ours can be read."""
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+
+
+def _git_commit() -> str | None:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
