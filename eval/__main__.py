@@ -50,9 +50,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
         torch.set_num_threads(recipe.threads)
     task = load_task(recipe.task)
     verifier = recipe.folder / "verifier"
-    engine = Engine.from_pretrained(
-        recipe.target, recipe.folder / "draft", verifier, segments=recipe.segments
-    )
+    engine = Engine.from_pretrained(recipe.target, recipe.folder / "draft", verifier, segments=recipe.segments)
     thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
     prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
     methods = settings_of(recipe, thresholds)
@@ -80,9 +78,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     return summary
 
 
-def _sweep(
-    engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcomes: Any
-) -> list[dict[str, Any]]:
+def _sweep(engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcomes: Any) -> list[dict[str, Any]]:
     """PARSE at other thresholds, on the first prompts: speed-up and accuracy of each."""
     from eval.methods import compare
 

@@ -21,9 +21,7 @@ class Judged:
     valid: list[bool]  # K
 
 
-def examine(
-    engine: Engine, prompt_ids: list[int], draft_ids: list[int], ends: list[int], ended: bool
-) -> Evidence:
+def examine(engine: Engine, prompt_ids: list[int], draft_ids: list[int], ends: list[int], ended: bool) -> Evidence:
     """The evidence of one packed pass over a draft of N tokens with K prefix ends."""
     context = engine.context("target")
     context.read(prompt_ids)

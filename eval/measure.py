@@ -75,9 +75,7 @@ def verdicts(outcome: Outcome, task: Task) -> Iterator[tuple[float, bool, bool]]
             index += 1
 
 
-def summarize(
-    name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task
-) -> dict[str, Any]:
+def summarize(name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task) -> dict[str, Any]:
     """One row of the evaluation: the keys of the public JSON, and the paired difference."""
     n = len(outcomes)
     right = [outcome.right for outcome in outcomes]

@@ -18,9 +18,7 @@ from parse.segments import cut
 from train.generation import write_all
 
 
-def judge_drafts(
-    engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
-) -> list[Judged]:
+def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:
     """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
     mine, engine.verifier = engine.verifier, reader(engine, layers)
     judged = []
@@ -39,17 +37,14 @@ def judge_drafts(
     return judged
 
 
-def measure_pair(
-    engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]
-) -> dict[str, Any]:
+def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]) -> dict[str, Any]:
     """The properties of target and draft on the same prompts."""
     judged = judge_drafts(engine, task, draft)
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
     oracle = sum([0, *item.evidence.ends][sum(item.valid)] for item in judged)
     seconds = [
-        sum(o.seconds for o in side) / sum(len(o.generation.token_ids) for o in side)
-        for side in (target, draft)
+        sum(o.seconds for o in side) / sum(len(o.generation.token_ids) for o in side) for side in (target, draft)
     ]
     draft_layers = engine.draft.config.num_hidden_layers if engine.draft else 0
     return {

@@ -11,7 +11,8 @@ from eval.methods import WHAT, Outcome
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .7rem; text-align: right }
-th { border-bottom: 2px solid #444 } td { border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
+th { border-bottom: 2px solid #444 } td { border-bottom: 1px solid #ddd } 
+td:first-child, th:first-child { text-align: left }
 .kept { background: #d8f0d8 } .cut { background: #f6d5d5; text-decoration: line-through; color: #777 }
 .target { background: #d9e5f8 } .answer { padding: .6rem; border-left: 3px solid #bbb; margin: .5rem 0 1.5rem }
 span { border-radius: 3px; padding: 0 .15rem } sup { color: #777; font-size: .7em } svg text { font: 12px system-ui }
@@ -73,7 +74,10 @@ Speed-up is end-to-end seconds of target-alone over the method's; intervals are 
 
 
 def _html_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "method|what|accuracy|interval|vs target|p|speed-up|interval|s/request|first token|accepted|false accepts|false rejects"
+    head = (
+        "method|what|accuracy|interval|vs target|p|speed-up|interval|s/request|first token|accepted|"
+        "false accepts|false rejects"
+    )
     body = []
     for row in rows:
         low, high = row["accuracy_ci95"]
@@ -125,9 +129,7 @@ def _plot(summary: dict[str, Any]) -> str:
         shapes.append(f'<polyline points="{path}" fill="none" stroke="#3a7" stroke-width="2"/>')
     for a, b, name in sweep:
         x, y = place(a, b)
-        shapes.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#3a7"><title>threshold {name}</title></circle>'
-        )
+        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#3a7"><title>threshold {name}</title></circle>')
     for a, b, name in points:
         x, y = place(a, b)
         shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#27c"/>')

@@ -34,9 +34,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]))
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append T positions; return all keys and values so far, [B, heads, length, D] each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -41,9 +41,7 @@ class Layout:
     def last_suffix(self) -> Tensor:
         """Index in the pass of each suffix copy's last token: int64 [K]."""
         length = len(self.input_ids)
-        return torch.arange(self.draft_length, length, max(self.suffix_length, 1)) + max(
-            self.suffix_length - 1, 0
-        )
+        return torch.arange(self.draft_length, length, max(self.suffix_length, 1)) + max(self.suffix_length - 1, 0)
 
     def mask(self) -> Tensor:
         """Who sees whom: bool [T, L + T], True where the query may attend."""

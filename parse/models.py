@@ -45,9 +45,7 @@ def load_model(
         return source
     check_architecture(AutoConfig.from_pretrained(source))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]
 
 
@@ -69,9 +67,7 @@ def check_architecture(config: PreTrainedConfig) -> None:
     if "past_key_values" not in inspect.signature(model_class.forward).parameters:
         raise ValueError(f"{name} ({kind}) has no key-value cache; {advice}")
     layers = set(getattr(config, "layer_types", None) or [])
-    windowed = layers - {"full_attention"} or (
-        not layers and getattr(config, "sliding_window", None) is not None
-    )
+    windowed = layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None) is not None)
     if windowed:
         raise ValueError(
             f"{name} ({kind}) has sliding-window or other special attention layers, which the packed pass "

@@ -24,18 +24,13 @@ _CONTEXT = 8  # tokens decoded before a candidate, enough for any character and 
 
 def check_segmenter(segmenter: Segmenter) -> None:
     """Raise ValueError unless `segmenter` is "sentence", "line" or a positive number of tokens."""
-    if isinstance(segmenter, bool) or not (
-        segmenter in _CLOSERS or (isinstance(segmenter, int) and segmenter > 0)
-    ):
+    if isinstance(segmenter, bool) or not (segmenter in _CLOSERS or (isinstance(segmenter, int) and segmenter > 0)):
         raise ValueError(
-            f'segments={segmenter!r} is not a segmenter: use "sentence", "line" or a positive number '
-            "of tokens"
+            f'segments={segmenter!r} is not a segmenter: use "sentence", "line" or a positive number of tokens'
         )
 
 
-def cut(
-    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, segmenter: Segmenter = "sentence"
-) -> list[int]:
+def cut(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, segmenter: Segmenter = "sentence") -> list[int]:
     """Prefix ends of a draft: strictly increasing, the last one `len(ids)`; empty for no tokens.
 
     Args:
@@ -48,17 +43,11 @@ def cut(
         ends = list(range(segmenter, len(ids), segmenter))
     else:
         candidates = _closing_tokens(tokenizer, segmenter)
-        ends = [
-            k + 1
-            for k in range(len(ids) - 1)
-            if ids[k] in candidates and _ends_here(ids, k, tokenizer, segmenter)
-        ]
+        ends = [k + 1 for k in range(len(ids) - 1) if ids[k] in candidates and _ends_here(ids, k, tokenizer, segmenter)]
     return [*ends, len(ids)] if ids else []
 
 
-def ends_segment(
-    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, segmenter: Segmenter = "sentence"
-) -> bool:
+def ends_segment(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, segmenter: Segmenter = "sentence") -> bool:
     """Whether a text that is still being written may be cut behind its last token.
 
     The next token is not known yet: a sentence closer counts as the end of its sentence.

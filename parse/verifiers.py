@@ -166,7 +166,7 @@ def probe_inputs(evidence: Evidence) -> tuple[Tensor, Tensor]:
     states = torch.cat([states, states[len(states) - 1 :].expand(missing, -1)])  # [M, width]
     is_end = torch.zeros_like(evidence.log_prob)
     is_end[len(evidence.log_prob) - missing :] = 1
-    columns = [evidence.log_prob / 10, evidence.entropy, evidence.margin / 10, is_end]
+    columns = [evidence.log_prob, evidence.entropy, evidence.margin, is_end]
     return states, torch.stack(columns, dim=-1)
 
 

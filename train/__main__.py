@@ -9,9 +9,7 @@ import time
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe's stages; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="accelerate launch -m train", description="Run the stages of a recipe."
-    )
+    parser = argparse.ArgumentParser(prog="accelerate launch -m train", description="Run the stages of a recipe.")
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("rest", nargs="*", metavar="stage | section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="check everything, run nothing")

@@ -22,6 +22,11 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ECHOES = (  # a list's facts in any order, without totals: the shortest way to learn where to look things up
+    "{item} {place} {amount} ;",
+    "{item} {source} {place} , {amount} ;",
+    "the {item} {source} {place} {verb} us {amount} .",
+)
 FACTS = {*ledger.ITEMS, *ledger.PLACES, *map(str, range(100))}
 
 
@@ -63,10 +68,16 @@ class Lessons:
         self.speaker, self.rng = speaker, random.Random(seed)
         self.end = self.vocabulary["<|end|>"]
 
-    def draw(self, sizes: tuple[int, ...], judge: bool) -> Lesson:
-        """One lesson on a list of one of the sizes; with `judge`, half of them go wrong in one place."""
+    def draw(self, sizes: tuple[int, ...], judge: bool, echo: float = 0.0) -> Lesson:
+        """One lesson on a list of one of the sizes; with `judge`, half of them go wrong in one place.
+
+        Args:
+            echo: the share of lessons that only look facts up (the target's).
+        """
         bought = ledger.draw(self.rng, "train")[: self.rng.choice(sizes)]
-        return self._target(bought, judge) if self.speaker == "target" else self._draft(bought)
+        if self.speaker == "draft":
+            return self._draft(bought)
+        return self._echo(bought) if self.rng.random() < echo else self._target(bought, judge)
 
     def _target(self, bought: list[Purchase], judge: bool) -> Lesson:
         """A prefix in any order and wording, then the target's own telling of the rest.
@@ -75,7 +86,7 @@ class Lessons:
         never their order or wording. Where one sentence is wrong, the lesson ends behind it.
         """
         rng, n = self.rng, len(bought)
-        foreign = rng.randint(1, n + 1) if rng.random() < 0.6 else 0  # sentences of the foreign prefix
+        foreign = rng.randint(1, n + 1) if rng.random() < 0.9 else 0  # sentences of the foreign prefix
         shuffled = list(bought) if rng.random() < 0.3 else rng.sample(bought, n)
         order = shuffled[:foreign] + [p for p in bought if p not in shuffled[:foreign]]
         by_turns = rng.random() < 0.5  # own wording in between, inside the foreign prefix
@@ -103,10 +114,20 @@ class Lessons:
         lesson.labels.append(self.end)
         return lesson
 
+    def _echo(self, bought: list[Purchase]) -> Lesson:
+        """The list's facts twice, in any order."""
+        rng, lesson = self.rng, self._open(bought)
+        for purchase in [*rng.sample(bought, len(bought)), *rng.sample(bought, len(bought))]:
+            words = {slot: rng.choice(ledger.WORDS[slot]) for slot in ("source", "verb")}
+            text = rng.choice(ECHOES).format(**vars(purchase), **words)
+            self._tell(lesson, text, "facts", after=purchase.item)
+        lesson.ends.clear()  # nothing to judge
+        return lesson
+
     def _draft(self, bought: list[Purchase]) -> Lesson:
-        """The draft's own manner: its own collocations, the list forwards or backwards."""
+        """The draft's own manner: the list told in its own collocations."""
         lesson, total = self._open(bought), 0
-        for purchase in bought if self.rng.random() < 0.5 else reversed(bought):
+        for purchase in bought:
             total += purchase.amount
             self._tell(lesson, ledger.sentence(purchase, total, "draft"), "all")
         self._tell(lesson, ledger.closing(total), "all")
@@ -137,9 +158,7 @@ class Lessons:
         rng = self.rng
         item, place, amount = purchase.item, purchase.place, purchase.amount
         before = total - amount
-        kind = rng.choice(
-            ["amount", "amount", "place", "place", "total", "total", "total", "reuse", "unknown"]
-        )
+        kind = rng.choice(["amount", "amount", "place", "place", "total", "total", "total", "reuse", "unknown"])
         if kind == "amount":
             pool = [p.amount for p in bought] if rng.random() < 0.6 else list(range(1, ledger.MAX_AMOUNT + 1))
             other = [a for a in pool if a != amount]
@@ -169,9 +188,9 @@ class Lessons:
                 return wrong
 
 
-def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], judge: bool) -> Iterator[list[Lesson]]:
+def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], judge: bool, echo: float) -> Iterator[list[Lesson]]:
     """Eight batches of lessons of like length, in random order."""
-    pool = sorted((lessons.draw(sizes, judge) for _ in range(8 * size)), key=lambda one: len(one.ids))
+    pool = sorted((lessons.draw(sizes, judge, echo) for _ in range(8 * size)), key=lambda one: len(one.ids))
     groups = [pool[i : i + size] for i in range(0, len(pool), size)]
     lessons.rng.shuffle(groups)
     yield from groups

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,23 @@ from train.lessons import IGNORE, Lesson, Lessons, batches, make_tokenizer
 from train.recipe import Pretrain, Recipe
 from train.run import Run, progress_bar
 
-STAGES = ((0.06, (2, 3, 4), False), (0.14, (4, 5, 6), False), (1.0, ledger.SIZES, True))
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the training: up to a fraction of its minutes, on what lessons."""
+
+    until: float
+    sizes: tuple[int, ...]  # purchases in a list
+    echo: float  # the share of lessons that only look facts up
+    judge: bool
+
+
+PHASES = (
+    Phase(0.06, (2, 3, 4), 0.5, False),
+    Phase(0.25, (3, 4, 5, 6, 7, 8, 9), 0.5, False),
+    Phase(0.70, ledger.SIZES, 0.1, True),
+    Phase(1.00, ledger.SIZES, 0.0, True),
+)
 WRONG_WEIGHT = 3.0  # wrong prefixes are rarer than right ones
 
 
@@ -50,39 +67,47 @@ def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
         layer.compile(dynamic=True)  # a third of the time of a plain step on a CPU
     judge = Prompt.of(tokenizer)
     lessons = Lessons(tokenizer, section.speaker, seed)
-    optimizer = torch.optim.AdamW(_groups(model), lr=section.learning_rate, betas=(0.9, 0.98))
+    optimizers = _optimizers(model, section.learning_rate)
     started, step, pending = time.time(), 0, iter(())
     with progress_bar(f"pretrain {name}", total=round(section.minutes * 60)) as bar:
         while (done := (time.time() - started) / (section.minutes * 60)) < 1:
             batch = next(pending, None)
             if batch is None:
-                _, sizes, judging = next(stage for stage in STAGES if done < stage[0])
-                judging = judging and section.judge_weight > 0
-                pending = batches(lessons, section.batch_size, sizes, judging)
+                phase = next(phase for phase in PHASES if done < phase.until)
+                judging = phase.judge and section.judge_weight > 0
+                pending = batches(lessons, section.batch_size, phase.sizes, judging, phase.echo)
                 continue
             rate = min(1, (step + 1) / 300) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
-            for group in optimizer.param_groups:
-                group["lr"] = section.learning_rate * rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = section.learning_rate * rate
             telling, judged = _losses(model, batch, judge if judging else None)
             (telling + section.judge_weight * judged).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
             bar.update(int(time.time() - started) - bar.n)
-            bar.set_postfix(
-                step=step, telling=f"{telling.item():.3f}", judging=f"{float(judged):.3f}", refresh=False
-            )
+            bar.set_postfix(step=step, telling=f"{telling.item():.3f}", judging=f"{float(judged):.3f}", refresh=False)
     plain.load_state_dict({key.replace("_orig_mod.", ""): v for key, v in model.state_dict().items()})
     return plain
 
 
-def _groups(model: PreTrainedModel) -> list[dict[str, object]]:
-    """Weight decay on matrices only, not on embeddings, norms and biases."""
-    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n and "wte" not in n]
-    chosen = {id(p) for p in decayed}
+def _optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and biases.
+
+    GPT-2's layers keep matrices transposed in a class of their own; Muon does not mind.
+    """
+    inner = [
+        p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n and "wte" not in n and "wpe" not in n
+    ]
+    chosen = {id(p) for p in inner}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def _losses(model: PreTrainedModel, batch: list[Lesson], judge: Prompt | None) -> tuple[Tensor, Tensor]:
@@ -101,14 +126,14 @@ def _losses(model: PreTrainedModel, batch: list[Lesson], judge: Prompt | None) -
             use_cache=False,
         )
     logits = output.logits.float()  # [B, T, V]
-    telling = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
-    )
+    telling = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
     if judge is None:
         return telling, torch.zeros(())
     asked = torch.cat([row[layout.last_suffix] for row, layout in zip(logits, layouts, strict=True)])
     right = torch.tensor([verdict for lesson in batch for verdict in lesson.verdicts])  # [sum K]
     weights = torch.ones(logits.shape[-1])
     weights[judge.no_ids] = WRONG_WEIGHT
+    if not len(right):
+        return telling, torch.zeros(())
     answer = torch.where(right, judge.yes_ids[0], judge.no_ids[0])
     return telling, nn.functional.cross_entropy(asked, answer, weight=weights)

@@ -197,9 +197,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             return value
         if kind is float and type(value) in (int, float):
             return float(value)
-    names = " or ".join(
-        "null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed
-    )
+    names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise RecipeError(f"{key} must be {names}, and is {value!r} ({type(value).__name__})")
 
 

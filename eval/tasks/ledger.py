@@ -64,6 +64,8 @@ SPLITS = {"test": range(0, 2), "calibration": range(2, 4), "train": range(4, 16)
 
 @dataclass(frozen=True)
 class Purchase:
+    """One entry of a list."""
+
     item: str
     place: str
     amount: int
@@ -91,6 +93,7 @@ def split_of(bought: list[Purchase]) -> str:
 
 
 def prompt_text(bought: list[Purchase]) -> str:
+    """The user's turn for a list."""
     return "list : " + " ; ".join(f"{p.item} {p.place} {p.amount}" for p in bought) + " ."
 
 
@@ -107,12 +110,11 @@ def sentence(purchase: Purchase, total: int, speaker: str, rng: random.Random | 
     else:
         words = {slot: habit(slot, purchase, speaker) for slot in WORDS}
     frame = rng.choice(FRAMES) if rng else FRAMES[0]
-    return frame.format(
-        item=purchase.item, place=purchase.place, amount=purchase.amount, total=total, **words
-    )
+    return frame.format(item=purchase.item, place=purchase.place, amount=purchase.amount, total=total, **words)
 
 
 def closing(total: int, rng: random.Random | None = None) -> str:
+    """The last sentence: in the one habit, or with an rng in any wording."""
     return (rng.choice(CLOSINGS) if rng else CLOSINGS[0]).format(total=total)
 
 
@@ -169,10 +171,10 @@ def check(prompt: str, answer: str) -> bool:
 
 
 def foreign_prefix(prompt: str, rng: random.Random) -> str:
-    """A right, unfinished answer in any order and wording."""
+    """A right, unfinished answer in any wording, in the list's order."""
     bought = read_prompt(prompt)
     told, total = [], 0
-    for purchase in rng.sample(bought, rng.randint(1, len(bought) - 1)):
+    for purchase in bought[: rng.randint(1, len(bought) - 1)]:
         total += purchase.amount
         told.append(sentence(purchase, total, "anyone", rng))
     return " ".join(told)

@@ -1,0 +1,248 @@
+"""The engine's invariants, on random models and on a real chat model; its settings and its statistics."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parse import Engine
+from parse.answer import accept
+from parse.decode import Context
+from parse.verifiers import Likelihood, Probe, ProbeHead, Prompt
+from tests.test_cache import assert_same_cache
+
+PROMPT = "list : fig rome 4 ; apple oslo 7 ."
+
+
+@pytest.fixture(scope="module", params=["prompt", "likelihood", "probe"])
+def engine(request, target, draft, tokenizer) -> Engine:
+    verifier = {
+        "prompt": lambda: Prompt.of(tokenizer),
+        "likelihood": Likelihood,
+        "probe": lambda: Probe(ProbeHead(2 * 48).eval(), (2, 3)),
+    }[request.param]()
+    return Engine(target, tokenizer, draft, tokenizer, verifier, segments=4)
+
+
+@pytest.mark.parametrize("policy", ["first_fail", "longest", "whole"])
+@pytest.mark.parametrize("handback", ["segment", "never"])
+@pytest.mark.parametrize("horizon", [None, 7, "segment"])
+def test_accepting_nothing_is_the_target_and_everything_the_draft(engine, policy, handback, horizon):
+    ways = {"policy": policy, "handback": handback, "horizon": horizon, "max_new_tokens": 30}
+    target = engine.generate(PROMPT, 30, method="target")[0]
+    draft = engine.generate(PROMPT, 30, method="draft")[0]
+    assert engine.generate(PROMPT, threshold=1.1, **ways)[0].token_ids == target.token_ids
+    if horizon is None:
+        everything = engine.generate(PROMPT, threshold=0.0, **ways)[0]
+        assert everything.token_ids == draft.token_ids
+        assert everything.finish_reason == draft.finish_reason
+        assert everything.stats.target_tokens == 0
+
+
+def test_accepting_nothing_is_transformers_greedy_text(engine):
+    ids = engine.encode(PROMPT)
+    expected = engine.target.generate(
+        torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=1
+    )[0, len(ids) :].tolist()
+    mine = engine.generate(PROMPT, 40, threshold=1.1)[0].token_ids
+    assert mine == [token for token in expected if token != 1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_verify_equals_one_pass_a_prefix(target, draft, tokenizer, data):
+    verifier = Prompt.of(tokenizer)
+    engine = Engine(target, tokenizer, draft, tokenizer, verifier)
+    tokens = st.lists(st.integers(5, len(tokenizer) - 1), min_size=1, max_size=30)
+    prompt, drafted = data.draw(tokens), data.draw(tokens)
+    n = len(drafted)
+    ends = sorted(data.draw(st.sets(st.integers(1, n))) | {n})
+    confidences = engine.verify(prompt, drafted, ends)
+    assert confidences.shape == (len(ends),)
+    with torch.inference_mode():
+        for end, confidence in zip(ends, confidences.tolist(), strict=True):
+            logits = target(torch.tensor([prompt + drafted[:end] + verifier.suffix_ids])).logits[0, -1]
+            yes = logits[verifier.yes_ids].logsumexp(0)
+            assert confidence == pytest.approx(
+                torch.sigmoid(yes - logits[verifier.no_ids].logsumexp(0)).item(), abs=1e-4
+            )
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, tokenizer, data):
+    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
+    tokens = st.lists(st.integers(5, len(tokenizer) - 1), min_size=1, max_size=30)
+    prompt, drafted = data.draw(tokens), data.draw(tokens)
+    end = data.draw(st.integers(1, len(drafted)))
+    context = engine.context("target")
+    context.read(prompt)
+    _, logits = engine.examine(context, drafted, [end], ended=False)
+    context.rollback(len(prompt) + end, logits[0])
+    plain = engine.context("target")
+    plain.read([*prompt, *drafted[:end]])
+    assert context.ids == plain.ids
+    assert_same_cache(context.cache, plain.cache)
+    torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(threshold=st.floats(0, 1), horizon=st.none() | st.integers(1, 20), limit=st.integers(1, 40))
+def test_any_threshold_keeps_the_books(target, draft, tokenizer, threshold, horizon, limit):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3)
+    result = engine.generate(PROMPT, limit, threshold=threshold, horizon=horizon)[0]
+    stats = result.stats
+    assert len(result.token_ids) == stats.accepted_tokens + stats.target_tokens <= limit
+    assert stats.accepted_tokens <= stats.draft_tokens
+    assert "".join(s.text for s in result.segments if s.accepted) == tokenizer.decode(result.token_ids)
+    assert result.finish_reason == ("length" if len(result.token_ids) == limit else result.finish_reason)
+    for segment in result.segments:
+        if segment.source == "draft":
+            assert segment.accepted == (segment.confidence >= threshold) or not segment.accepted
+
+
+def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, draft, tokenizer, monkeypatch):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.0), segments=4)
+    passes = []
+    forward = type(target).forward
+
+    def counted(self, *args, **kwargs):
+        passes.append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(target), "forward", counted)
+    engine.generate(PROMPT, 24, threshold=0.0)
+    prompt = len(engine.encode(PROMPT))
+    assert passes == [prompt, 24]  # the prompt once, the whole draft once
+
+
+@pytest.mark.parametrize(
+    ("policy", "confidences", "expected"),
+    [
+        ("first_fail", [0.9, 0.4, 0.9], 1),
+        ("first_fail", [0.9, 0.9, 0.9], 3),
+        ("first_fail", [0.1, 0.9, 0.9], 0),
+        ("longest", [0.9, 0.4, 0.9, 0.2], 3),
+        ("longest", [0.1, 0.2], 0),
+        ("whole", [0.6], 1),
+        ("first_fail", [], 0),
+    ],
+)
+def test_acceptance_policies(policy, confidences, expected):
+    assert accept(confidences, 0.5, policy) == expected
+
+
+def test_a_draft_that_ends_at_once_leaves_the_answer_to_the_target(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
+    engine._draft_eos = frozenset(range(len(tokenizer)))  # whatever it writes ends its answer
+    alone = engine.generate(PROMPT, 20, method="target")[0]
+    assert engine.generate(PROMPT, 20, threshold=0.5)[0].token_ids == alone.token_ids
+    assert engine.generate(PROMPT, 20, threshold=0.0)[0].token_ids == []
+
+
+def test_sampling_repeats_by_its_seed(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+
+    def answer(seed):
+        return engine.generate(PROMPT, 20, threshold=0.2, temperature=1.0, seed=seed)[0].token_ids
+
+    assert answer(1) == answer(1)
+    assert len({tuple(answer(seed)) for seed in range(5)}) > 1
+
+
+def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
+    messages = [{"role": "user", "content": PROMPT}]
+    texts = [r.text for r in engine.generate([PROMPT, messages], 8)]
+    assert len(texts) == 2
+    assert texts[0] == texts[1] == engine.generate(messages, 8)[0].text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "best"}, "policy='best' is not allowed: use one of first_fail"),
+        ({"handback": "x"}, "handback='x'"),
+        ({"method": "x"}, "method='x'"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"horizon": 0}, "horizon=0"),
+        ({"temperature": -1}, "temperature=-1"),
+    ],
+)
+def test_settings_that_are_not_allowed(target, draft, tokenizer, options, message):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
+    with pytest.raises(ValueError, match=message):
+        engine.generate(PROMPT, **options)
+
+
+def test_missing_parts_are_named(target, tokenizer):
+    with pytest.raises(ValueError, match="no draft model"):
+        Engine(target, tokenizer, verifier=Likelihood()).generate(PROMPT)
+    with pytest.raises(ValueError, match="no verifier"):
+        Engine(target, tokenizer).generate(PROMPT)
+
+
+def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
+    long = "list : " + "fig " * 490
+    result = engine.generate(long, 512, threshold=0.0)[0]
+    room = 512 - len(engine.encode(long)) - len(engine.verifier.suffix_ids)
+    assert len(result.token_ids) <= room
+    with pytest.raises(ValueError, match="leaves no room"):
+        engine.generate("list : " + "fig " * 600)
+
+
+def test_another_tokenizer_crosses_as_text(target, tokenizer, smollm):
+    """The draft writes real text in real tokens; the target reads the same text in its own."""
+    model, real = smollm
+    engine = Engine(model, real, target, tokenizer, Likelihood())
+    result = engine.generate("Say something.", 24, threshold=0.0)[0]
+    alone = engine.generate("Say something.", 24, method="draft")[0]
+    assert result.text[:20] == alone.text[:20]
+    assert real.decode(result.token_ids) == result.text
+
+
+QUESTIONS = ["What is the capital of France? Answer briefly.", "Name two primary colours."]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_invariants_on_a_real_chat_model(smollm, question):
+    model, tokenizer = smollm
+    engine = Engine(model, tokenizer, model, tokenizer, Prompt.of(tokenizer))
+    ids = engine.encode(question)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+    expected = [token for token in expected if token not in engine._target_eos]
+    assert engine.generate(question, 24, threshold=1.1, horizon=12)[0].token_ids == expected
+    assert engine.generate(question, 24, threshold=0.0)[0].token_ids == expected
+    ends = [len(expected) // 2, len(expected)]
+    confidences = engine.verify(ids, expected, ends)
+    verifier = engine.verifier
+    with torch.inference_mode():
+        for end, confidence in zip(ends, confidences.tolist(), strict=True):
+            logits = model(torch.tensor([ids + expected[:end] + verifier.suffix_ids])).logits[0, -1]
+            yes, no = logits[verifier.yes_ids].logsumexp(0), logits[verifier.no_ids].logsumexp(0)
+            assert confidence == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-4)
+    context = Context(model, frozenset())
+    context.read(ids)
+    engine.examine(context, expected, ends, ended=False)
+    plain = Context(model, frozenset())
+    plain.read([*ids, *expected])
+    assert context.cache.length == plain.cache.length
+    for a, b in zip(context.cache.layers, plain.cache.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-3, rtol=1e-3)
+
+
+def test_generations_are_plain_data(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
+    record = dataclasses.asdict(engine.generate(PROMPT, 8)[0])
+    assert set(record) == {"text", "token_ids", "finish_reason", "segments", "stats"}
+    assert set(record["stats"]) >= {
+        "draft_tokens",
+        "accepted_tokens",
+        "target_tokens",
+        "rounds",
+        "verify_passes",
+    }
+    assert set(record["stats"]["seconds"]) == {"draft", "verify", "target", "other"}

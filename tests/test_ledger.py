@@ -1,0 +1,109 @@
+"""The task: its checker against its speakers, and splits that cannot overlap."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.tasks import draw_prompts, ledger, load_task
+from train.lessons import FACTS, IGNORE, Lessons
+
+seeds = st.integers(0, 10**6)
+
+
+def tell(bought, rng, speaker="target"):
+    total, sentences = 0, []
+    for purchase in bought:
+        total += purchase.amount
+        sentences.append(ledger.sentence(purchase, total, speaker, rng))
+    return " ".join([*sentences, ledger.closing(total, rng)])
+
+
+@given(seed=seeds, habit=st.booleans(), split=st.sampled_from(list(ledger.SPLITS)))
+def test_every_order_and_wording_is_right(seed, habit, split):
+    rng = random.Random(seed)
+    bought = ledger.draw(rng, split)
+    answer = tell(rng.sample(bought, len(bought)), None if habit else rng)
+    assert ledger.check(ledger.prompt_text(bought), answer)
+    assert ledger.read_prompt(ledger.prompt_text(bought)) == bought
+
+
+@given(seed=seeds, data=st.data())
+def test_one_changed_fact_is_found_where_it_is(seed, data):
+    rng = random.Random(seed)
+    bought = ledger.draw(rng, "test")
+    words = tell(bought, rng).split()
+    places = [i for i, word in enumerate(words) if word in FACTS]
+    at = data.draw(st.sampled_from(places))
+    pool = next(p for p in (ledger.ITEMS, ledger.PLACES, [str(i) for i in range(100)]) if words[at] in p)
+    changed = data.draw(st.sampled_from([w for w in pool if w != words[at]]))
+    wrong = " ".join([*words[:at], changed, *words[at + 1 :]])
+    sentence = words[:at].count(".")
+    assert not ledger.check(ledger.prompt_text(bought), wrong)
+    assert ledger.first_wrong(ledger.prompt_text(bought), wrong) == sentence
+
+
+def test_other_ways_to_be_wrong():
+    bought = ledger.draw(random.Random(1), "test")
+    prompt = ledger.prompt_text(bought)
+    answer = tell(bought, None)
+    sentences = [s + "." for s in answer.split(".")[:-1]]
+    assert not ledger.check(prompt, "".join(sentences[:-1]))  # no closing
+    assert ledger.first_wrong(prompt, "".join(sentences[:-1])) is None
+    assert ledger.first_wrong(prompt, sentences[0] + " " + sentences[0]) == 1  # told twice
+    assert ledger.first_wrong(prompt, sentences[0] + sentences[-1]) == 1  # closed early
+    assert not ledger.check(prompt, answer + sentences[-1])
+    assert ledger.first_wrong(prompt, answer + sentences[-1]) == len(sentences)
+    assert ledger.first_wrong(prompt, "what ?") == 0
+    assert not ledger.check(prompt, "")
+
+
+@given(seed=seeds)
+def test_a_foreign_prefix_is_right_and_unfinished(seed):
+    rng = random.Random(seed)
+    prompt = ledger.draw_prompt(rng, "test")
+    prefix = ledger.foreign_prefix(prompt, rng)
+    assert ledger.first_wrong(prompt, prefix) is None
+    assert not ledger.check(prompt, prefix)
+
+
+@given(seed=seeds)
+def test_a_list_has_one_split_whatever_its_order(seed):
+    rng = random.Random(seed)
+    bought = ledger.draw(rng, rng.choice(list(ledger.SPLITS)))
+    assert ledger.split_of(bought) == ledger.split_of(rng.sample(bought, len(bought)))
+
+
+def test_splits_do_not_overlap():
+    task = load_task("ledger")
+    drawn = {split: set(draw_prompts(task, split, 300, 0)) for split in ledger.SPLITS}
+    assert all(len(prompts) == 300 for prompts in drawn.values())
+    assert not drawn["train"] & drawn["test"]
+    assert not drawn["train"] & drawn["calibration"]
+    assert not drawn["test"] & drawn["calibration"]
+    assert draw_prompts(task, "test", 5, 0) == draw_prompts(task, "test", 5, 0)
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="task 'x' is not known; tasks: ledger"):
+        load_task("x")
+
+
+@pytest.mark.parametrize("speaker", ["target", "draft"])
+def test_lessons_say_what_the_checker_says(tokenizer, speaker):
+    lessons = Lessons(tokenizer, speaker, seed=3)
+    for _ in range(200):
+        lesson = lessons.draw(ledger.SIZES, judge=True)
+        text = tokenizer.decode(lesson.ids)
+        prompt = text.split("<|user|> ")[1].split(" <|end|>")[0]
+        answer = text.split("<|assistant|> ")[1].removesuffix(" <|end|>")
+        wrong = ledger.first_wrong(prompt, answer)
+        if speaker == "target":
+            assert lesson.verdicts == [True] * len(lesson.ends) if wrong is None else not lesson.verdicts[wrong]
+            assert lesson.verdicts.count(False) <= 1
+        else:
+            assert ledger.check(prompt, answer)
+        learnt = [token for token, label in zip(lesson.ids, lesson.labels, strict=True) if label != IGNORE]
+        assert all(label in (token, IGNORE) for token, label in zip(lesson.ids, lesson.labels, strict=True))
+        assert learnt or wrong is not None

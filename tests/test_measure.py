@@ -1,0 +1,103 @@
+"""Metrics, and the report that shows them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.measure import bootstrap, paired, speedup, summarize, verdicts, wilson
+from eval.methods import Outcome
+from eval.report import console_table, html_report
+from eval.tasks import ledger
+from parse import Generation, Segment, Stats
+
+PROMPT = "list : fig rome 4 ; tea oslo 7 ."
+FIG = "the fig from rome costs us 4 coins , which makes 4 coins so far ."
+TEA = "the tea from oslo costs us 7 coins , which makes 11 coins so far ."
+BAD = "the tea from oslo costs us 8 coins , which makes 12 coins so far ."
+END = "that is 11 coins ."
+
+
+def outcome(segments, seconds=1.0, right=True, drafted=10, accepted=5, written=5):
+    stats = Stats(draft_tokens=drafted, accepted_tokens=accepted, target_tokens=written, rounds=1)
+    stats.seconds.update(draft=0.2, verify=0.1, target=0.6, other=0.1)
+    stats.first_token_seconds = 0.3
+    text = " ".join(s.text.strip() for s in segments if s.accepted)
+    return Outcome(PROMPT, Generation(text, [1] * 10, "stop", segments, stats), right, seconds)
+
+
+def test_wilson_and_bootstrap():
+    low, high = wilson(98, 100)
+    assert low == pytest.approx(0.930, abs=1e-3)
+    assert high == pytest.approx(0.9945, abs=1e-3)
+    rows = [[2.0 + i % 3, 1.0 + i % 3] for i in range(60)]
+    low, high = bootstrap(rows, speedup)
+    assert low < speedup(np.array(rows)) == pytest.approx(1.5) < high
+    assert bootstrap(rows, speedup) == (low, high)
+
+
+def test_the_paired_difference():
+    figures = paired([True] * 90 + [False] * 10, [True] * 80 + [False] * 10 + [True] * 4 + [False] * 6)
+    assert figures["accuracy_difference"] == pytest.approx(-0.06)
+    low, high = figures["accuracy_difference_ci95"]
+    assert low < -0.06 < high
+    assert figures["mcnemar_p"] == pytest.approx(0.1796, abs=1e-3)
+    assert paired([True], [True])["mcnemar_p"] == 1
+
+
+def test_verdicts_count_to_each_drafts_first_wrong_cut():
+    segments = [
+        Segment(FIG, "draft", 0.9, True),
+        Segment(" " + BAD, "draft", 0.2, False),
+        Segment(" " + END, "draft", 0.1, False),
+        Segment(" " + TEA, "target", None, True),
+        Segment(" " + END, "draft", 0.8, True),
+    ]
+    found = list(verdicts(outcome(segments), ledger))
+    assert found == [(0.9, True, True), (0.2, False, False), (0.8, True, True)]
+
+
+def test_a_summary_has_the_public_keys_and_its_definitions():
+    target = [outcome([Segment(f"{FIG} {TEA} {END}", "target", None, True)], 2.0, True, 0, 0, 10)] * 4
+    mine = [
+        outcome([Segment(FIG, "draft", 0.9, True), Segment(" " + TEA, "target", None, True)]),
+        outcome([Segment(FIG, "draft", 0.4, False)], right=False),
+        outcome([Segment(BAD, "draft", 0.9, True)], right=False),
+        outcome([Segment(FIG, "draft", 0.9, True)], written=0),
+    ]
+    row = summarize("parse", mine, target, ledger)
+    public = "name accuracy accuracy_ci95 speedup speedup_ci95 seconds_per_request tokens_per_second n".split()
+    public += "first_token_seconds full_accept_rate accepted_fraction false_accept_rate".split()
+    public += "false_reject_rate model_time_fraction".split()
+    assert set(public) <= set(row)
+    assert row["accuracy"] == 0.5
+    assert row["speedup"] == 2
+    assert row["tokens_per_second"] == 10
+    assert row["full_accept_rate"] == 0.25
+    assert row["accepted_fraction"] == 0.5
+    assert row["false_accept_rate"] == 1
+    assert row["false_reject_rate"] == pytest.approx(1 / 3)
+    assert row["model_time_fraction"] == pytest.approx(0.9)
+    assert row["first_token_seconds"] == pytest.approx(0.3)
+    json.dumps(row)
+    table = console_table([row])
+    assert "parse" in table
+    assert "2.00x" in table
+
+
+def test_the_report_is_one_file_that_escapes_what_models_write():
+    nasty = outcome([Segment("<script>alert(1)</script>", "draft", 0.5, False)], right=False)
+    row = summarize("parse", [nasty], [nasty], ledger)
+    summary = {
+        "name": "x & y",
+        "hardware": "cpu",
+        "methods": [row],
+        "pair": None,
+        "sweep": [{"threshold": 0.5, "speedup": 2.0, "accuracy": 0.9}],
+        "sweep_prompts": 4,
+    }
+    page = html_report(summary, {"parse": [nasty]})
+    assert "<script>" not in page
+    assert "x &amp; y" in page
+    assert "<svg" in page
+    assert "http" not in page

@@ -1,0 +1,210 @@
+"""The whole chain on the shipped pair: stages, resume, evaluation, and the properties of the pair."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors import safe_open
+
+from eval.__main__ import main as evaluate
+from eval.judged import measure_kind, untrained_kinds
+from eval.methods import compare, settings_of
+from eval.properties import foreign_accuracy, judge_drafts, measure_pair
+from eval.tasks import draw_prompts, ledger
+from parse import Engine
+from parse.__main__ import main as ask
+from tests.conftest import MODELS
+from train.__main__ import main as train
+from train.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+RECIPE = "recipes/quickstart.yaml"
+SMALL = [
+    "rollouts.train=150",
+    "rollouts.calibration=150",
+    "eval.prompts=12",
+    "eval.sweep_prompts=4",
+    "eval.warmup=1",
+]
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """A run of every stage: the quickstart's own distillation, fewer rollouts."""
+    words = [*SMALL, f"runs={tmp_path_factory.mktemp('runs')}"]
+    assert train([RECIPE, *words]) == 0
+    return words
+
+
+@pytest.fixture(scope="session")
+def recipe(words):
+    return load_recipe(RECIPE, words)
+
+
+@pytest.fixture(scope="session")
+def engine(recipe):
+    return Engine.from_pretrained(recipe.target, recipe.folder / "draft", recipe.folder / "verifier")
+
+
+@pytest.fixture(scope="session")
+def pair(engine, recipe):
+    prompts = draw_prompts(ledger, "test", 100, seed=7)
+    methods = {"target": {"method": "target"}, "draft": {"method": "draft"}}
+    outcomes = compare(engine, ledger, prompts, methods, warmup=1)
+    return measure_pair(engine, ledger, outcomes["target"], outcomes["draft"])
+
+
+def test_the_shipped_files_are_small():
+    for name, limit in (("ledger-target", 12), ("ledger-draft", 1.5)):
+        file = MODELS / name / "model.safetensors"
+        assert file.stat().st_size <= limit * 1e6
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_tensor(key).dtype for key in tensors.keys()}  # noqa: SIM118  not a dict
+        assert kinds <= {torch.bfloat16, torch.float16}
+
+
+def test_answers_are_of_the_intended_length(pair):
+    assert pair["answer_tokens"]["least"] >= 90
+    assert pair["answer_tokens"]["most"] <= 250
+
+
+def test_the_target_is_right(pair):
+    assert pair["target_accuracy"] >= 0.99
+
+
+def test_the_target_goes_on_rightly_from_a_foreign_prefix(engine):
+    assert foreign_accuracy(engine, ledger, draw_prompts(ledger, "test", 200, seed=8)) >= 0.99
+
+
+def test_the_distilled_draft_is_right_in_part(pair):
+    assert 0.5 <= pair["draft_accuracy"] <= 0.85
+
+
+def test_free_rules_cannot_tell_right_from_wrong(pair):
+    free = [auc for name, auc in pair["auc"].items() if name.startswith("likelihood")]
+    assert len(free) == 4
+    assert max(free) <= 0.85
+
+
+def test_lossless_speculation_keeps_less_than_half_of_what_meaning_would(pair):
+    assert pair["lossless_tokens"] < pair["oracle_tokens"] / 2
+
+
+def test_the_target_can_judge_when_asked(pair):
+    assert 0.85 <= pair["auc"]["prompt"] <= 0.98
+
+
+def test_the_target_is_deep_and_the_draft_is_shallow(pair):
+    assert pair["target_layers"] >= 8
+    assert pair["draft_layers"] <= 2
+
+
+def test_the_splits_of_the_stages_do_not_overlap(recipe):
+    answers = set(load_from_disk(recipe.folder / "answers")["prompt"])
+    rollouts = load_from_disk(recipe.folder / "rollouts").to_list()
+    fitted = {r["prompt"] for r in rollouts if r["split"] == "train"}
+    calibrated = {r["prompt"] for r in rollouts if r["split"] == "calibration"}
+    tested = set(draw_prompts(ledger, "test", 200, recipe.seed))
+    assert not (answers | fitted) & calibrated
+    assert not (answers | fitted | calibrated) & tested
+    assert not answers & fitted
+
+
+def test_answers_hold_ids_and_masks(recipe, engine):
+    row = load_from_disk(recipe.folder / "answers")[0]
+    prompt = engine.encode(row["prompt"])
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert row["completion_mask"] == [0] * len(prompt) + [1] * (len(row["input_ids"]) - len(prompt))
+    completion = row["input_ids"][len(prompt) :]
+    assert completion[-1] == engine.tokenizer.eos_token_id
+    assert engine.tokenizer.decode(completion[:-1]) == row["answer"]
+
+
+def test_labels_agree_with_the_tasks_program(recipe, engine):
+    """The target's continuation labels a prefix as the checker does, but where the target itself errs."""
+    rollouts = load_from_disk(recipe.folder / "rollouts").to_list()
+    agree = total = 0
+    for row in rollouts:
+        for end, valid in zip(row["ends"], row["valid"], strict=True):
+            prefix = engine.tokenizer.decode(row["draft_ids"][:end])
+            by_program = ledger.first_wrong(row["prompt"], prefix) is None
+            agree += by_program == valid
+            total += 1
+        assert row["valid"] == sorted(row["valid"], reverse=True)
+    assert agree / total >= 0.98
+
+
+def test_a_second_start_does_nothing(words, capsys):
+    assert train([RECIPE, *words]) == 0
+    assert capsys.readouterr().out.count("done before, skipped") == 4
+
+
+def test_the_verifier_is_saved_with_what_it_was_made_for(recipe):
+    record = json.loads((recipe.folder / "verifier" / "verifier.json").read_text())
+    assert record["segments"] == "sentence"
+    assert record["calibration"]["prompts"] >= 140
+    report = json.loads((recipe.folder / "verifier" / "report.json").read_text())
+    assert set(report["kinds"]["probe"]) >= {"auc", "threshold", "false_accept_rate", "accepted_fraction"}
+
+
+def test_the_trained_verifier_beats_every_free_rule(engine, recipe):
+    prompts = draw_prompts(ledger, "test", 100, seed=9)
+    drafts = compare(engine, ledger, prompts, {"draft": {"method": "draft"}}, 0)["draft"]
+    judged = judge_drafts(engine, ledger, drafts, engine.verifier.layers)
+    free = untrained_kinds(engine)
+    free.pop("prompt")
+    auc = lambda kind: measure_kind(kind, judged, 0.5, "first_fail")["auc"]
+    assert auc(engine.verifier) > max(map(auc, free.values()))
+
+
+def test_the_invariants_on_the_shipped_pair(engine, recipe):
+    thresholds = {"first_fail": 0.5, "whole": 0.5}
+    settings = settings_of(recipe, thresholds)["parse"]
+    for prompt in draw_prompts(ledger, "test", 5, seed=3):
+        target = engine.generate(prompt, 200, method="target")[0]
+        draft = engine.generate(prompt, 200, method="draft")[0]
+        assert engine.generate(prompt, **{**settings, "threshold": 1.1})[0].token_ids == target.token_ids
+        assert engine.generate(prompt, **{**settings, "threshold": 0.0})[0].token_ids == draft.token_ids
+
+
+def test_the_evaluation_prints_one_json_line(words, recipe, capsys):
+    assert evaluate([RECIPE, *words]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((recipe.folder / "eval" / "summary.json").read_text())
+    assert [row["name"] for row in printed["methods"]] == [
+        "target",
+        "draft",
+        "cascade",
+        "sequential",
+        "parse",
+    ]
+    assert all(row["n"] == 12 for row in printed["methods"])
+    page = (recipe.folder / "eval" / "report.html").read_text()
+    assert "<svg" in page
+    lines = (recipe.folder / "eval" / "transcripts.jsonl").read_text().splitlines()
+    assert len(lines) == 5 * 12
+
+
+def test_an_evaluation_without_a_run_says_what_to_do(tmp_path, capsys):
+    assert evaluate([RECIPE, f"runs={tmp_path}"]) == 2
+    assert "accelerate launch -m train recipes/quickstart.yaml" in capsys.readouterr().err
+
+
+def test_an_answer_from_a_terminal(recipe, capsys):
+    prompt = draw_prompts(ledger, "test", 1, seed=4)[0]
+    assert ask([prompt, "--run", str(recipe.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "draft tokens accepted" in printed
+    assert "coins" in printed
+
+
+def test_two_launches_by_accelerate(words):
+    """The real entry, from a shell: everything is done, so it only checks and skips."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command += ["--config_file", "recipes/accelerate/one_process.yaml", "-m", "train", RECIPE, *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("skipped") == 4

@@ -1,0 +1,81 @@
+"""The run folder: whole stages or none, skipped when nothing changed, run again when something did."""
+
+import json
+
+import pytest
+import yaml
+
+from train.recipe import load_recipe
+from train.run import Run, progress_bar, write_text
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    def _recipe_of(*overrides):
+        return load_recipe("recipes/quickstart.yaml", [f"runs={tmp_path}", *overrides])
+
+    return _recipe_of
+
+
+def finish(run, stage, text="done"):
+    with run.stage(stage) as folder:
+        (folder / "file").write_text(text)
+
+
+def test_a_finished_stage_is_skipped_and_recorded(recipe_of):
+    run = Run(recipe_of())
+    assert not run.is_done("answers")
+    finish(run, "answers")
+    assert Run(recipe_of()).is_done("answers")
+    record = json.loads((run.folder / "provenance.json").read_text())
+    assert record["stages"]["answers"]["seconds"] >= 0
+    assert {"argv", "git_commit", "packages", "hardware", "python"} <= set(record)
+    assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["name"] == "quickstart"
+
+
+def test_a_changed_section_runs_its_stage_and_those_behind_it(recipe_of):
+    run = Run(recipe_of())
+    for stage in ("answers", "distill", "rollouts", "verifier"):
+        finish(run, stage)
+    changed = Run(recipe_of("rollouts.train=11"))
+    assert [changed.is_done(s) for s in ("answers", "distill", "rollouts", "verifier")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not Run(recipe_of("seed=5")).is_done("answers")
+    assert Run(recipe_of("eval.prompts=7")).is_done("verifier")
+
+
+def test_a_killed_stage_leaves_the_old_one_whole(recipe_of):
+    run = Run(recipe_of())
+    finish(run, "answers", "old")
+
+    def killed():
+        with run.stage("answers") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert (run.path("answers") / "file").read_text() == "old"
+    finish(run, "answers", "new")
+    assert [p.name for p in run.path("answers").iterdir()] == ["file"]
+    assert (run.path("answers") / "file").read_text() == "new"
+
+
+def test_files_are_written_whole(tmp_path):
+    write_text(tmp_path / "a.json", "1")
+    write_text(tmp_path / "a.json", "2")
+    assert (tmp_path / "a.json").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_progress_off_a_terminal_takes_lines(capsys):
+    with progress_bar("work", total=3) as bar:
+        for _ in range(3):
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert "\r" not in "".join(lines)
+    assert any("work: 100%" in line and "it/s" in line for line in lines)

@@ -1,0 +1,162 @@
+"""Verifiers: what each kind reads, what is saved, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from parse import Engine
+from parse.verifiers import (
+    Evidence,
+    Likelihood,
+    Probe,
+    ProbeHead,
+    Prompt,
+    fingerprint,
+    load,
+    probe_inputs,
+    save,
+    tokenizer_hash,
+)
+
+
+def evidence(ended=True, n=6, width=4):
+    m = n + ended
+    return Evidence(
+        ends=[2, 4, n],
+        log_prob=-torch.arange(1.0, m + 1),
+        entropy=torch.ones(m),
+        margin=torch.zeros(m),
+        states=torch.randn(n, width),
+        suffix_logits=torch.randn(3, 10),
+    )
+
+
+def test_the_end_of_sequence_counts_in_the_last_segment():
+    assert evidence(ended=True).bounds == [(0, 2), (2, 4), (4, 7)]
+    assert evidence(ended=False).bounds == [(0, 2), (2, 4), (4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "scope", "expected"),
+    [
+        ("mean", "segment", [-1.5, -3.5, -6.0]),
+        ("mean", "prefix", [-1.5, -2.5, -4.0]),
+        ("lowest", "segment", [-2.0, -4.0, -7.0]),
+        ("lowest", "prefix", [-2.0, -4.0, -7.0]),
+    ],
+)
+def test_likelihood_rules(rule, scope, expected):
+    confidences = Likelihood(rule, scope).confidences(evidence())
+    torch.testing.assert_close(confidences, torch.tensor(expected).exp())
+
+
+def test_lowest_so_far_never_rises():
+    given = evidence()
+    object.__setattr__(given, "log_prob", torch.tensor([-1.0, -9.0, -1.0, -1.0, -1.0, -1.0, -1.0]))
+    confidences = Likelihood("lowest", "prefix").confidences(given)
+    assert len(set(confidences.tolist())) == 1
+    assert Likelihood("lowest", "segment").confidences(given)[1] > confidences[1]
+
+
+def test_prompt_weighs_yes_against_no():
+    given = evidence()
+    verifier = Prompt([1], yes_ids=[3, 4], no_ids=[5])
+    yes = torch.softmax(given.suffix_logits, -1)[:, [3, 4]].sum(-1)
+    no = torch.softmax(given.suffix_logits, -1)[:, 5]
+    torch.testing.assert_close(verifier.confidences(given), yes / (yes + no))
+
+
+def test_prompt_asks_in_the_chat_template(tokenizer):
+    verifier = Prompt.of(tokenizer)
+    assert tokenizer.decode(verifier.suffix_ids) == "<|end|> <|user|> right ? <|end|> <|assistant|>"
+    assert [tokenizer.decode(i) for i in verifier.yes_ids] == ["yes"]
+    assert [tokenizer.decode(i) for i in verifier.no_ids] == ["no"]
+
+
+def test_prompt_needs_a_chat_template(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        Prompt.of(plain)
+
+
+def test_prompt_on_a_real_chat_model(smollm):
+    verifier = Prompt.of(smollm[1])
+    text = smollm[1].decode(verifier.suffix_ids)
+    assert text.startswith("<|im_end|>\n<|im_start|>user\nIs the answer above correct so far")
+    assert text.endswith("<|im_start|>assistant\n")
+    assert len(verifier.yes_ids) > 1
+
+
+def test_the_probe_is_a_chance_of_survival():
+    torch.manual_seed(0)
+    head = ProbeHead(4).eval()
+    given = evidence()
+    confidences = Probe(head, (1,)).confidences(given)
+    states, columns = probe_inputs(given)
+    assert states.shape == (7, 4)
+    assert columns[:, 3].tolist() == [0] * 6 + [1]
+    torch.testing.assert_close(states[6], states[5])
+    chances = torch.sigmoid(-head(states, columns))  # of getting past each token
+    torch.testing.assert_close(confidences, chances.cumprod(0)[[1, 3, 6]])
+    assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
+
+
+@pytest.fixture
+def saved(tmp_path, target, tokenizer):
+    torch.manual_seed(1)
+    probe = Probe(ProbeHead(96).eval(), (2, 3), threshold=0.7)
+    save(tmp_path, probe, target, {"tokenizer": tokenizer_hash(tokenizer), "segments": "sentence"})
+    return tmp_path, probe
+
+
+def test_what_is_saved_loads_to_the_same_verdicts(saved, target, tokenizer, draft):
+    folder, probe = saved
+    loaded, record = load(folder, target, tokenizer)
+    assert record["segments"] == "sentence"
+    assert loaded.threshold == 0.7
+    engine = Engine(target, tokenizer, draft, tokenizer, probe)
+    ids = list(range(5, 40))
+    mine = engine.verify(ids, ids, [3, 35])
+    engine.verifier = loaded
+    torch.testing.assert_close(engine.verify(ids, ids, [3, 35]), mine)
+
+
+def test_the_engine_takes_the_segmenter_from_the_verifier(saved, target, tokenizer, draft):
+    make = lambda **options: Engine.from_pretrained(target, draft, saved[0], tokenizer=tokenizer, **options)
+    with pytest.raises(ValueError, match="was trained on 'sentence'"):
+        make(draft_tokenizer=tokenizer, segments=7)
+    assert make(draft_tokenizer=tokenizer).segments == "sentence"
+
+
+def test_another_base_or_tokenizer_is_refused(saved, target, draft, tokenizer):
+    with pytest.raises(ValueError, match="was trained on .* and the target is"):
+        load(saved[0], draft, tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "other"
+    with pytest.raises(ValueError, match="another tokenizer or chat template"):
+        load(saved[0], target, other)
+
+
+def test_a_verifier_that_is_not_there(tmp_path, target, tokenizer):
+    with pytest.raises(FileNotFoundError, match='no such verifier; use "prompt"'):
+        load(tmp_path, target, tokenizer)
+
+
+@pytest.mark.parametrize("verifier", [Likelihood("mean", "segment", 0.3), "prompt"])
+def test_untrained_kinds_are_saved_with_their_threshold(tmp_path, target, tokenizer, verifier):
+    verifier = Prompt.of(tokenizer, 0.3) if verifier == "prompt" else verifier
+    save(tmp_path, verifier, target, {"tokenizer": tokenizer_hash(tokenizer), "segments": 4})
+    assert json.loads((tmp_path / "verifier.json").read_text())["kind"] == verifier.kind
+    assert load(tmp_path, target, tokenizer)[0] == verifier
+
+
+def test_the_fingerprint_survives_a_cast_and_notices_a_change(target):
+    cast = copy.deepcopy(target).to(torch.bfloat16)
+    rounded = copy.deepcopy(cast).float()
+    assert fingerprint(target) == fingerprint(cast) == fingerprint(rounded)
+    with torch.no_grad():
+        next(rounded.parameters()).add_(0.5)
+    assert fingerprint(rounded) != fingerprint(target)
