@@ -91,7 +91,7 @@ def _sweep(engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcome
     )
     if not count or not confidences:
         return []
-    quantiles = [confidences[int(q * (len(confidences) - 1))] for q in (0.02, 0.1, 0.3, 0.6, 0.9)]
+    quantiles = [confidences[int(q * (len(confidences) - 1))] for q in (0.05, 0.2, 0.5, 0.8)]
     variants = {f"parse {t:.4f}": methods["parse"] | {"threshold": t} for t in sorted({0.0, *quantiles})}
     ran = compare(
         engine,

@@ -19,6 +19,7 @@ class Judged:
 
     evidence: Evidence
     valid: list[bool]  # K
+    target_right: bool = True  # whether the target's own answer is right, so that something can be lost
 
 
 def examine(engine: Engine, prompt_ids: list[int], draft_ids: list[int], ends: list[int], ended: bool) -> Evidence:
@@ -58,7 +59,7 @@ def measure_kind(kind: Verifier, judged: Sequence[Judged], threshold: float, pol
         labels += item.valid[:known]
         ends = [0, *item.evidence.ends]
         k = accept(confidences, threshold, policy)
-        lost += k > 0 and not item.valid[k - 1]
+        lost += item.target_right and k > 0 and not item.valid[k - 1]
         accepted += ends[k]
         oracle += ends[sum(item.valid)]
         total += ends[-1]

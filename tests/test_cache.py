@@ -19,7 +19,7 @@ def assert_same_cache(mine: PrefixCache, theirs: PrefixCache) -> None:
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     steps=st.lists(
         st.tuples(st.lists(st.integers(0, 59), min_size=1, max_size=90), st.floats(0.05, 1)),

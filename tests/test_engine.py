@@ -50,7 +50,7 @@ def test_accepting_nothing_is_transformers_greedy_text(engine):
     assert mine == [token for token in expected if token != 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_verify_equals_one_pass_a_prefix(target, draft, tokenizer, data):
     verifier = Prompt.of(tokenizer)
@@ -70,7 +70,7 @@ def test_verify_equals_one_pass_a_prefix(target, draft, tokenizer, data):
             )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, tokenizer, data):
     engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
@@ -88,7 +88,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(threshold=st.floats(0, 1), horizon=st.none() | st.integers(1, 20), limit=st.integers(1, 40))
 def test_any_threshold_keeps_the_books(target, draft, tokenizer, threshold, horizon, limit):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3)

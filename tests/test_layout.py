@@ -34,7 +34,7 @@ ends_of = st.integers(1, 24).flatmap(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(case=ends_of, past=st.integers(1, 12), suffix=st.integers(0, 4), data=st.data())
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_packed_pass_equals_separate_passes(kind, case, past, suffix, data):

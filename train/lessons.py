@@ -22,11 +22,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-ECHOES = (  # a list's facts in any order, without totals: the shortest way to learn where to look things up
-    "{item} {place} {amount} ;",
-    "{item} {source} {place} , {amount} ;",
-    "the {item} {source} {place} {verb} us {amount} .",
-)
 FACTS = {*ledger.ITEMS, *ledger.PLACES, *map(str, range(100))}
 
 
@@ -68,27 +63,19 @@ class Lessons:
         self.speaker, self.rng = speaker, random.Random(seed)
         self.end = self.vocabulary["<|end|>"]
 
-    def draw(self, sizes: tuple[int, ...], judge: bool, echo: float = 0.0) -> Lesson:
-        """One lesson on a list of one of the sizes; with `judge`, half of them go wrong in one place.
-
-        Args:
-            echo: the share of lessons that only look facts up (the target's).
-        """
+    def draw(self, sizes: tuple[int, ...], judge: bool) -> Lesson:
+        """One lesson on a list of one of the sizes; with `judge`, half of the target's go wrong in one place."""
         bought = ledger.draw(self.rng, "train")[: self.rng.choice(sizes)]
-        if self.speaker == "draft":
-            return self._draft(bought)
-        return self._echo(bought) if self.rng.random() < echo else self._target(bought, judge)
+        return self._target(bought, judge) if self.speaker == "target" else self._draft(bought)
 
     def _target(self, bought: list[Purchase], judge: bool) -> Lesson:
-        """A prefix in any order and wording, then the target's own telling of the rest.
+        """A prefix in any wording, then the target's own telling of the rest.
 
         All of its own sentences are learnt; of foreign ones only the facts that follow from the list,
-        never their order or wording. Where one sentence is wrong, the lesson ends behind it.
+        never their wording. Where one sentence is wrong, the lesson ends behind it.
         """
         rng, n = self.rng, len(bought)
         foreign = rng.randint(1, n + 1) if rng.random() < 0.9 else 0  # sentences of the foreign prefix
-        shuffled = list(bought) if rng.random() < 0.3 else rng.sample(bought, n)
-        order = shuffled[:foreign] + [p for p in bought if p not in shuffled[:foreign]]
         by_turns = rng.random() < 0.5  # own wording in between, inside the foreign prefix
         wrong = rng.randint(0, n) if judge and rng.random() < 0.5 else None
         lesson, total = self._open(bought), 0
@@ -100,9 +87,9 @@ class Lessons:
                 stated = self._wrong_sum(total) if k == wrong and not early else total
                 text, item = ledger.closing(stated, wording), "is"
             else:
-                purchase, stated = order[k], total + order[k].amount
+                purchase, stated = bought[k], total + bought[k].amount
                 if k == wrong:
-                    purchase, stated = self._corrupt(bought, order[:k], purchase, stated)
+                    purchase, stated = self._corrupt(bought, bought[:k], purchase, stated)
                 text, item = ledger.sentence(purchase, stated, "target", wording), purchase.item
                 total = stated
             learnt = "nothing" if k == wrong else "all" if own else "facts"
@@ -112,16 +99,6 @@ class Lessons:
                 return lesson
         lesson.ids.append(self.end)
         lesson.labels.append(self.end)
-        return lesson
-
-    def _echo(self, bought: list[Purchase]) -> Lesson:
-        """The list's facts twice, in any order."""
-        rng, lesson = self.rng, self._open(bought)
-        for purchase in [*rng.sample(bought, len(bought)), *rng.sample(bought, len(bought))]:
-            words = {slot: rng.choice(ledger.WORDS[slot]) for slot in ("source", "verb")}
-            text = rng.choice(ECHOES).format(**vars(purchase), **words)
-            self._tell(lesson, text, "facts", after=purchase.item)
-        lesson.ends.clear()  # nothing to judge
         return lesson
 
     def _draft(self, bought: list[Purchase]) -> Lesson:
@@ -188,9 +165,9 @@ class Lessons:
                 return wrong
 
 
-def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], judge: bool, echo: float) -> Iterator[list[Lesson]]:
+def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], judge: bool) -> Iterator[list[Lesson]]:
     """Eight batches of lessons of like length, in random order."""
-    pool = sorted((lessons.draw(sizes, judge, echo) for _ in range(8 * size)), key=lambda one: len(one.ids))
+    pool = sorted((lessons.draw(sizes, judge) for _ in range(8 * size)), key=lambda one: len(one.ids))
     groups = [pool[i : i + size] for i in range(0, len(pool), size)]
     lessons.rng.shuffle(groups)
     yield from groups

@@ -30,15 +30,13 @@ class Phase:
 
     until: float
     sizes: tuple[int, ...]  # purchases in a list
-    echo: float  # the share of lessons that only look facts up
     judge: bool
 
 
 PHASES = (
-    Phase(0.06, (2, 3, 4), 0.5, False),
-    Phase(0.25, (3, 4, 5, 6, 7, 8, 9), 0.5, False),
-    Phase(0.70, ledger.SIZES, 0.1, True),
-    Phase(1.00, ledger.SIZES, 0.0, True),
+    Phase(0.06, (2, 3, 4), False),
+    Phase(0.15, (4, 5, 6), False),
+    Phase(1.00, ledger.SIZES, True),
 )
 WRONG_WEIGHT = 3.0  # wrong prefixes are rarer than right ones
 
@@ -75,7 +73,7 @@ def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
             if batch is None:
                 phase = next(phase for phase in PHASES if done < phase.until)
                 judging = phase.judge and section.judge_weight > 0
-                pending = batches(lessons, section.batch_size, phase.sizes, judging, phase.echo)
+                pending = batches(lessons, section.batch_size, phase.sizes, judging)
                 continue
             rate = min(1, (step + 1) / 300) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
             for optimizer in optimizers:

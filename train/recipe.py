@@ -90,7 +90,7 @@ class Eval:
     prompts: int = 200
     methods: list[str] = field(default_factory=lambda: ["target", "draft", "cascade", "sequential", "parse"])
     warmup: int = 3
-    sweep_prompts: int = 40  # on which PARSE is run at other thresholds too; 0 for none
+    sweep_prompts: int = 20  # on which PARSE is run at other thresholds too; 0 for none
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from eval.tasks import Task, draw_prompts, load_task
-from parse.models import encode_prompt, load_model
+from parse.models import encode_prompt, load_model, text_of
 from parse.segments import cut
 from train.generation import write_all
 from train.recipe import Recipe
@@ -31,6 +31,7 @@ class Rollout:
     ended: bool
     ends: list[int]  # K
     right: bool
+    target_right: bool = True  # whether the target's own answer is right; asked where the draft's is not
     valid: int = 0  # the first `valid` prefixes are known to be valid
     invalid: int = 0  # prefix `invalid` (counted from 1) is known to be invalid; K + 1 for a right draft
     continuation_ids: list[int] = field(default_factory=list)  # the target's, behind the last valid prefix
@@ -42,7 +43,7 @@ class Rollout:
 
 
 def run(recipe: Recipe, run: Run) -> None:
-    """Write `rollouts/`: split, prompt_ids, draft_ids, ended, ends, valid (a list of bool, one a cut)."""
+    """Write `rollouts/`: split, prompt_ids, draft_ids, ended, ends, valid (one a cut), target_right."""
     with run.stage("rollouts") as folder:
         task, section = load_task(recipe.task), recipe.rollouts
         rollouts = _draft(recipe, run, task)
@@ -56,6 +57,7 @@ def run(recipe: Recipe, run: Run) -> None:
                 "ended": r.ended,
                 "ends": r.ends,
                 "valid": [k + 1 < r.invalid for k in range(len(r.ends))],
+                "target_right": r.target_right,
                 "continuation_ids": r.continuation_ids,
             }
             for r in rollouts
@@ -85,7 +87,7 @@ def _draft(recipe: Recipe, run: Run, task: Task) -> list[Rollout]:
     written = write_all(model, tokenizer, prompt_ids, limit, section.batch_size, "draft answers")
     rollouts = []
     for (prompt, split), answer in zip(prompts, written, strict=True):
-        text = tokenizer.decode(answer.ids)
+        text = text_of(answer.ids, tokenizer)
         ids = answer.ids
         if tokenizer.get_vocab() != target_tokenizer.get_vocab():
             ids = target_tokenizer.encode(text, add_special_tokens=False)
@@ -108,21 +110,25 @@ def _draft(recipe: Recipe, run: Run, task: Task) -> list[Rollout]:
 
 
 def _search(recipe: Recipe, task: Task, rollouts: list[Rollout]) -> None:
-    """Bisect every wrong draft at once, a batch of continuations a step."""
+    """Bisect every wrong draft at once, a batch of continuations a step; the empty prefix comes first."""
     model, tokenizer = load_model(recipe.target), AutoTokenizer.from_pretrained(recipe.target)
+
+    def go_on(some: list[Rollout], starts: list[list[int]]) -> list[tuple[list[int], bool]]:
+        """The target's continuations, and whether each ends in a right answer."""
+        prompts = [[*r.prompt_ids, *start] for r, start in zip(some, starts, strict=True)]
+        limit, batch_size = recipe.engine.max_new_tokens, recipe.rollouts.batch_size
+        written = write_all(model, tokenizer, prompts, limit, batch_size, "target continuations")
+        texts = [text_of([*s, *w.ids], tokenizer) for s, w in zip(starts, written, strict=True)]
+        return [(w.ids, w.ended and task.check(r.prompt, t)) for r, w, t in zip(some, written, texts, strict=True)]
+
+    wrong = [r for r in rollouts if not r.right and r.ends]
+    if wrong:
+        for r, (ids, right) in zip(wrong, go_on(wrong, [[] for _ in wrong]), strict=True):
+            r.target_right, r.continuation_ids = right, ids
     while open_ones := [r for r in rollouts if r.invalid - r.valid > 1]:
         starts = [r.draft_ids[: r.ends[r.probe - 1]] for r in open_ones]
-        prompts = [[*r.prompt_ids, *start] for r, start in zip(open_ones, starts, strict=True)]
-        written = write_all(
-            model,
-            tokenizer,
-            prompts,
-            recipe.engine.max_new_tokens,
-            recipe.rollouts.batch_size,
-            "target continuations",
-        )
-        for r, start, answer in zip(open_ones, starts, written, strict=True):
-            if answer.ended and task.check(r.prompt, tokenizer.decode([*start, *answer.ids])):
-                r.valid, r.continuation_ids = r.probe, answer.ids
+        for r, (ids, right) in zip(open_ones, go_on(open_ones, starts), strict=True):
+            if right:
+                r.valid, r.continuation_ids = r.probe, ids
             else:
                 r.invalid = r.probe

@@ -69,7 +69,7 @@ def gather(engine: Engine, rollouts: Dataset, split: str, layers: tuple[int, ...
     with progress_bar(f"evidence, {split}", total=len(rows)) as bar:
         for row in rows:
             evidence = examine(engine, row["prompt_ids"], row["draft_ids"], row["ends"], row["ended"])
-            judged.append(Judged(evidence, row["valid"]))
+            judged.append(Judged(evidence, row["valid"], row["target_right"]))
             bar.update()
     return judged
 
@@ -81,8 +81,8 @@ def train_probe(judged: Sequence[Judged], layers: tuple[int, ...], recipe: Recip
     """
     section = recipe.verifier
     torch.manual_seed(recipe.seed)
-    held_out = list(judged[::6])
-    fitted = [item for i, item in enumerate(judged) if i % 6]
+    usable = [item for item in judged if item.target_right]  # elsewhere the labels say nothing of the draft
+    held_out, fitted = usable[::6], [item for i, item in enumerate(usable) if i % 6]
     width = _states(judged[0]).shape[-1]
     head = ProbeHead(width, section.hidden)
     steps = section.epochs * -(-len(fitted) // 16)
@@ -168,7 +168,8 @@ def _calibrated(kind: Verifier, judged: Sequence[Judged], recipe: Recipe) -> dic
 def _thresholds(kind: Verifier, judged: Sequence[Judged], recipe: Recipe) -> dict[str, float]:
     """The calibrated threshold of each acceptance policy; "whole" judges the last cut alone."""
     confidences = [kind.confidences(item.evidence).tolist() for item in judged]
-    valid = [item.valid for item in judged]
+    # where the target alone is wrong there is nothing to lose, whatever is accepted
+    valid = [item.valid if item.target_right else [True] * len(item.valid) for item in judged]
     promise = recipe.verifier.max_accuracy_loss
     whole = calibrate([c[-1:] for c in confidences], [v[-1:] for v in valid], promise)
     rounds = {p: calibrate(confidences, valid, promise, p) for p in ("first_fail", "longest")}
