@@ -9,8 +9,8 @@ from typing import Any
 from eval.methods import WHAT, Outcome
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .7rem; text-align: right }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #444 } td { border-bottom: 1px solid #ddd } 
 td:first-child, th:first-child { text-align: left }
 .kept { background: #d8f0d8 } .cut { background: #f6d5d5; text-decoration: line-through; color: #777 }
@@ -75,7 +75,7 @@ Speed-up is end-to-end seconds of target-alone over the method's; intervals are 
 
 def _html_table(rows: Sequence[dict[str, Any]]) -> str:
     head = (
-        "method|what|accuracy|interval|vs target|p|speed-up|interval|s/request|first token|accepted|"
+        "method|accuracy|interval|vs target|p|speed-up|interval|s/request|first token|accepted|"
         "false accepts|false rejects"
     )
     body = []
@@ -84,7 +84,6 @@ def _html_table(rows: Sequence[dict[str, Any]]) -> str:
         slow, fast = row["speedup_ci95"]
         cells = [
             row["name"],
-            WHAT[row["name"]],
             f"{row['accuracy']:.1%}",
             f"{low:.1%} to {high:.1%}",
             f"{row['accuracy_difference'] * 100:+.1f} pt",
@@ -99,7 +98,8 @@ def _html_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{name}</th>" for name in head.split("|"))
-    return f"<table><tr>{header}</tr>{''.join(body)}</table>"
+    what = "; ".join(f"<b>{row['name']}</b>: {WHAT[row['name']]}" for row in rows)
+    return f"<table><tr>{header}</tr>{''.join(body)}</table><p>{what}.</p>"
 
 
 def _plot(summary: dict[str, Any]) -> str:

@@ -1,0 +1,54 @@
+"""Making the shipped pair: seconds of it, from the recipe to a folder that the engine loads."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from parse.models import load_model
+from parse.verifiers import Prompt
+from tests.conftest import random_model
+from train.__main__ import main
+from train.lessons import Lessons
+from train.pretrain import _losses
+from train.recipe import load_recipe
+
+
+@pytest.mark.slow
+def test_a_model_from_nothing(tmp_path):
+    words = ["pretrain.draft.minutes=0.05", f"pretrain.draft.output={tmp_path}/draft", "pretrain.draft.batch_size=4"]
+    content = load_recipe("recipes/embedded_models.yaml", words)
+    path = tmp_path / "recipe.yaml"
+    import yaml
+
+    from train.recipe import to_dict
+
+    plain = to_dict(content)
+    del plain["pretrain"]["target"]
+    path.write_text(yaml.safe_dump(plain | {"runs": str(tmp_path / "runs")}))
+    assert main([str(path), "pretrain"]) == 0
+    model, tokenizer = load_model(tmp_path / "draft"), AutoTokenizer.from_pretrained(tmp_path / "draft")
+    assert model.config.model_type == "gpt2"
+    assert model.config.vocab_size == len(tokenizer)
+    assert tokenizer.chat_template
+
+
+def test_packed_judging_turns_learn_what_separate_ones_would(tokenizer):
+    """The loss over one packed pass equals the loss over one plain pass a verdict."""
+    model = random_model("llama", len(tokenizer))
+    model.set_attn_implementation("eager")
+    judge = Prompt.of(tokenizer)
+    lessons = Lessons(tokenizer, "target", seed=5)
+    batch = [lessons.draw((2, 3), judge=True) for _ in range(3)]
+    telling, judging = _losses(model, batch, judge)
+    weights, losses = [], []
+    with torch.no_grad():
+        for lesson in batch:
+            for end, verdict in zip(lesson.ends, lesson.verdicts, strict=True):
+                logits = model(torch.tensor([lesson.ids[:end] + judge.suffix_ids])).logits[0, -1]
+                answer = (judge.yes_ids if verdict else judge.no_ids)[0]
+                weights.append(1.0 if verdict else 3.0)
+                losses.append(-torch.log_softmax(logits, -1)[answer].item() * weights[-1])
+    assert judging.item() == pytest.approx(sum(losses) / sum(weights), rel=0.05)  # bfloat16 against float32
+    assert telling.item() > 0
+    (telling + judging).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
