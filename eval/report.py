@@ -10,7 +10,8 @@ from eval.methods import WHAT, Outcome
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap }
+table { border-collapse: collapse; margin: 1rem 0 } 
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #444 } td { border-bottom: 1px solid #ddd } 
 td:first-child, th:first-child { text-align: left }
 .kept { background: #d8f0d8 } .cut { background: #f6d5d5; text-decoration: line-through; color: #777 }
