@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from train.lessons import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "recipes" / "models"
-torch.set_num_threads(2)
+torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(autouse=True)
