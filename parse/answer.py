@@ -134,11 +134,12 @@ class Answer:
             room = min(room, settings.horizon)
         self.draft_context.become([*self.draft_prompt_ids, *engine.to_draft(self.ids)])
         written = self.draft_context.write(room, settings.sample, stop)
-        ids = engine.to_target(written.ids)[: self.budget - len(self.ids)]
+        ids = engine.to_target(written.ids)
+        cropped = ids[: self.budget - len(self.ids)]
         self.stats.rounds += 1
-        self.stats.draft_tokens += len(ids)
+        self.stats.draft_tokens += len(cropped)
         self._clock("draft")
-        return Written(ids, written.ended)
+        return Written(cropped, written.ended and len(cropped) == len(ids))
 
     def verify(self, draft: Written) -> Verdict:
         """Cut the draft and judge every prefix in one packed pass."""

@@ -153,7 +153,7 @@ class Engine:
             verdict = answer.verify(draft)
             k = accept(verdict.confidences, settings.threshold, settings.policy)
             answer.commit(draft, verdict, k)
-            if not answer.done:
+            if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
                 answer.proceed()
 
     @torch.inference_mode()
