@@ -7,8 +7,11 @@ would have written, needs no semantic verifier. These figures say whether it is 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from eval.judged import Judged, examine, measure_kind, reader, untrained_kinds
 from eval.methods import Outcome
@@ -58,7 +61,25 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
         "target_layers": engine.target.config.num_hidden_layers,
         "draft_layers": draft_layers,
         "cost_ratio": seconds[0] / seconds[1],
+        "generate_over_target_loop": generate_over_target_loop(engine, [o.prompt for o in target[:10]]),
     }
+
+
+def generate_over_target_loop(engine: Engine, prompts: Sequence[str], limit: int = 128) -> float:
+    """Seconds of `transformers` generate over those of our own target-alone loop, in turns, greedy, the same tokens."""
+    ours = theirs = 0.0
+    for prompt in prompts:
+        ids = torch.tensor([engine.encode(prompt)], device=engine.target.device)  # [1, L]
+        started = time.perf_counter()
+        engine.generate(prompt, limit, method="target")
+        middle = time.perf_counter()
+        with torch.inference_mode():
+            engine.target.generate(
+                ids, max_new_tokens=limit, do_sample=False, pad_token_id=engine.tokenizer.eos_token_id
+            )
+        ours += middle - started
+        theirs += time.perf_counter() - middle
+    return theirs / ours
 
 
 def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[str]) -> float | None:

@@ -54,6 +54,7 @@ def pair_table(pair: dict[str, Any]) -> str:
         ),
         ("layers of target and draft", f"{pair['target_layers']}, {pair['draft_layers']}"),
         ("target's time a token over draft's", f"{pair['cost_ratio']:.1f}"),
+        ("generate's time over our target's", f"{pair['generate_over_target_loop']:.2f}"),
     ]
     return "\n".join(f"  {name:38s}{value}" for name, value in lines)
 
