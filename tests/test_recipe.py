@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -151,14 +150,12 @@ def test_dry_run_runs_nothing(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_refusal_takes_seconds():
-    started = time.monotonic()
+def test_a_refusal_is_a_message_and_no_traceback():
     command = [sys.executable, "-m", "train", "recipes/quickstart.yaml", "rollout.train=3"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "did you mean 'rollouts'" in result.stderr
     assert "Traceback" not in result.stderr
-    assert time.monotonic() - started < 60
 
 
 def test_another_distribution_called_parse_is_noticed(tmp_path):
