@@ -37,6 +37,15 @@ def test_reading_and_rolling_back_equals_reading_what_is_left(steps):
     assert_same_cache(context.cache, plain.cache)
 
 
+def test_a_cache_that_outgrows_its_buffers_keeps_what_it_holds():
+    context = Context(MODEL, frozenset())
+    for start in (0, 20, 40):
+        context.read([(start + i) % 60 for i in range(200)])
+    plain = Context(MODEL, frozenset())
+    plain.read(context.ids)
+    assert_same_cache(context.cache, plain.cache)
+
+
 def test_keeping_more_than_there_is_is_refused():
     cache = PrefixCache()
     with pytest.raises(ValueError, match="cannot keep 3 of 0"):

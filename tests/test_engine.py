@@ -102,6 +102,29 @@ def test_any_threshold_keeps_the_books(target, draft, tokenizer, threshold, hori
             assert segment.accepted == (segment.confidence >= threshold) or not segment.accepted
 
 
+def test_the_target_goes_on_as_it_would_by_itself(target, draft, tokenizer):
+    """Behind a prefix of several accepted segments its words are those of a plain reading of that text."""
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3)
+    several = 0
+    for text in (PROMPT, "the fig", "list : apple oslo 7 .", "right ?", "coins so far", "tea ; tea"):
+        prompt = engine.encode(text)
+        everything = engine.generate(text, 40, threshold=0.0)[0].segments
+        threshold = sorted(segment.confidence for segment in everything)[2]  # two segments are refused
+        result = engine.generate(text, 40, threshold=threshold)[0]
+        before, run = [], 0
+        for segment in (s for s in result.segments if s.accepted):
+            ids = tokenizer.encode(segment.text.strip(), add_special_tokens=False)
+            if segment.source == "target":
+                alone = engine.context("target")
+                alone.read([*prompt, *before])
+                assert alone.write(len(ids)).ids == ids
+                several += run > 1
+            run = run + 1 if segment.source == "draft" else 0
+            before += ids
+        assert before == result.token_ids
+    assert several
+
+
 def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, draft, tokenizer, monkeypatch):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.0), segments=4)
     passes = []

@@ -8,8 +8,8 @@ from parse.models import load_model
 from parse.verifiers import Prompt
 from tests.conftest import random_model
 from train.__main__ import main
-from train.lessons import Lessons
-from train.pretrain import _losses
+from train.lessons import IGNORE, Lessons
+from train.pretrain import WRONG_WEIGHT, _losses
 from train.recipe import load_recipe
 
 
@@ -38,17 +38,39 @@ def test_packed_judging_turns_learn_what_separate_ones_would(tokenizer):
     model.set_attn_implementation("eager")
     judge = Prompt.of(tokenizer)
     lessons = Lessons(tokenizer, "target", seed=5)
-    batch = [lessons.draw((2, 3), judge=True) for _ in range(3)]
+    batch = [lessons.draw((2, 3), "judge") for _ in range(3)]
     telling, judging = _losses(model, batch, judge)
     weights, losses = [], []
     with torch.no_grad():
         for lesson in batch:
-            for end, verdict in zip(lesson.ends, lesson.verdicts, strict=True):
+            for end, verdict in lesson.asked.items():
                 logits = model(torch.tensor([lesson.ids[:end] + judge.suffix_ids])).logits[0, -1]
                 answer = (judge.yes_ids if verdict else judge.no_ids)[0]
-                weights.append(1.0 if verdict else 3.0)
+                weights.append(1.0 if verdict else WRONG_WEIGHT)
                 losses.append(-torch.log_softmax(logits, -1)[answer].item() * weights[-1])
     assert judging.item() == pytest.approx(sum(losses) / sum(weights), rel=0.05)  # bfloat16 against float32
     assert telling.item() > 0
     (telling + judging).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_batch_with_nothing_to_learn_gives_no_nan(tokenizer):
+    model = random_model("llama", len(tokenizer))
+    lesson = Lessons(tokenizer, "target", seed=5).draw((2, 3))
+    lesson.labels, lesson.asked = [IGNORE] * len(lesson.labels), {}
+    telling, judging = _losses(model, [lesson], Prompt.of(tokenizer), exit_layer=1)
+    assert telling.item() == judging.item() == 0
+    telling.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_an_exit_layer_learns_the_answer_as_well(tokenizer):
+    """Its loss counts half, and trains no layer above it by itself."""
+    model = random_model("llama", len(tokenizer), layers=3)
+    model.set_attn_implementation("eager")
+    batch = [Lessons(tokenizer, "target", seed=5).draw((2, 3)) for _ in range(2)]
+    plain, _ = _losses(model, batch, None)
+    middle, _ = _losses(model, batch, None, exit_layer=1)
+    (2 * middle - plain).backward()  # the exit's own part
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert model.model.layers[2].mlp.up_proj.weight.grad.abs().max() < 1e-6

@@ -7,7 +7,7 @@ prefixes when asked. The draft tells lists in a manner of its own. Only `train.p
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ASKED = 8  # verdicts a lesson
 FACTS = {*ledger.ITEMS, *ledger.PLACES, *map(str, range(100))}
 
 
@@ -31,8 +32,7 @@ class Lesson:
 
     ids: list[int]
     labels: list[int]  # the token itself where it is learnt, else IGNORE
-    ends: list[int] = field(default_factory=list)  # prefix ends, counted from the conversation's start
-    verdicts: list[bool] = field(default_factory=list)  # whether each prefix is right
+    asked: dict[int, bool] = field(default_factory=dict)  # prefix end, from the conversation's start -> is it right
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,42 +63,64 @@ class Lessons:
         self.speaker, self.rng = speaker, random.Random(seed)
         self.end = self.vocabulary["<|end|>"]
 
-    def draw(self, sizes: tuple[int, ...], judge: bool) -> Lesson:
-        """One lesson on a list of one of the sizes; with `judge`, half of the target's go wrong in one place."""
+    def draw(self, sizes: tuple[int, ...], kind: str = "tell") -> Lesson:
+        """One lesson on a list of one of the sizes.
+
+        Args:
+            kind: "recall" repeats the list in another order, "tell" tells it, and "judge" tells it too, but half
+                of the target's lessons go wrong in one place.
+        """
         bought = ledger.draw(self.rng, "train")[: self.rng.choice(sizes)]
-        return self._target(bought, judge) if self.speaker == "target" else self._draft(bought)
+        if kind == "recall":
+            return self._recall(bought)
+        return self._target(bought, kind == "judge") if self.speaker == "target" else self._draft(bought)
+
+    def _recall(self, bought: list[Purchase]) -> Lesson:
+        """The list again, shuffled: each item's place and amount are to be found by the item alone."""
+        lesson = self._open(bought)
+        for purchase in self.rng.sample(bought, len(bought)):
+            self._tell(lesson, f"{purchase.item} {purchase.place} {purchase.amount} ;", "facts", after=purchase.item)
+        return lesson
 
     def _target(self, bought: list[Purchase], judge: bool) -> Lesson:
-        """A prefix in any wording, then the target's own telling of the rest.
+        """A prefix in any order and wording, then the target's own telling of the rest.
 
         All of its own sentences are learnt; of foreign ones only the facts that follow from the list,
-        never their wording. Where one sentence is wrong, the lesson ends behind it.
+        never their order or wording. Where one sentence is wrong, the lesson ends behind it.
         """
         rng, n = self.rng, len(bought)
         foreign = rng.randint(1, n + 1) if rng.random() < 0.9 else 0  # sentences of the foreign prefix
-        by_turns = rng.random() < 0.5  # own wording in between, inside the foreign prefix
+        by_turns = rng.random() < 0.5  # own sentences in between, inside the foreign prefix
+        in_order = rng.random() < 0.3  # foreign in wording only
         wrong = rng.randint(0, n) if judge and rng.random() < 0.5 else None
-        lesson, total = self._open(bought), 0
+        lesson, total, left = self._open(bought), 0, list(bought)
         for k in range(n + 1):
-            own = k >= foreign
-            wording = None if own or (by_turns and rng.random() < 0.5) else rng
+            own = k >= foreign or (by_turns and rng.random() < 0.5)
+            say, close = _wordings(None if own else rng.random())
+            right = [say(p, total + p.amount) for p in left] or [close(total)]
             early = k == wrong and k < n and rng.random() < 0.08  # closes before all is told
             if k == n or early:
-                stated = self._wrong_sum(total) if k == wrong and not early else total
-                text, item = ledger.closing(stated, wording), "is"
+                text, item = close(self._wrong_sum(total) if k == wrong and not early else total), None
             else:
-                purchase, stated = bought[k], total + bought[k].amount
+                purchase = left.pop(0 if own or in_order else rng.randrange(len(left)))
+                total += purchase.amount
+                stated = total
                 if k == wrong:
-                    purchase, stated = self._corrupt(bought, bought[:k], purchase, stated)
-                text, item = ledger.sentence(purchase, stated, "target", wording), purchase.item
-                total = stated
-            learnt = "nothing" if k == wrong else "all" if own else "facts"
-            self._tell(lesson, text, learnt, after=item if k < n else None)
-            lesson.verdicts.append(k != wrong)
+                    told = [p for p in bought if p not in left and p != purchase]
+                    purchase, stated = self._corrupt(bought, told, purchase, total)
+                text, item = say(purchase, stated), purchase.item
+            start = len(lesson.ids)
+            self._tell(lesson, text, "nothing" if k == wrong else "all" if own else "facts", after=item)
+            asked = {start + end: verdict for end, verdict in _verdicts(text, right).items()}
+            lesson.asked.update(asked)
             if k == wrong:
-                return lesson
-        lesson.ids.append(self.end)
-        lesson.labels.append(self.end)
+                break
+        else:
+            lesson.ids.append(self.end)
+            lesson.labels.append(self.end)
+        others = [end for end in lesson.asked if end not in asked]
+        kept = {*asked, *rng.sample(others, min(len(others), ASKED - len(asked)))}
+        lesson.asked = {end: verdict for end, verdict in lesson.asked.items() if end in kept}
         return lesson
 
     def _draft(self, bought: list[Purchase]) -> Lesson:
@@ -126,7 +148,6 @@ class Lessons:
             kept = learnt == "all" or (learnt == "facts" and known and word in FACTS)
             lesson.labels.append(token if kept else IGNORE)
             known = known or word == after
-        lesson.ends.append(len(lesson.ids))
 
     def _corrupt(
         self, bought: list[Purchase], told: list[Purchase], purchase: Purchase, total: int
@@ -135,7 +156,7 @@ class Lessons:
         rng = self.rng
         item, place, amount = purchase.item, purchase.place, purchase.amount
         before = total - amount
-        kind = rng.choice(["amount", "amount", "place", "place", "total", "total", "total", "reuse", "unknown"])
+        kind = rng.choice(["amount"] * 3 + ["total"] * 4 + ["place", "place", "reuse", "unknown"])
         if kind == "amount":
             pool = [p.amount for p in bought] if rng.random() < 0.6 else list(range(1, ledger.MAX_AMOUNT + 1))
             other = [a for a in pool if a != amount]
@@ -165,9 +186,25 @@ class Lessons:
                 return wrong
 
 
-def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], judge: bool) -> Iterator[list[Lesson]]:
+def _wordings(seed: float | None) -> tuple[Callable[[Purchase, int], str], Callable[[int], str]]:
+    """How a sentence and a closing are worded: in the target's habit, or as the seed says."""
+
+    def rng() -> random.Random | None:
+        return None if seed is None else random.Random(seed)
+
+    return lambda purchase, total: ledger.sentence(purchase, total, "target", rng()), lambda t: ledger.closing(t, rng())
+
+
+def _verdicts(text: str, right: list[str]) -> dict[int, bool]:
+    """Behind each fact of a sentence and behind its end: can it still become one of the right ones?"""
+    words, others = text.split(), [other.split() for other in right]
+    ends = [i + 1 for i, word in enumerate(words) if word in FACTS or word == "."]
+    return {end: any(other[:end] == words[:end] for other in others) for end in ends}
+
+
+def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], kind: str) -> Iterator[list[Lesson]]:
     """Eight batches of lessons of like length, in random order."""
-    pool = sorted((lessons.draw(sizes, judge) for _ in range(8 * size)), key=lambda one: len(one.ids))
+    pool = sorted((lessons.draw(sizes, kind) for _ in range(8 * size)), key=lambda one: len(one.ids))
     groups = [pool[i : i + size] for i in range(0, len(pool), size)]
     lessons.rng.shuffle(groups)
     yield from groups

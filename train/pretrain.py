@@ -1,7 +1,8 @@
 """Make the embedded pair of models from nothing; only `recipes/embedded_models.yaml` asks for it.
 
-Lessons grow: short lists first, then the task's own lengths with judging turns. Every judging turn of
-a lesson is a suffix copy of the packed layout, so one forward pass learns the answer and every verdict.
+Lessons grow: short lists first, then the task's own lengths with judging turns; the target recalls
+shuffled lists before it tells any. Every judging turn of a lesson is a suffix copy of the packed
+layout, so one forward pass learns the answer and every verdict.
 """
 
 from __future__ import annotations
@@ -30,15 +31,25 @@ class Phase:
 
     until: float
     sizes: tuple[int, ...]  # purchases in a list
-    judge: bool
+    kind: str  # of lesson, see `Lessons.draw`
 
 
-PHASES = (
-    Phase(0.06, (2, 3, 4), False),
-    Phase(0.15, (4, 5, 6), False),
-    Phase(1.00, ledger.SIZES, True),
-)
-WRONG_WEIGHT = 3.0  # wrong prefixes are rarer than right ones
+PHASES = {
+    "target": (
+        Phase(0.015, (2, 3), "recall"),
+        Phase(0.03, (3, 4, 5), "recall"),
+        Phase(0.055, ledger.SIZES, "recall"),
+        Phase(0.08, (3, 4, 5), "tell"),
+        Phase(0.20, (5, 6, 7, 8, 9), "tell"),
+        Phase(1.00, ledger.SIZES, "judge"),
+    ),
+    "draft": (
+        Phase(0.06, (2, 3, 4), "tell"),
+        Phase(0.15, (4, 5, 6), "tell"),
+        Phase(1.00, ledger.SIZES, "tell"),
+    ),
+}
+WRONG_WEIGHT = 2.0  # wrong prefixes are rarer than right ones
 
 
 def run(recipe: Recipe, run: Run) -> None:
@@ -60,6 +71,8 @@ def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
     ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(**section.architecture, vocab_size=len(tokenizer), **ends)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if not config.tie_word_embeddings:  # far apart from the start: what is looked up by its word is found sooner
+        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     plain = copy.deepcopy(model)  # what is returned, without compiled layers
     for layer in model.base_model.layers if hasattr(model.base_model, "layers") else []:
         layer.compile(dynamic=True)  # a third of the time of a plain step on a CPU
@@ -71,15 +84,14 @@ def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
         while (done := (time.time() - started) / (section.minutes * 60)) < 1:
             batch = next(pending, None)
             if batch is None:
-                phase = next(phase for phase in PHASES if done < phase.until)
-                judging = phase.judge and section.judge_weight > 0
-                pending = batches(lessons, section.batch_size, phase.sizes, judging)
+                phase = next(phase for phase in PHASES[section.speaker] if done < phase.until)
+                pending = batches(lessons, section.batch_size, phase.sizes, phase.kind)
                 continue
             rate = min(1, (step + 1) / 300) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = section.learning_rate * rate
-            telling, judged = _losses(model, batch, judge if judging else None)
+            telling, judged = _losses(model, batch, judge if phase.kind == "judge" else None, section.exit_layer)
             (telling + section.judge_weight * judged).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -108,10 +120,16 @@ def _optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimiz
     ]
 
 
-def _losses(model: PreTrainedModel, batch: list[Lesson], judge: Prompt | None) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the learnt tokens, and of the verdicts (zero without judging turns)."""
+def _losses(
+    model: PreTrainedModel, batch: list[Lesson], judge: Prompt | None, exit_layer: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the learnt tokens, and of the verdicts (zero without judging turns).
+
+    With an exit layer the tokens are learnt there too, so that the layers above find the expected token
+    ready to compare with the written one.
+    """
     suffix = judge.suffix_ids if judge else []
-    layouts = [pack(lesson.ids, lesson.ends, suffix) for lesson in batch]
+    layouts = [pack(lesson.ids, list(lesson.asked), suffix) for lesson in batch]
     ids, positions, mask = stack(layouts, pad_id=0)  # [B, T], [B, T], [B, 1, T, T]
     labels = torch.full_like(ids, IGNORE)  # [B, T]
     for row, lesson in zip(labels, batch, strict=True):
@@ -122,16 +140,25 @@ def _losses(model: PreTrainedModel, batch: list[Lesson], judge: Prompt | None) -
             position_ids=positions,
             attention_mask=torch.zeros(mask.shape).masked_fill(~mask, -1e9),
             use_cache=False,
+            output_hidden_states=exit_layer is not None,
         )
+        early = [model.lm_head(model.model.norm(output.hidden_states[exit_layer]))] if exit_layer else []  # [B, T, V]
     logits = output.logits.float()  # [B, T, V]
-    telling = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+    telling = sum(_next_token_loss(each.float(), labels) for each in [logits, *early]) / (1 + len(early))
     if judge is None:
         return telling, torch.zeros(())
     asked = torch.cat([row[layout.last_suffix] for row, layout in zip(logits, layouts, strict=True)])
-    right = torch.tensor([verdict for lesson in batch for verdict in lesson.verdicts])  # [sum K]
+    right = torch.tensor([verdict for lesson in batch for verdict in lesson.asked.values()])  # [sum K]
     weights = torch.ones(logits.shape[-1])
     weights[judge.no_ids] = WRONG_WEIGHT
     if not len(right):
         return telling, torch.zeros(())
     answer = torch.where(right, judge.yes_ids[0], judge.no_ids[0])
     return telling, nn.functional.cross_entropy(asked, answer, weight=weights)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [B, T, V] with the next labels [B, T]; zero where nothing is learnt."""
+    targets = labels[:, 1:].flatten()  # [B * (T - 1)]
+    total = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+    return total / (targets != IGNORE).sum().clamp(min=1)

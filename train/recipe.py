@@ -35,6 +35,7 @@ class Pretrain:
     batch_size: int = 8
     learning_rate: float = 1e-3
     judge_weight: float = 1.0  # of the judging turns' loss; 0 trains none
+    exit_layer: int | None = None  # the answer is learnt at this layer too (Llama only)
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ def check(prompt: str, answer: str) -> bool:
 
 
 def foreign_prefix(prompt: str, rng: random.Random) -> str:
-    """A right, unfinished answer in any wording, in the list's order."""
+    """A right, unfinished answer in any order and wording."""
     bought = read_prompt(prompt)
     told, total = [], 0
-    for purchase in bought[: rng.randint(1, len(bought) - 1)]:
+    for purchase in rng.sample(bought, rng.randint(1, len(bought) - 1)):
         total += purchase.amount
         told.append(sentence(purchase, total, "anyone", rng))
     return " ".join(told)
