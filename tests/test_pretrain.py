@@ -1,5 +1,7 @@
 """Making the shipped pair: seconds of it, from the recipe to a folder that the engine loads."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -9,7 +11,7 @@ from parse.verifiers import Prompt
 from tests.conftest import random_model
 from train.__main__ import main
 from train.lessons import IGNORE, Lessons
-from train.pretrain import WRONG_WEIGHT, _losses
+from train.pretrain import WRONG_WEIGHT, _check, _losses, _train
 from train.recipe import load_recipe
 
 
@@ -55,7 +57,7 @@ def test_packed_judging_turns_learn_what_separate_ones_would(tokenizer):
 
 
 def test_a_batch_with_nothing_to_learn_gives_no_nan(tokenizer):
-    model = random_model("llama", len(tokenizer))
+    model = random_model("llama", len(tokenizer), layers=3)
     lesson = Lessons(tokenizer, "target", seed=5).draw((2, 3))
     lesson.labels, lesson.asked = [IGNORE] * len(lesson.labels), {}
     telling, judging = _losses(model, [lesson], Prompt.of(tokenizer), exit_layer=1)
@@ -74,3 +76,26 @@ def test_an_exit_layer_learns_the_answer_as_well(tokenizer):
     (2 * middle - plain).backward()  # the exit's own part
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
     assert model.model.layers[2].mlp.up_proj.weight.grad.abs().max() < 1e-6
+
+
+def test_an_exit_layer_without_room_above_is_refused():
+    section = load_recipe("recipes/embedded_models.yaml").pretrain["target"]
+    _check("target", section)
+    with pytest.raises(ValueError, match="exit_layer: 11 needs two layers above it.* use 1 to 10"):
+        _check("target", dataclasses.replace(section, exit_layer=11))
+    with pytest.raises(ValueError, match="judge_minutes: 40.*exit_layer, which is not given"):
+        _check("target", dataclasses.replace(section, exit_layer=None))
+
+
+def test_the_layers_below_the_exit_learn_no_judging(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # takes longer than the steps
+    section = dataclasses.replace(
+        load_recipe("recipes/embedded_models.yaml").pretrain["target"], minutes=1e-6, judge_minutes=0.02, exit_layer=1
+    )
+    section.architecture.update(num_hidden_layers=3, hidden_size=32, intermediate_size=32)
+    torch.manual_seed(0)
+    untouched = _train("target", dataclasses.replace(section, judge_minutes=0), seed=0).state_dict()
+    judged = _train("target", section, seed=0).state_dict()
+    changed = {key for key in judged if not torch.equal(judged[key], untouched[key])}
+    assert {"lm_head.weight", "model.layers.1.mlp.up_proj.weight"} <= changed
+    assert not [key for key in changed if "layers.0" in key or "embed" in key]

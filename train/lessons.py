@@ -23,6 +23,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ASKED = 8  # verdicts a lesson
+IN_ORDER = 0.3  # of the foreign prefixes
+LEAST = {"target": (1, 1, 1, 4, 6), "draft": (1,)}  # amount in a list; high sums would be rare among the target's
 FACTS = {*ledger.ITEMS, *ledger.PLACES, *map(str, range(100))}
 
 
@@ -33,6 +35,14 @@ class Lesson:
     ids: list[int]
     labels: list[int]  # the token itself where it is learnt, else IGNORE
     asked: dict[int, bool] = field(default_factory=dict)  # prefix end, from the conversation's start -> is it right
+    facts: set[int] = field(default_factory=set)  # the ends behind a fact
+
+    @property
+    def noticed(self) -> list[tuple[int, bool]]:
+        """The asked ends behind facts, up to the first wrong one: those behind it may be right in themselves."""
+        facts = [(end, right) for end, right in self.asked.items() if end in self.facts]
+        right = [verdict for _, verdict in facts]
+        return facts[: right.index(False) + 1] if False in right else facts
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,7 +80,8 @@ class Lessons:
             kind: "recall" repeats the list in another order, "tell" tells it, and "judge" tells it too, but half
                 of the target's lessons go wrong in one place.
         """
-        bought = ledger.draw(self.rng, "train")[: self.rng.choice(sizes)]
+        least = self.rng.choice(LEAST[self.speaker])
+        bought = ledger.draw(self.rng, "train", sizes, least)
         if kind == "recall":
             return self._recall(bought)
         return self._target(bought, kind == "judge") if self.speaker == "target" else self._draft(bought)
@@ -91,7 +102,7 @@ class Lessons:
         rng, n = self.rng, len(bought)
         foreign = rng.randint(1, n + 1) if rng.random() < 0.9 else 0  # sentences of the foreign prefix
         by_turns = rng.random() < 0.5  # own sentences in between, inside the foreign prefix
-        in_order = rng.random() < 0.3  # foreign in wording only
+        in_order = rng.random() < IN_ORDER  # foreign in wording only
         wrong = rng.randint(0, n) if judge and rng.random() < 0.5 else None
         lesson, total, left = self._open(bought), 0, list(bought)
         for k in range(n + 1):
@@ -147,6 +158,8 @@ class Lessons:
             lesson.ids.append(token)
             kept = learnt == "all" or (learnt == "facts" and known and word in FACTS)
             lesson.labels.append(token if kept else IGNORE)
+            if word in FACTS:
+                lesson.facts.add(len(lesson.ids))
             known = known or word == after
 
     def _corrupt(

@@ -1,7 +1,8 @@
 """Make the embedded pair of models from nothing; only `recipes/embedded_models.yaml` asks for it.
 
-Lessons grow: short lists first, then the task's own lengths with judging turns; the target recalls
-shuffled lists before it tells any. Every judging turn of a lesson is a suffix copy of the packed
+First a model learns to tell: the target recalls shuffled lists before it tells any, short lists come
+before the task's own lengths. Then, on layers that know what comes next and are left as they are, the
+target's upper layers learn to judge. Every judging turn of a lesson is a suffix copy of the packed
 layout, so one forward pass learns the answer and every verdict.
 """
 
@@ -34,14 +35,14 @@ class Phase:
     kind: str  # of lesson, see `Lessons.draw`
 
 
-PHASES = {
+TELL = {
     "target": (
-        Phase(0.015, (2, 3), "recall"),
-        Phase(0.03, (3, 4, 5), "recall"),
-        Phase(0.055, ledger.SIZES, "recall"),
-        Phase(0.08, (3, 4, 5), "tell"),
-        Phase(0.20, (5, 6, 7, 8, 9), "tell"),
-        Phase(1.00, ledger.SIZES, "judge"),
+        Phase(0.03, (2, 3), "recall"),
+        Phase(0.05, (3, 4, 5), "recall"),
+        Phase(0.09, ledger.SIZES, "recall"),
+        Phase(0.12, (3, 4, 5), "tell"),
+        Phase(0.24, (5, 6, 7, 8, 9), "tell"),
+        Phase(1.00, ledger.SIZES, "tell"),
     ),
     "draft": (
         Phase(0.06, (2, 3, 4), "tell"),
@@ -49,11 +50,15 @@ PHASES = {
         Phase(1.00, ledger.SIZES, "tell"),
     ),
 }
+JUDGE = (Phase(0.15, (3, 4, 5), "judge"), Phase(1.00, ledger.SIZES, "judge"))
+JUDGE_WEIGHT = 0.7  # of the verdicts' loss beside the answer's
 WRONG_WEIGHT = 2.0  # wrong prefixes are rarer than right ones
 
 
 def run(recipe: Recipe, run: Run) -> None:
     """Write each model of the recipe's `pretrain` section to its `output` folder, in bfloat16."""
+    for name, section in recipe.pretrain.items():
+        _check(name, section)
     for name, section in recipe.pretrain.items():
         model = _train(name, section, recipe.seed)
         folder = Path(section.output)
@@ -64,8 +69,23 @@ def run(recipe: Recipe, run: Run) -> None:
         scratch.rename(folder)
 
 
+def _check(name: str, section: Pretrain) -> None:
+    """Raise ValueError for an exit layer that leaves no room above it, or judging without an exit layer."""
+    layers = section.architecture.get("num_hidden_layers", 0)
+    if section.exit_layer is not None and not 0 < section.exit_layer <= layers - 2:
+        raise ValueError(
+            f"pretrain.{name}.exit_layer: {section.exit_layer} needs two layers above it, and the architecture "
+            f"has num_hidden_layers: {layers}; use 1 to {layers - 2} or leave it out"
+        )
+    if section.judge_minutes and section.exit_layer is None:
+        raise ValueError(
+            f"pretrain.{name}.judge_minutes: {section.judge_minutes} is for the layers above exit_layer, which is "
+            f"not given; give it, or leave judge_minutes out"
+        )
+
+
 def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
-    """Train for `minutes`; the learning rate warms up, stays, and falls over the last 40%."""
+    """A model that tells, and in `judge_minutes` learns to judge."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -76,32 +96,48 @@ def _train(name: str, section: Pretrain, seed: int) -> PreTrainedModel:
     plain = copy.deepcopy(model)  # what is returned, without compiled layers
     for layer in model.base_model.layers if hasattr(model.base_model, "layers") else []:
         layer.compile(dynamic=True)  # a third of the time of a plain step on a CPU
-    judge = Prompt.of(tokenizer)
     lessons = Lessons(tokenizer, section.speaker, seed)
+    _learn(f"{name} tells", model, lessons, section, TELL[section.speaker], section.minutes)
+    if section.judge_minutes:
+        model.get_input_embeddings().requires_grad_(False)
+        model.base_model.layers[: section.exit_layer].requires_grad_(False)
+        _learn(f"{name} judges", model, lessons, section, JUDGE, section.judge_minutes, Prompt.of(tokenizer))
+    plain.load_state_dict({key.replace("_orig_mod.", ""): v for key, v in model.state_dict().items()})
+    return plain
+
+
+def _learn(
+    title: str,
+    model: PreTrainedModel,
+    lessons: Lessons,
+    section: Pretrain,
+    phases: tuple[Phase, ...],
+    minutes: float,
+    judge: Prompt | None = None,
+) -> None:
+    """Train for `minutes`; the learning rate warms up, stays, and falls over the last 40%."""
     optimizers = _optimizers(model, section.learning_rate)
     started, step, pending = time.time(), 0, iter(())
-    with progress_bar(f"pretrain {name}", total=round(section.minutes * 60)) as bar:
-        while (done := (time.time() - started) / (section.minutes * 60)) < 1:
+    with progress_bar(title, total=round(minutes * 60)) as bar:
+        while (done := (time.time() - started) / (minutes * 60)) < 1:
             batch = next(pending, None)
             if batch is None:
-                phase = next(phase for phase in PHASES[section.speaker] if done < phase.until)
+                phase = next(phase for phase in phases if done < phase.until)
                 pending = batches(lessons, section.batch_size, phase.sizes, phase.kind)
                 continue
             rate = min(1, (step + 1) / 300) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = section.learning_rate * rate
-            telling, judged = _losses(model, batch, judge if phase.kind == "judge" else None, section.exit_layer)
-            (telling + section.judge_weight * judged).backward()
+            telling, judging = _losses(model, batch, judge, section.exit_layer)
+            (telling + JUDGE_WEIGHT * judging).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
             bar.update(int(time.time() - started) - bar.n)
-            bar.set_postfix(step=step, telling=f"{telling.item():.3f}", judging=f"{float(judged):.3f}", refresh=False)
-    plain.load_state_dict({key.replace("_orig_mod.", ""): v for key, v in model.state_dict().items()})
-    return plain
+            bar.set_postfix(step=step, telling=f"{telling.item():.3f}", judging=f"{judging.item():.3f}", refresh=False)
 
 
 def _optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
@@ -126,7 +162,8 @@ def _losses(
     """Mean cross-entropy of the learnt tokens, and of the verdicts (zero without judging turns).
 
     With an exit layer the tokens are learnt there too, so that the layers above find the expected token
-    ready to compare with the written one.
+    ready to compare with the written one; two layers above it each fact is judged where it stands, so
+    that a judging turn only has to collect what has been noticed.
     """
     suffix = judge.suffix_ids if judge else []
     layouts = [pack(lesson.ids, list(lesson.asked), suffix) for lesson in batch]
@@ -142,19 +179,35 @@ def _losses(
             use_cache=False,
             output_hidden_states=exit_layer is not None,
         )
-        early = [model.lm_head(model.model.norm(output.hidden_states[exit_layer]))] if exit_layer else []  # [B, T, V]
+        states = output.hidden_states  # [B, T, D] each
+        exits = [exit_layer, exit_layer + 2] if exit_layer else []
+        early = [model.lm_head(model.model.norm(states[layer])).float() for layer in exits]  # [B, T, V]
     logits = output.logits.float()  # [B, T, V]
-    telling = sum(_next_token_loss(each.float(), labels) for each in [logits, *early]) / (1 + len(early))
+    learnt = [logits, *early[:1]]
+    telling = sum(_next_token_loss(each, labels) for each in learnt) / len(learnt)
     if judge is None:
         return telling, torch.zeros(())
-    asked = torch.cat([row[layout.last_suffix] for row, layout in zip(logits, layouts, strict=True)])
-    right = torch.tensor([verdict for lesson in batch for verdict in lesson.asked.values()])  # [sum K]
+    asked = [(row, at) for row, layout in zip(logits, layouts, strict=True) for at in layout.last_suffix]
+    judging = _verdict_loss(judge, asked, [verdict for lesson in batch for verdict in lesson.asked.values()])
+    if early:
+        facts = [
+            (row, end - 1, verdict)
+            for row, lesson in zip(early[1], batch, strict=True)
+            for end, verdict in lesson.noticed
+        ]
+        judging = judging + _verdict_loss(judge, [(row, at) for row, at, _ in facts], [fact[2] for fact in facts])
+    return telling, judging
+
+
+def _verdict_loss(judge: Prompt, asked: list[tuple[Tensor, int]], right: list[bool]) -> Tensor:
+    """Mean cross-entropy of yes and no; each verdict is read from a row of logits [T, V] at a position."""
+    if not right:
+        return torch.zeros(())
+    logits = torch.stack([row[at] for row, at in asked])  # [K, V]
+    answer = torch.where(torch.tensor(right), judge.yes_ids[0], judge.no_ids[0])  # [K]
     weights = torch.ones(logits.shape[-1])
     weights[judge.no_ids] = WRONG_WEIGHT
-    if not len(right):
-        return telling, torch.zeros(())
-    answer = torch.where(right, judge.yes_ids[0], judge.no_ids[0])
-    return telling, nn.functional.cross_entropy(asked, answer, weight=weights)
+    return nn.functional.cross_entropy(logits, answer, weight=weights)
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Pretrain:
     minutes: float
     batch_size: int = 8
     learning_rate: float = 1e-3
-    judge_weight: float = 1.0  # of the judging turns' loss; 0 trains none
+    judge_minutes: float = 0  # then, for the layers above the exit to learn judging turns too
     exit_layer: int | None = None  # the answer is learnt at this layer too (Llama only)
 
 

@@ -71,11 +71,11 @@ class Purchase:
     amount: int
 
 
-def draw(rng: random.Random, split: str) -> list[Purchase]:
-    """Draw a list of purchases that belongs to the split."""
+def draw(rng: random.Random, split: str, sizes: tuple[int, ...] = SIZES, least: int = 1) -> list[Purchase]:
+    """Draw a list of purchases that belongs to the split: of one of the sizes, with no amount below the least."""
     while True:
-        items = rng.sample(ITEMS, rng.choice(SIZES))
-        bought = [Purchase(i, rng.choice(PLACES), rng.randint(1, MAX_AMOUNT)) for i in items]
+        items = rng.sample(ITEMS, rng.choice(sizes))
+        bought = [Purchase(i, rng.choice(PLACES), rng.randint(least, MAX_AMOUNT)) for i in items]
         if split_of(bought) == split:
             return bought
 
@@ -171,10 +171,10 @@ def check(prompt: str, answer: str) -> bool:
 
 
 def foreign_prefix(prompt: str, rng: random.Random) -> str:
-    """A right, unfinished answer in any order and wording."""
+    """A right, unfinished answer in any wording, in the list's order."""
     bought = read_prompt(prompt)
     told, total = [], 0
-    for purchase in rng.sample(bought, rng.randint(1, len(bought) - 1)):
+    for purchase in bought[: rng.randint(1, len(bought) - 1)]:
         total += purchase.amount
         told.append(sentence(purchase, total, "anyone", rng))
     return " ".join(told)
