@@ -19,7 +19,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from parse.answer import HANDBACKS, METHODS, POLICIES, Answer, Generation, Settings, accept
 from parse.decode import Context, Sampler, sampler
 from parse.layout import pack
-from parse.models import Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
+from parse.models import (
+    Messages,
+    check_packing,
+    encode_prompt,
+    encode_text,
+    eos_ids,
+    load_model,
+    packed_pass,
+    text_of,
+)
 from parse.segments import Segmenter, check_segmenter
 from parse.verifiers import Evidence, Verifier
 from parse.verifiers import load as load_verifier
@@ -78,6 +87,7 @@ class Engine:
         if attention not in ("auto", "sdpa"):
             raise ValueError(f'attention={attention!r} is not known: use "auto" or "sdpa"')
         target_model = load_model(target, device, dtype)
+        check_packing(target_model)
         draft_model = None if draft is None else load_model(draft, device, dtype)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(target_model.config.name_or_path)
         if draft_model is not None and draft_tokenizer is None:
@@ -179,18 +189,11 @@ class Engine:
         layout = pack(draft_ids, ends, verifier.suffix_ids, past=len(target.ids))
         device, n = self.target.device, len(draft_ids)
         assert target.next_logits is not None
-        output = self.target(
-            input_ids=layout.input_ids[None].to(device),  # [1, T]
-            position_ids=layout.position_ids[None].to(device),  # [1, T]
-            attention_mask=layout.mask()[None, None].to(device),  # [1, 1, T, L + T]
-            past_key_values=target.cache,
-            use_cache=True,
-            output_hidden_states=bool(verifier.layers),
-            logits_to_keep=torch.cat([torch.arange(n), layout.last_suffix]).to(device),  # N + K
-        )
+        keep = torch.cat([torch.arange(n), layout.last_suffix])  # [N + K]
+        # logits [N + K, V]
+        logits, layers = packed_pass(self.target, layout, target.cache, keep=keep, with_states=bool(verifier.layers))
         target.cache.truncate(layout.past + n)
         target.ids.extend(draft_ids)
-        logits = output.logits[0]  # [N + K, V]
         before = torch.cat([target.next_logits[None], logits[:n]])  # [N + 1, V] row t predicts token t
         following = [*draft_ids, *([min(self._target_eos)] if ended and self._target_eos else [])]
         tokens = torch.tensor(following, device=device)  # [M]
@@ -198,7 +201,7 @@ class Engine:
         log_prob = log_probs.gather(1, tokens[:, None])[:, 0]  # [M]
         states = None
         if verifier.layers:
-            chosen = [output.hidden_states[layer][0, :n] for layer in verifier.layers]  # [N, D] each
+            chosen = [layers[layer][0, :n] for layer in verifier.layers]  # [N, D] each
             states = torch.cat(chosen, dim=-1)  # [N, D * layers]
         evidence = Evidence(
             ends=ends,

@@ -43,11 +43,19 @@ class Layout:
         length = len(self.input_ids)
         return torch.arange(self.draft_length, length, max(self.suffix_length, 1)) + max(self.suffix_length - 1, 0)
 
-    def mask(self) -> Tensor:
-        """Who sees whom: bool [T, L + T], True where the query may attend."""
+    def mask(self, window: int | None = None) -> Tensor:
+        """Who sees whom: bool [T, L + T], True where the query may attend.
+
+        Args:
+            window: a sliding window in tokens: keys whose position lies so far back or farther are not seen.
+        """
         key = torch.arange(self.past + len(self.input_ids))  # [L + T]
         query = key[self.past :, None]  # [T, 1]
-        return (key < self.limit[:, None]) | ((key >= self.own[:, None]) & (key <= query))
+        seen = (key < self.limit[:, None]) | ((key >= self.own[:, None]) & (key <= query))  # [T, L + T]
+        if window is None:
+            return seen
+        position = torch.cat([key[: self.past], self.position_ids])  # [L + T]
+        return seen & (self.position_ids[:, None] - position < window)
 
 
 def pack(draft_ids: Sequence[int], ends: Sequence[int], suffix_ids: Sequence[int], past: int = 0) -> Layout:

@@ -111,7 +111,9 @@ def test_a_resolved_recipe_loads_to_itself(tmp_path_factory, train, loss, horizo
         ("t5", {}, "encoder-decoder"),
         ("openai-gpt", {}, "no key-value cache"),
         ("vit", {}, "not a causal language model"),
-        ("mistral", {"sliding_window": 64}, "sliding-window"),
+        ("bloom", {}, "takes no positions"),
+        ("falcon", {"alibi": True}, "takes no positions"),
+        ("llama4_text", {}, "layers of type chunked_attention"),
     ],
 )
 def test_a_draft_that_cannot_be_rolled_back_is_refused(write, tmp_path, kind, options, reason):

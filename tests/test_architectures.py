@@ -1,0 +1,139 @@
+"""The packed pass equals separate passes on every architecture that the engine runs; the others are refused."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from parse import Engine
+from parse.decode import Context
+from parse.layout import pack
+from parse.models import check_architecture, check_packing, packed_pass
+from parse.verifiers import Likelihood
+from tests.test_cache import assert_same_cache
+
+BASE = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 172,
+    "initializer_range": 0.3,  # choices are clear
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+HEADS = {"head_dim": 12}
+WINDOW = {"sliding_window": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+ARCHITECTURES = {
+    "llama": ("llama", HEADS),
+    "mistral": ("mistral", HEADS | WINDOW),
+    "qwen2": ("qwen2", {}),
+    "qwen2, windows in some layers": ("qwen2", WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": ("qwen3", HEADS),
+    "qwen3 moe": ("qwen3_moe", HEADS | EXPERTS | {"num_experts": 4}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "gemma 2": ("gemma2", HEADS | WINDOW | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 5.0}),
+    "gemma 3": ("gemma3_text", HEADS | WINDOW | {"query_pre_attn_scalar": 12, "sliding_window_pattern": 2}),
+    "phi 3": ("phi3", {}),
+    "phi 3, with a window": ("phi3", WINDOW),
+    "olmo 2": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "glm 4": ("glm4", HEADS),
+    "gpt-2": ("gpt2", {"n_inner": 96}),
+    "gpt-neox": ("gpt_neox", {}),
+    "falcon": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "deepseek v3": ("deepseek_v3", EXPERTS | MLA),
+    "gpt-oss": ("gpt_oss", HEADS | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+PROMPT = [5 + i * 7 % 160 for i in range(13)]
+DRAFT = [9 + i * 11 % 160 for i in range(20)]
+SUFFIX = [20, 21, 22]
+ENDS = [3, 9, 15, 20]
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    kind, options = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **BASE | options)
+    config.dtype = dtype
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def read(model: PreTrainedModel) -> Context:
+    context = Context(model, frozenset())
+    context.read(PROMPT)
+    return context
+
+
+@torch.inference_mode()
+def both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, Context]:
+    """Logits of the draft's tokens and of the K verdicts: from the packed pass, and from plain passes."""
+    context = read(model)
+    layout = pack(DRAFT, ENDS, SUFFIX, past=len(PROMPT))
+    keep = torch.cat([torch.arange(len(DRAFT)), layout.last_suffix])
+    packed, _ = packed_pass(model, layout, context.cache, keep=keep)  # [N + K, V]
+    context.cache.truncate(layout.past + len(DRAFT))
+    draft = model(torch.tensor([PROMPT + DRAFT])).logits[0, len(PROMPT) :]  # [N, V]
+    verdicts = [model(torch.tensor([PROMPT + DRAFT[:end] + SUFFIX])).logits[0, -1] for end in ENDS]
+    return packed, torch.cat([draft, torch.stack(verdicts)]), context
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_packed_pass_equals_separate_passes(name):
+    model = make(name)
+    check_architecture(model.config)
+    check_packing(model)
+    packed, separate, context = both_ways(model)
+    torch.testing.assert_close(packed, separate, atol=1e-4, rtol=1e-4)
+    plain = Context(model, frozenset())
+    plain.read(PROMPT + DRAFT)
+    assert_same_cache(context.cache, plain.cache)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"qwen3 moe", "mixtral", "gpt-oss", "deepseek v3"}))
+def test_in_bfloat16_the_probabilities_agree(name):
+    """Routers of experts are left out: rounding may choose another expert for a token."""
+    packed, separate, _ = both_ways(make(name, torch.bfloat16))
+    assert packed.dtype == torch.bfloat16
+    gap = (packed.float().softmax(-1) - separate.float().softmax(-1)).abs().max()
+    assert gap < 0.05
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_invariants_of_generation(name, tokenizer):
+    """Accept nothing is `transformers`' greedy text; accept everything is the draft's."""
+    model = make(name)
+    engine = Engine(model, tokenizer, make("llama"), tokenizer, Likelihood("mean", "segment"), segments=4)
+    ids = engine.encode("list : fig rome 4 ; apple oslo 7 .")
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=1, pad_token_id=0)
+    expected = [token for token in expected[0, len(ids) :].tolist() if token != 1]
+    settings = engine.settings(max_new_tokens=20, threshold=1.1, horizon=9)
+    assert engine.generate_ids(ids, settings).token_ids == expected
+    draft = engine.generate_ids(ids, engine.settings(max_new_tokens=20, method="draft")).token_ids
+    assert engine.generate_ids(ids, engine.settings(max_new_tokens=20, threshold=0.0)).token_ids == draft
+
+
+def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
+    """Whatever an architecture does with masks, a packed pass that comes out wrong is noticed at load."""
+    model = make("llama")
+    forward = type(model).forward
+    careless = lambda self, *args, attention_mask=None, **rest: forward(self, *args, **rest)
+    monkeypatch.setattr(type(model), "forward", careless)
+    with pytest.raises(ValueError, match="does not heed the packed pass's mask"):
+        check_packing(model)
