@@ -6,7 +6,7 @@ verify, commit, proceed, finish. `Engine` puts them in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from parse.decode import Sampler, Written
+from parse.decode import Written, sampler
 from parse.models import text_of
 from parse.segments import cut, ends_segment
 
@@ -65,15 +65,38 @@ class Generation:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to answer; the arguments of `Engine.generate`, checked."""
+    """How to answer: the arguments of `Engine.generate`.
 
-    max_new_tokens: int
-    threshold: float
-    policy: str
-    handback: str
-    horizon: int | str | None
-    method: str
-    sample: Sampler
+    Raises:
+        ValueError: for a value that is not allowed; the message says what is.
+    """
+
+    max_new_tokens: int = 512
+    threshold: float | None = None
+    policy: str = "first_fail"
+    handback: str = "segment"
+    horizon: int | str | None = None
+    method: str = "parse"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("policy", POLICIES), ("handback", HANDBACKS), ("method", METHODS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: use one of {', '.join(allowed)}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        horizon = self.horizon
+        if horizon not in (None, "segment") and not (isinstance(horizon, int) and horizon > 0):
+            raise ValueError(f'horizon={horizon!r}: use None, "segment" or a positive number of tokens')
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative: use 0 for greedy or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative: use 0 for all tokens or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is no share of the probability: use a number above 0, up to 1")
 
 
 @dataclass(frozen=True)
@@ -109,6 +132,8 @@ class Answer:
         budget: int,
     ) -> None:
         self.engine, self.settings, self.budget = engine, settings, budget
+        self.threshold = settings.threshold or 0.0
+        self.sample = sampler(settings.temperature, settings.top_k, settings.top_p, settings.seed)
         self.prompt_ids, self.draft_prompt_ids = prompt_ids, draft_prompt_ids
         self.ids: list[int] = []  # the accepted answer, the target's tokens
         self.segments: list[Segment] = []
@@ -133,7 +158,7 @@ class Answer:
         elif isinstance(settings.horizon, int):
             room = min(room, settings.horizon)
         self.draft_context.become([*self.draft_prompt_ids, *engine.to_draft(self.ids)])
-        written = self.draft_context.write(room, settings.sample, stop)
+        written = self.draft_context.write(room, self.sample, stop)
         ids = engine.to_target(written.ids)
         cropped = ids[: self.budget - len(self.ids)]
         self.stats.rounds += 1
@@ -165,34 +190,32 @@ class Answer:
         elif draft.ids:
             self.target.rollback(kept, self._logits_before)
         for index, (start, stop) in enumerate(pairwise([0, *verdict.ends])):
-            text = self._text(draft.ids, start, stop)
+            text = self._piece([*self.ids, *draft.ids[:start]], draft.ids[start:stop])
             self.segments.append(Segment(text, "draft", verdict.confidences[index], index < k))
         self.ids += draft.ids[:end]
         self.stats.accepted_tokens += end
         if end:
             self._first_token()
-        all_kept = k == len(verdict.ends) and (k > 0 or self.settings.threshold <= 0)
+        all_kept = k == len(verdict.ends) and (k > 0 or self.threshold <= 0)
         self.ended = all_kept and draft.ended
         self.done = self.ended or len(self.ids) >= self.budget
         self._clock("other")
 
-    def proceed(self) -> None:
-        """Let the target write on: to the next cut or, with handback "never", to the end."""
+    def proceed(self) -> Iterator[None]:
+        """Let the target write on: to the next cut or, with handback "never", to the end; a step a token."""
         engine, settings = self.engine, self.settings
         to_the_end = settings.handback == "never" or settings.policy == "whole"
         stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
         room = self.budget - len(self.ids)
-        self._keep(self.target.write(room, self._sample, None if to_the_end else stop), "target")
+        yield from self._show(self.target.writing(room, self.sample, None if to_the_end else stop), "target")
         self.done = self.ended or to_the_end or len(self.ids) >= self.budget
-        self._clock("target")
 
-    def write_alone(self, role: str) -> None:
-        """Let one model write the whole answer."""
+    def write_alone(self, role: str) -> Iterator[None]:
+        """Let one model write the whole answer; a step a token."""
         context = self.target if role == "target" else self.draft_context
         if role == "draft":
             context.read(self.draft_prompt_ids)
-        self._keep(context.write(self.budget, self._sample), role)
-        self._clock(role)
+        yield from self._show(context.writing(self.budget, self.sample), role)
 
     def finish(self) -> Generation:
         """The finished answer."""
@@ -201,29 +224,35 @@ class Answer:
         reason = "stop" if self.ended else "length"
         return Generation(text, self.ids, reason, self.segments, self.stats)
 
-    def _keep(self, written: Written, role: str) -> None:
-        ids = written.ids if role == "target" else self.engine.to_target(written.ids)
-        if ids:
-            self.segments.append(Segment(self._text(ids, 0, len(ids)), role, None, True))
-        self.ids += ids
-        self.ended = written.ended
+    def _show(self, writing: Generator[int, None, Written], role: str) -> Iterator[None]:
+        """Add to the answer what a model writes, token by token."""
+        before = list(self.ids)
+        own: list[int] = []  # in the writer's tokens
+        same = role == "target" or self.engine.same_tokens
+        try:
+            while True:
+                own.append(next(writing))
+                self._first_token()
+                if same:
+                    self.ids.append(own[-1])
+                yield
+        except StopIteration as finished:
+            self.ended = finished.value.ended
+        added = own if same else self.engine.to_target(own)
+        self.ids = before + added
+        if added:
+            self.segments.append(Segment(self._piece(before, added), role, None, True))
         if role == "target":
-            self.stats.target_tokens += len(ids)
+            self.stats.target_tokens += len(added)
         else:
-            self.stats.draft_tokens += len(ids)
-            self.stats.accepted_tokens += len(ids)
+            self.stats.draft_tokens += len(added)
+            self.stats.accepted_tokens += len(added)
+        self._clock(role)
 
-    def _text(self, ids: list[int], start: int, stop: int) -> str:
-        """The text that ids[start:stop] adds to the answer so far."""
+    def _piece(self, before: list[int], ids: list[int]) -> str:
+        """The text that tokens add to those before them."""
         tokenizer = self.engine.tokenizer
-        before = text_of([*self.ids, *ids[:start]], tokenizer)
-        return text_of([*self.ids, *ids[:stop]], tokenizer)[len(before) :]
-
-    def _sample(self, logits: Tensor) -> int:
-        """The next token of the answer itself, as it will stand."""
-        token = self.settings.sample(logits)
-        self._first_token()
-        return token
+        return text_of([*before, *ids], tokenizer)[len(text_of(before, tokenizer)) :]
 
     def _first_token(self) -> None:
         """The user can see something from now on."""

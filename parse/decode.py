@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from parse.cache import PrefixCache
 
@@ -28,16 +35,21 @@ def greedy(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
-def sampler(temperature: float = 0.0, seed: int | None = None) -> Sampler:
-    """A sampler over logits [V]: greedy at temperature 0, otherwise from the softmax, by the seed.
+def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> Sampler:
+    """A sampler over logits [V]: greedy at temperature 0, else from the softmax of logits / temperature.
 
-    Raises:
-        ValueError: if the temperature is negative.
+    Args:
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: then keep the most likely ones that reach this share of the probability; 1 keeps all.
+        seed: the same seed draws the same tokens, on every device; None draws others each time.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative: use 0 for greedy or a positive number")
     if temperature == 0:
         return greedy
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
     generator = torch.Generator()  # on the CPU, so that a seed means the same on every device
     if seed is None:
         generator.seed()
@@ -45,8 +57,9 @@ def sampler(temperature: float = 0.0, seed: int | None = None) -> Sampler:
         generator.manual_seed(seed)
 
     def sample(logits: Tensor) -> int:
-        probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # [V]
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+        no_text = cast(torch.LongTensor, torch.empty(1, 0, dtype=torch.long))  # these warpers read none
+        warped = warpers(no_text, cast(torch.FloatTensor, logits.float().cpu()[None]))  # [1, V]
+        return int(torch.multinomial(warped.softmax(-1), 1, generator=generator))
 
     return sample
 
@@ -97,6 +110,15 @@ class Context:
 
     def write(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Written:
         """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so."""
+        writing = self.writing(limit, sample, stop)
+        while True:
+            try:
+                next(writing)
+            except StopIteration as finished:
+                return finished.value  # type: ignore[no-any-return]
+
+    def writing(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Generator[int, None, Written]:
+        """`write`, token by token: each is yielded as soon as it is chosen."""
         written: list[int] = []
         while len(written) < limit:
             if self.next_logits is None:
@@ -105,6 +127,7 @@ class Context:
             if token in self.eos_ids:
                 return Written(written, ended=True)
             written.append(token)
+            yield token
             self.read([token])
             if stop and stop(written):
                 break

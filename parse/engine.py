@@ -1,6 +1,6 @@
 """The engine: rounds of draft, verify, accept, continue.
 
-`Engine.generate` answers prompts; the loop in `Engine._parse` is the algorithm. A draft model writes
+`Engine.generate` answers prompts; the loop in `Engine._steps` is the algorithm. A draft model writes
 up to `horizon` tokens, the target judges every prefix in one packed pass, the longest accepted
 prefix stays in both caches, and the target goes on from there. With a threshold above 1 the output
 is the target's own greedy answer, with threshold 0 it is the draft's.
@@ -8,7 +8,8 @@ is the target's own greedy answer, with threshold 0 it is the draft's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.answer import HANDBACKS, METHODS, POLICIES, Answer, Generation, Settings, accept
-from parse.decode import Context, Sampler, sampler
+from parse.answer import Answer, Generation, Settings, accept
+from parse.decode import Context
 from parse.layout import pack
 from parse.models import (
     Messages,
@@ -50,7 +51,7 @@ class Engine:
         self.target, self.tokenizer = target, tokenizer
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
         self.verifier, self.segments = verifier, segments
-        self._same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
+        self.same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
         self._target_eos = eos_ids(target, tokenizer.eos_token_id)
         self._draft_eos = eos_ids(draft, self.draft_tokenizer.eos_token_id) if draft else frozenset()
 
@@ -116,6 +117,8 @@ class Engine:
         method: str = "parse",
         temperature: float = 0.0,
         seed: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> list[Generation]:
         """Answer prompts, one after the other.
 
@@ -130,41 +133,73 @@ class Engine:
                 cut, "never" lets the target write to the end.
             horizon: draft at most so many tokens a round; "segment" for one segment, None for all.
             method: "parse", "target" (alone) or "draft" (alone).
-            temperature, seed: 0 is greedy; a positive temperature samples draft and target alike.
+            temperature, top_k, top_p: 0 is greedy; a positive temperature samples draft and target alike, from
+                the k likeliest tokens (0: all) and of those the likeliest that reach p (1: all).
+            seed: the same seed gives the same answer, whatever the other prompts.
 
         Returns:
             one `Generation` a prompt.
         """
-        settings = self._settings(
-            max_new_tokens, threshold, policy, handback, horizon, method, sampler(temperature, seed)
+        settings = self.settings(
+            max_new_tokens=max_new_tokens,
+            threshold=threshold,
+            policy=policy,
+            handback=handback,
+            horizon=horizon,
+            method=method,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
         )
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
             prompts = [cast(str | Messages, prompts)]
         many = cast(Sequence[str | Messages], prompts)
         return [self.generate_ids(self.encode(p), settings, self._draft_prompt(p)) for p in many]
 
+    def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
+        """Answer one prompt and yield its text piece by piece, as soon as it is certain.
+
+        The pieces join to the text that `generate` gives with the same options: accepted drafts come whole, the
+        target's own words token by token. A character that is not complete yet waits for its other bytes.
+        """
+        answer = self._start(self.encode(prompt), self.settings(**options), self._draft_prompt(prompt))
+        shown = ""
+        for _ in self._steps(answer):
+            text = text_of(answer.ids, self.tokenizer)
+            if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+        if rest := answer.finish().text[len(shown) :]:
+            yield rest
+
     def generate_ids(
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        budget = self._budget(len(prompt_ids), settings)
-        answer = Answer(self, prompt_ids, draft_prompt_ids or prompt_ids, settings, budget)
-        if settings.method == "parse":
-            self._parse(answer)
-        else:
-            answer.write_alone(settings.method)
+        answer = self._start(prompt_ids, settings, draft_prompt_ids)
+        for _ in self._steps(answer):
+            pass
         return answer.finish()
 
-    def _parse(self, answer: Answer) -> None:
-        """The algorithm: draft, cut, verify, accept, commit, continue."""
-        settings = answer.settings
+    def _start(self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None) -> Answer:
+        return Answer(
+            self, prompt_ids, draft_prompt_ids or prompt_ids, settings, self._budget(len(prompt_ids), settings)
+        )
+
+    def _steps(self, answer: Answer) -> Iterator[None]:
+        """The algorithm: draft, cut, verify, accept, commit, continue. Yields whenever the answer has grown."""
+        if answer.settings.method != "parse":
+            yield from answer.write_alone(answer.settings.method)
+            return
         while not answer.done:
             draft = answer.draft()
             verdict = answer.verify(draft)
-            k = accept(verdict.confidences, settings.threshold, settings.policy)
+            k = accept(verdict.confidences, answer.threshold, answer.settings.policy)
             answer.commit(draft, verdict, k)
+            yield
             if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
-                answer.proceed()
+                yield from answer.proceed()
 
     @torch.inference_mode()
     def verify(self, prompt_ids: Sequence[int], draft_ids: Sequence[int], ends: Sequence[int]) -> Tensor:
@@ -227,17 +262,17 @@ class Engine:
         return encode_prompt(prompt, self.tokenizer)
 
     def _draft_prompt(self, prompt: str | Messages) -> list[int] | None:
-        return None if self._same_tokens else encode_prompt(prompt, self.draft_tokenizer)
+        return None if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer)
 
     def to_target(self, draft_ids: Sequence[int]) -> list[int]:
         """The draft's tokens as the target's; as text where the vocabularies differ."""
-        if self._same_tokens:
+        if self.same_tokens:
             return list(draft_ids)
         return encode_text(text_of(draft_ids, self.draft_tokenizer), self.tokenizer)
 
     def to_draft(self, target_ids: Sequence[int]) -> list[int]:
         """The target's tokens as the draft's; as text where the vocabularies differ."""
-        if self._same_tokens:
+        if self.same_tokens:
             return list(target_ids)
         return encode_text(text_of(target_ids, self.tokenizer), self.draft_tokenizer)
 
@@ -250,48 +285,24 @@ class Engine:
             )
         return self.verifier
 
-    def _settings(
-        self,
-        max_new_tokens: int,
-        threshold: float | None,
-        policy: str,
-        handback: str,
-        horizon: int | str | None,
-        method: str,
-        sample: Sampler,
-    ) -> Settings:
-        for name, value, allowed in (
-            ("policy", policy, POLICIES),
-            ("handback", handback, HANDBACKS),
-            ("method", method, METHODS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not allowed: use one of {', '.join(allowed)}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if horizon not in (None, "segment") and not (isinstance(horizon, int) and horizon > 0):
-            raise ValueError(f'horizon={horizon!r}: use None, "segment" or a positive number of tokens')
-        if method == "parse":
-            verifier = self.need_verifier()
-            threshold = verifier.threshold if threshold is None else threshold
-        if method != "target":
-            self.context("draft")
-        return Settings(max_new_tokens, threshold or 0.0, policy, handback, horizon, method, sample)
-
     def settings(self, **options: Any) -> Settings:
-        """Checked settings for `generate_ids`: the keyword arguments of `generate`."""
-        sample = sampler(options.pop("temperature", 0.0), options.pop("seed", None))
-        defaults: dict[str, Any] = {
-            "max_new_tokens": 512,
-            "threshold": None,
-            "policy": "first_fail",
-            "handback": "segment",
-            "horizon": None,
-            "method": "parse",
-        }
-        if unknown := set(options) - set(defaults):
-            raise ValueError(f"unknown settings {sorted(unknown)}: use {', '.join(defaults)}")
-        return self._settings(**{**defaults, **options}, sample=sample)
+        """Checked settings for `generate_ids`: the keyword arguments of `generate`.
+
+        Raises:
+            ValueError: for a setting that is not known or not allowed, or needs a part that this engine lacks.
+        """
+        names = [field.name for field in dataclasses.fields(Settings)]
+        if unknown := sorted(set(options) - set(names)):
+            raise ValueError(f"unknown settings {unknown}: use {', '.join(names)}")
+        settings = Settings(**options)
+        if settings.method == "parse":
+            own = self.need_verifier().threshold
+            settings = dataclasses.replace(
+                settings, threshold=own if settings.threshold is None else settings.threshold
+            )
+        if settings.method != "target":
+            self.context("draft")
+        return settings
 
     def _budget(self, prompt_length: int, settings: Settings) -> int:
         """New tokens that fit: the request's own limit, or what the shorter context leaves."""

@@ -15,8 +15,8 @@ MODEL = random_model("llama", 60)
 def assert_same_cache(mine: PrefixCache, theirs: PrefixCache) -> None:
     assert mine.length == theirs.length
     for a, b in zip(mine.layers, theirs.layers, strict=True):
-        torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from parse import Engine
-from parse.answer import accept
-from parse.decode import Context
+from parse.answer import Answer, accept
+from parse.decode import Context, sampler
 from parse.verifiers import Likelihood, Probe, ProbeHead, Prompt
 from tests.test_cache import assert_same_cache
 
@@ -174,6 +175,89 @@ def test_sampling_repeats_by_its_seed(target, draft, tokenizer):
     assert len({tuple(answer(seed)) for seed in range(5)}) > 1
 
 
+def test_a_seed_gives_the_same_answer_whatever_the_other_prompts(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+    ways = {"threshold": 0.2, "temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 3}
+    alone = engine.generate(PROMPT, 20, **ways)[0].token_ids
+    others = engine.generate(["the fig", PROMPT, "tea ; tea"], 20, **ways)
+    assert others[1].token_ids == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.9}])
+def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, draft, tokenizer, options):
+    """A chi-square test at 1 in 10,000 of the target's first own token behind an accepted draft segment."""
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+    context = engine.context("target")
+    context.read(engine.encode(PROMPT))
+    drafted = [9, 30, 51, 72]
+    logits = engine.examine(context, drafted, [2, 4], ended=False)[1][0]  # [V] behind the first end
+    logits = logits / logits.std() * 1.5
+    temperature = 0.8
+    plain = torch.softmax(logits / temperature, -1)
+    order = plain.argsort(descending=True)
+    kept = torch.zeros_like(plain, dtype=torch.bool)
+    kept[order[: options.get("top_k") or len(order)]] = True
+    expected = torch.where(kept, plain, 0) / plain[kept].sum()
+    before = expected[order].cumsum(0) - expected[order]
+    expected[order[before >= options.get("top_p", 1.0)]] = 0
+    expected /= expected.sum()
+    sample = sampler(temperature, **options, seed=11)
+    counts = torch.bincount(torch.tensor([sample(logits) for _ in range(4000)]), minlength=len(plain))
+    assert not counts[expected == 0].any()
+    common = expected * 4000 >= 5
+    observed = [*counts[common].tolist(), int(counts[~common].sum())]
+    wanted = [*(expected[common] * 4000).tolist(), float(expected[~common].sum() * 4000)]
+    terms = [(o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True) if w > 0]
+    assert chi2.sf(sum(terms), len(terms) - 1) > 1e-4
+
+
+STREAMS = [
+    {"threshold": 0.0},
+    {"threshold": 1.1},
+    {"threshold": 0.05},
+    {"threshold": 0.05, "handback": "never"},
+    {"threshold": 0.05, "horizon": "segment"},
+    {"method": "target"},
+    {"method": "draft"},
+    {"threshold": 0.05, "temperature": 1.0, "seed": 5},
+]
+
+
+@pytest.mark.parametrize("options", STREAMS)
+def test_a_stream_joins_to_what_generate_gives(target, draft, tokenizer, options):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+    pieces = list(engine.stream(PROMPT, max_new_tokens=30, **options))
+    result = engine.generate(PROMPT, 30, **options)[0]
+    assert "".join(pieces) == result.text
+    assert all(pieces)
+    if options.get("method") == "target" or options.get("threshold") == 1.1:
+        assert len(pieces) >= len(result.token_ids) // 2  # the target's own words come one by one
+
+
+def test_a_stream_shows_an_accepted_draft_before_the_target_goes_on(target, draft, tokenizer, monkeypatch):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+    first = engine.generate(PROMPT, 30, threshold=0.0)[0].segments[0]
+    pieces = engine.stream(PROMPT, max_new_tokens=30, threshold=first.confidence)
+    monkeypatch.setattr(Answer, "proceed", lambda _: pytest.fail("the target goes on before the draft is shown"))
+    assert next(pieces).startswith(first.text)
+
+
+def test_streamed_characters_are_whole(smollm, monkeypatch):
+    """Emoji and combining marks are several tokens: none is shown in part."""
+    model, tokenizer = smollm
+    engine = Engine(model, tokenizer, model, tokenizer, Likelihood())
+    text = "👩‍🚀 é ❤️ नमस्ते done"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    answer = engine._start([1], engine.settings(method="target", max_new_tokens=len(ids)), None)
+    replay = iter([*ids, *engine._target_eos])
+    answer.sample = lambda _: next(replay)
+    monkeypatch.setattr(engine, "_start", lambda *_: answer)
+    pieces = list(engine.stream("x", method="target"))
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert len(pieces) > 4
+
+
 def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
     messages = [{"role": "user", "content": PROMPT}]
@@ -191,6 +275,8 @@ def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"horizon": 0}, "horizon=0"),
         ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )
 def test_settings_that_are_not_allowed(target, draft, tokenizer, options, message):
