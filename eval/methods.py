@@ -17,8 +17,10 @@ from parse import Engine, Generation
 from train.recipe import Recipe
 from train.run import progress_bar
 
+LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
 WHAT = {
     "target": "target alone",
+    "speculation": "the target's own words, the draft proposing a few tokens at a time",
     "draft": "draft alone",
     "cascade": "the whole draft, or the target's own answer",
     "sequential": "one segment and one pass at a time",
@@ -44,10 +46,11 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
     """
     section = recipe.engine
     limit = {"max_new_tokens": section.max_new_tokens}
-    rounds = {"policy": section.policy, "handback": section.handback}
+    rounds = {"policy": section.policy, "handback": section.handback, "lookahead": section.lookahead}
     threshold = {"threshold": thresholds.get(section.policy)}
     every = {
         "target": {**limit, "method": "target"},
+        "speculation": {**limit, "method": "target", "lookahead": LOOKAHEAD},
         "draft": {**limit, "method": "draft"},
         "cascade": {**limit, "policy": "whole", "threshold": thresholds.get("whole")},
         "sequential": {**limit, **rounds, **threshold, "horizon": "segment"},

@@ -6,7 +6,7 @@ verify, commit, proceed, finish. `Engine` puts them in order.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from parse.decode import Written, sampler
+from parse.decode import Context, Sampling, Stop, Written, speculating
 from parse.models import text_of
+from parse.passes import Reader, Steps
 from parse.segments import cut, ends_segment
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Settings:
     policy: str = "first_fail"
     handback: str = "segment"
     horizon: int | str | None = None
+    lookahead: int = 0
     method: str = "parse"
     temperature: float = 0.0
     top_k: int = 0
@@ -91,6 +93,8 @@ class Settings:
         horizon = self.horizon
         if horizon not in (None, "segment") and not (isinstance(horizon, int) and horizon > 0):
             raise ValueError(f'horizon={horizon!r}: use None, "segment" or a positive number of tokens')
+        if self.lookahead < 0:
+            raise ValueError(f"lookahead={self.lookahead} is negative: use 0 for none or a number of tokens")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} is negative: use 0 for greedy or a positive number")
         if self.top_k < 0:
@@ -130,10 +134,11 @@ class Answer:
         draft_prompt_ids: list[int],
         settings: Settings,
         budget: int,
+        readers: dict[str, Reader],
     ) -> None:
         self.engine, self.settings, self.budget = engine, settings, budget
         self.threshold = settings.threshold or 0.0
-        self.sample = sampler(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+        self.sample = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
         self.prompt_ids, self.draft_prompt_ids = prompt_ids, draft_prompt_ids
         self.ids: list[int] = []  # the accepted answer, the target's tokens
         self.segments: list[Segment] = []
@@ -141,14 +146,20 @@ class Answer:
         self.done = False
         self.ended = False
         self._started = self._mark = perf_counter()
-        if settings.method != "draft":
-            self.target = engine.context("target")
-            self.target.read(prompt_ids)
-        if settings.method != "target":
-            self.draft_context = engine.context("draft")
-        self._clock("target")
+        self.contexts = {role: Context(reader) for role, reader in readers.items()}
 
-    def draft(self) -> Written:
+    @property
+    def target(self) -> Context:
+        """The text as the target has read it."""
+        return self.contexts["target"]
+
+    def begin(self) -> Steps[None]:
+        """Read the prompt."""
+        if "target" in self.contexts:
+            yield from self.target.reading(self.prompt_ids)
+            self._clock("target")
+
+    def draft(self) -> Steps[Written]:
         """Let the draft write on from the accepted answer; its tokens come back as the target's."""
         engine, settings = self.engine, self.settings
         room = self.budget - len(self.ids)
@@ -157,8 +168,9 @@ class Answer:
             stop = lambda ids: ends_segment(ids, engine.draft_tokenizer, engine.segments)
         elif isinstance(settings.horizon, int):
             room = min(room, settings.horizon)
-        self.draft_context.become([*self.draft_prompt_ids, *engine.to_draft(self.ids)])
-        written = self.draft_context.write(room, self.sample, stop)
+        context = self.contexts["draft"]
+        yield from context.becoming([*self.draft_prompt_ids, *engine.to_draft(self.ids)])
+        written = yield from context.writing(room, self.sample, stop)
         ids = engine.to_target(written.ids)
         cropped = ids[: self.budget - len(self.ids)]
         self.stats.rounds += 1
@@ -166,7 +178,7 @@ class Answer:
         self._clock("draft")
         return Written(cropped, written.ended and len(cropped) == len(ids))
 
-    def verify(self, draft: Written) -> Verdict:
+    def verify(self, draft: Written) -> Steps[Verdict]:
         """Cut the draft and judge every prefix in one packed pass."""
         engine = self.engine
         if not draft.ids:
@@ -175,7 +187,7 @@ class Answer:
         ends = [len(draft.ids)] if whole else cut(draft.ids, engine.tokenizer, engine.segments)
         self._clock("other")
         self._logits_before = self.target.next_logits
-        evidence, logits = engine.examine(self.target, draft.ids, ends, draft.ended)
+        evidence, logits = yield from engine.examining(self.target, draft.ids, ends, draft.ended)
         confidences = engine.need_verifier().confidences(evidence).tolist()
         self.stats.verify_passes += 1
         self._clock("verify")
@@ -201,41 +213,49 @@ class Answer:
         self.done = self.ended or len(self.ids) >= self.budget
         self._clock("other")
 
-    def proceed(self) -> Iterator[None]:
-        """Let the target write on: to the next cut or, with handback "never", to the end; a step a token."""
+    def proceed(self) -> Steps[None]:
+        """Let the target write on: to the next cut or, with handback "never", to the end."""
         engine, settings = self.engine, self.settings
         to_the_end = settings.handback == "never" or settings.policy == "whole"
         stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
-        room = self.budget - len(self.ids)
-        yield from self._show(self.target.writing(room, self.sample, None if to_the_end else stop), "target")
+        yield from self._write("target", None if to_the_end else stop)
         self.done = self.ended or to_the_end or len(self.ids) >= self.budget
 
-    def write_alone(self, role: str) -> Iterator[None]:
-        """Let one model write the whole answer; a step a token."""
-        context = self.target if role == "target" else self.draft_context
+    def write_alone(self, role: str) -> Steps[None]:
+        """Let one model write the whole answer."""
         if role == "draft":
-            context.read(self.draft_prompt_ids)
-        yield from self._show(context.writing(self.budget, self.sample), role)
+            yield from self.contexts["draft"].reading(self.draft_prompt_ids)
+        yield from self._write(role)
 
     def finish(self) -> Generation:
         """The finished answer."""
         text = text_of(self.ids, self.engine.tokenizer)
+        for context in self.contexts.values():
+            context.close()
         self._clock("other")
         reason = "stop" if self.ended else "length"
         return Generation(text, self.ids, reason, self.segments, self.stats)
 
-    def _show(self, writing: Generator[int, None, Written], role: str) -> Iterator[None]:
+    def _write(self, role: str, stop: Stop | None = None) -> Steps[None]:
         """Add to the answer what a model writes, token by token."""
         before = list(self.ids)
         own: list[int] = []  # in the writer's tokens
         same = role == "target" or self.engine.same_tokens
+        room, lookahead = self.budget - len(before), self.settings.lookahead
+        if role == "target" and lookahead:
+            contexts = self.contexts["target"], self.contexts["draft"]
+            writing = speculating(*contexts, room, self.sample, lookahead, stop, own)
+        else:
+            writing = self.contexts[role].writing(room, self.sample, stop, own)
+        output = None
         try:
             while True:
-                own.append(next(writing))
-                self._first_token()
-                if same:
-                    self.ids.append(own[-1])
-                yield
+                wanted = writing.send(output)
+                if wanted is None:  # it has grown
+                    self._first_token()
+                    if same:
+                        self.ids.append(own[-1])
+                output = yield wanted
         except StopIteration as finished:
             self.ended = finished.value.ended
         added = own if same else self.engine.to_target(own)

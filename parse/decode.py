@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
-    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from parse.cache import PrefixCache
+from parse.passes import Pass, Reader, Steps, drive
 
 Sampler = Callable[[Tensor], int]  # logits [V] -> token id
 Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
@@ -35,67 +34,88 @@ def greedy(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
-def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> Sampler:
-    """A sampler over logits [V]: greedy at temperature 0, else from the softmax of logits / temperature.
+class Sampling:
+    """Chooses tokens from logits [V]: greedy at temperature 0, else from the softmax of logits / temperature."""
 
-    Args:
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: then keep the most likely ones that reach this share of the probability; 1 keeps all.
-        seed: the same seed draws the same tokens, on every device; None draws others each time.
-    """
-    if temperature == 0:
-        return greedy
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    generator = torch.Generator()  # on the CPU, so that a seed means the same on every device
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+        """Set up.
 
-    def sample(logits: Tensor) -> int:
+        Args:
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: then keep the most likely ones that reach this share of the probability; 1 keeps all.
+            seed: the same seed draws the same tokens, on every device; None draws others each time.
+        """
+        self.greedy = temperature == 0
+        self._warpers = LogitsProcessorList([] if self.greedy else [TemperatureLogitsWarper(temperature)])
+        if top_k:
+            self._warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self._warpers.append(TopPLogitsWarper(top_p))
+        self._generator = torch.Generator()  # on the CPU, so that a seed means the same on every device
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """A token."""
+        return greedy(logits) if self.greedy else self._draw(self._probabilities(logits))
+
+    def settle(self, token: int, proposer: Tensor, logits: Tensor) -> int:
+        """The token to write where another model proposed one: that one, or another; distributed as by `logits` alone.
+
+        Speculative sampling (Leviathan et al., arXiv 2211.17192): the proposal is kept with the probability
+        min(1, p / q), and else replaced by a draw from what of p exceeds q.
+
+        Args:
+            token: drawn from `proposer` by this sampler.
+            proposer, logits: [V] each.
+        """
+        if self.greedy:
+            return greedy(logits)
+        ours, theirs = self._probabilities(logits), self._probabilities(proposer)  # [V] each
+        if torch.rand((), generator=self._generator) * theirs[token] < ours[token]:
+            return token
+        return self._draw((ours - theirs).clamp(min=0))
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
         no_text = cast(torch.LongTensor, torch.empty(1, 0, dtype=torch.long))  # these warpers read none
-        warped = warpers(no_text, cast(torch.FloatTensor, logits.float().cpu()[None]))  # [1, V]
-        return int(torch.multinomial(warped.softmax(-1), 1, generator=generator))
+        warped = self._warpers(no_text, cast(torch.FloatTensor, logits.float().cpu()[None]))  # [1, V]
+        return warped.softmax(-1)[0]
 
-    return sample
+    def _draw(self, weights: Tensor) -> int:
+        return int(torch.multinomial(weights, 1, generator=self._generator))
 
 
-@dataclass
 class Context:
-    """A model and the text that it has read: tokens, their cache, and the logits of what follows."""
+    """A text that a model has read: its tokens, its row of the reader's cache, and the logits of what follows.
 
-    model: PreTrainedModel
-    eos_ids: frozenset[int]
-    cache: PrefixCache = field(default_factory=PrefixCache)
-    ids: list[int] = field(default_factory=list)
-    next_logits: Tensor | None = None  # [V]; None where the next token's logits are not known
+    What reads or writes is written as steps, see `parse.passes`; `read` and `write` run them alone.
+    """
 
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> None:
+    def __init__(self, reader: Reader) -> None:
+        self.reader, self.row = reader, reader.open()
+        self.ids: list[int] = []
+        self.next_logits: Tensor | None = None  # [V]; None where the next token's logits are not known
+
+    def close(self) -> None:
+        """Make room for another text."""
+        self.reader.close(self.row)
+
+    def reading(self, ids: Sequence[int]) -> Steps[None]:
         """Append tokens to the text in one causal pass."""
-        start, device = len(self.ids), self.model.device
-        output = self.model(
-            input_ids=torch.tensor([list(ids)], device=device),  # [1, T]
-            position_ids=torch.arange(start, start + len(ids), device=device)[None],  # [1, T]
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        output = yield Pass(self.reader, self.row, ids)
         self.ids.extend(ids)
-        self.next_logits = output.logits[0, -1]
+        self.next_logits = output.logits[-1]
 
     def rollback(self, length: int, next_logits: Tensor | None = None) -> None:
         """Keep the first `length` tokens; `next_logits` [V] are those behind them, where known."""
         if length < len(self.ids) or next_logits is not None:
             self.next_logits = next_logits
-        self.cache.truncate(length)
+        self.reader.cache.truncate(length, self.row)
         del self.ids[length:]
 
-    def become(self, ids: Sequence[int]) -> None:
+    def becoming(self, ids: Sequence[int]) -> Steps[None]:
         """Make the text `ids`: keep the prefix that is cached already, drop the rest, read what is new."""
         common = 0
         for mine, theirs in zip(self.ids, ids, strict=False):
@@ -106,29 +126,104 @@ class Context:
             return
         common = min(common, len(ids) - 1)  # the last token is read again where its logits are gone
         self.rollback(common)
-        self.read(ids[common:])
+        yield from self.reading(ids[common:])
 
-    def write(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Written:
-        """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so."""
-        writing = self.writing(limit, sample, stop)
-        while True:
-            try:
-                next(writing)
-            except StopIteration as finished:
-                return finished.value  # type: ignore[no-any-return]
+    def writing(
+        self, limit: int, sample: Sampler = greedy, stop: Stop | None = None, written: list[int] | None = None
+    ) -> Steps[Written]:
+        """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so.
 
-    def writing(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Generator[int, None, Written]:
-        """`write`, token by token: each is yielded as soon as it is chosen."""
-        written: list[int] = []
+        Args:
+            written: a list to write into; then the steps say whenever it has grown.
+        """
+        seen, written = written is not None, [] if written is None else written
         while len(written) < limit:
             if self.next_logits is None:
                 raise RuntimeError("the logits behind this text are not known: read or roll back with them")
             token = sample(self.next_logits)
-            if token in self.eos_ids:
+            if token in self.reader.eos_ids:
                 return Written(written, ended=True)
             written.append(token)
-            yield token
-            self.read([token])
+            if seen:
+                yield None
+            yield from self.reading([token])
             if stop and stop(written):
                 break
         return Written(written, ended=False)
+
+    def read(self, ids: Sequence[int]) -> None:
+        """`reading`, alone."""
+        drive(self.reading(ids))
+
+    def write(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Written:
+        """`writing`, alone."""
+        return drive(self.writing(limit, sample, stop))
+
+
+def speculating(
+    target: Context,
+    draft: Context,
+    limit: int,
+    sample: Sampling,
+    lookahead: int,
+    stop: Stop | None = None,
+    written: list[int] | None = None,
+) -> Steps[Written]:
+    """`Context.writing` of the target, the draft proposing `lookahead` tokens at a time: the same words, fewer passes.
+
+    Each pass of the target reads the last token that it chose and the proposals behind it:
+
+        read      token   p_1   p_2     p_3
+        chosen    p_1     p_2   other   -       kept while the choice is what was proposed; `other` is read next
+
+    Draft and target share their vocabulary. Greedy choices are those of the target alone; sampled ones are
+    distributed as by the target alone, see `Sampling.settle`.
+    """
+    seen, written = written is not None, [] if written is None else written
+    assert target.next_logits is not None
+    token = sample(target.next_logits)
+    while token not in target.reader.eos_ids:
+        written.append(token)
+        if seen:
+            yield None
+        if len(written) >= limit or (stop and stop(written)):
+            yield from target.reading([token])
+            return Written(written, ended=False)
+        start = len(target.ids) + 1  # behind the token
+        yield from draft.becoming([*target.ids, token])
+        proposed, proposers = yield from _proposing(draft, min(lookahead, limit - len(written)), sample)
+        read = [token, *(t for t in proposed if t not in draft.reader.eos_ids)]  # an end may only be the last
+        logits = (yield Pass(target.reader, target.row, read, keep=range(len(read)))).logits  # [1 + read, V]
+        target.ids.extend(read)
+        kept = 0
+        for proposal, proposer in zip(proposed, proposers, strict=True):
+            token = sample.settle(proposal, proposer, logits[kept])
+            if token != proposal or token in target.reader.eos_ids:
+                break
+            kept += 1
+            written.append(token)
+            if seen:
+                yield None
+            if len(written) >= limit or (stop and stop(written)):
+                target.rollback(start + kept, logits[kept])
+                return Written(written, ended=False)
+        else:
+            token = sample(logits[kept])
+        target.rollback(start + kept, logits[kept])
+    return Written(written, ended=True)
+
+
+def _proposing(draft: Context, count: int, sample: Sampling) -> Steps[tuple[list[int], list[Tensor]]]:
+    """Up to so many tokens from the draft, or to its end of sequence, and the logits [V] that each was drawn from."""
+    tokens: list[int] = []
+    proposers: list[Tensor] = []
+    while len(tokens) < count:
+        assert draft.next_logits is not None
+        token = sample(draft.next_logits)
+        tokens.append(token)
+        proposers.append(draft.next_logits)
+        if token in draft.reader.eos_ids:
+            break
+        if len(tokens) < count:
+            yield from draft.reading([token])
+    return tokens, proposers

@@ -20,16 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from parse.answer import Answer, Generation, Settings, accept
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import (
-    Messages,
-    check_packing,
-    encode_prompt,
-    encode_text,
-    eos_ids,
-    load_model,
-    packed_pass,
-    text_of,
-)
+from parse.models import Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
+from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
 from parse.segments import Segmenter, check_segmenter
 from parse.verifiers import Evidence, Verifier
 from parse.verifiers import load as load_verifier
@@ -119,8 +111,10 @@ class Engine:
         seed: int | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
+        lookahead: int = 0,
+        batch_size: int = 16,
     ) -> list[Generation]:
-        """Answer prompts, one after the other.
+        """Answer prompts, many at once.
 
         Args:
             prompts: text, chat messages, or a list of either. Text is asked as a user's turn where the
@@ -136,6 +130,10 @@ class Engine:
             temperature, top_k, top_p: 0 is greedy; a positive temperature samples draft and target alike, from
                 the k likeliest tokens (0: all) and of those the likeliest that reach p (1: all).
             seed: the same seed gives the same answer, whatever the other prompts.
+            lookahead: while the target writes, let the draft propose so many tokens at a time (token-level
+                speculation: the target's words, in fewer passes); needs a draft with the target's vocabulary.
+            batch_size: answer at most so many prompts at once. Each goes through its rounds by itself; whatever
+                passes they need of a model at a moment run as one. 1 gives the least seconds a request.
 
         Returns:
             one `Generation` a prompt.
@@ -146,6 +144,7 @@ class Engine:
             policy=policy,
             handback=handback,
             horizon=horizon,
+            lookahead=lookahead,
             method=method,
             temperature=temperature,
             top_k=top_k,
@@ -155,7 +154,12 @@ class Engine:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
             prompts = [cast(str | Messages, prompts)]
         many = cast(Sequence[str | Messages], prompts)
-        return [self.generate_ids(self.encode(p), settings, self._draft_prompt(p)) for p in many]
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        readers = self._readers(settings, rows=min(batch_size, len(many)))
+        steps = (self._steps(self._start(self.encode(p), settings, self._draft_prompt(p), readers)) for p in many)
+        finished = dict(drive_together(steps, batch_size))
+        return [finished[i] for i in range(len(many))]
 
     def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
         """Answer one prompt and yield its text piece by piece, as soon as it is certain.
@@ -163,56 +167,66 @@ class Engine:
         The pieces join to the text that `generate` gives with the same options: accepted drafts come whole, the
         target's own words token by token. A character that is not complete yet waits for its other bytes.
         """
-        answer = self._start(self.encode(prompt), self.settings(**options), self._draft_prompt(prompt))
+        settings = self.settings(**options)
+        answer = self._start(self.encode(prompt), settings, self._draft_prompt(prompt), self._readers(settings))
         shown = ""
-        for _ in self._steps(answer):
+        for _ in growing(self._steps(answer)):
             text = text_of(answer.ids, self.tokenizer)
             if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
-        if rest := answer.finish().text[len(shown) :]:
+        if rest := text_of(answer.ids, self.tokenizer)[len(shown) :]:
             yield rest
 
     def generate_ids(
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        answer = self._start(prompt_ids, settings, draft_prompt_ids)
-        for _ in self._steps(answer):
-            pass
-        return answer.finish()
+        return drive(self._steps(self._start(prompt_ids, settings, draft_prompt_ids, self._readers(settings))))
 
-    def _start(self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None) -> Answer:
-        return Answer(
-            self, prompt_ids, draft_prompt_ids or prompt_ids, settings, self._budget(len(prompt_ids), settings)
-        )
+    def _start(
+        self,
+        prompt_ids: list[int],
+        settings: Settings,
+        draft_prompt_ids: list[int] | None,
+        readers: dict[str, Reader],
+    ) -> Answer:
+        budget = self._budget(len(prompt_ids), settings)
+        return Answer(self, prompt_ids, draft_prompt_ids or prompt_ids, settings, budget, readers)
 
-    def _steps(self, answer: Answer) -> Iterator[None]:
-        """The algorithm: draft, cut, verify, accept, commit, continue. Yields whenever the answer has grown."""
+    def _steps(self, answer: Answer) -> Steps[Generation]:
+        """The algorithm: draft, cut, verify, accept, commit, continue."""
+        yield from answer.begin()
         if answer.settings.method != "parse":
             yield from answer.write_alone(answer.settings.method)
-            return
+            return answer.finish()
         while not answer.done:
-            draft = answer.draft()
-            verdict = answer.verify(draft)
+            draft = yield from answer.draft()
+            verdict = yield from answer.verify(draft)
             k = accept(verdict.confidences, answer.threshold, answer.settings.policy)
             answer.commit(draft, verdict, k)
-            yield
+            yield None  # the answer has grown
             if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
                 yield from answer.proceed()
+        return answer.finish()
 
-    @torch.inference_mode()
     def verify(self, prompt_ids: Sequence[int], draft_ids: Sequence[int], ends: Sequence[int]) -> Tensor:
         """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K]."""
         target = self.context("target")
         target.read(prompt_ids)
         evidence, _ = self.examine(target, draft_ids, ends, ended=False)
-        return self.need_verifier().confidences(evidence).float().cpu()
+        with torch.inference_mode():
+            return self.need_verifier().confidences(evidence).float().cpu()
 
-    @torch.inference_mode()
     def examine(
         self, target: Context, draft_ids: Sequence[int], ends: Sequence[int], ended: bool
     ) -> tuple[Evidence, Tensor]:
+        """`examining`, alone."""
+        return drive(self.examining(target, draft_ids, ends, ended))
+
+    def examining(
+        self, target: Context, draft_ids: Sequence[int], ends: Sequence[int], ended: bool
+    ) -> Steps[tuple[Evidence, Tensor]]:
         """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
 
         Afterwards the cache holds the text and the whole draft; the suffixes are dropped.
@@ -222,21 +236,20 @@ class Engine:
         """
         verifier = self.need_verifier()
         layout = pack(draft_ids, ends, verifier.suffix_ids, past=len(target.ids))
-        device, n = self.target.device, len(draft_ids)
+        n, device = len(draft_ids), self.target.device
         assert target.next_logits is not None
-        keep = torch.cat([torch.arange(n), layout.last_suffix])  # [N + K]
-        # logits [N + K, V]
-        logits, layers = packed_pass(self.target, layout, target.cache, keep=keep, with_states=bool(verifier.layers))
-        target.cache.truncate(layout.past + n)
-        target.ids.extend(draft_ids)
-        before = torch.cat([target.next_logits[None], logits[:n]])  # [N + 1, V] row t predicts token t
+        keep = [*range(n), *layout.last_suffix.tolist()]  # N + K
+        output = yield Pass(target.reader, target.row, layout.ids, layout, keep, bool(verifier.layers))
+        target.ids.extend(layout.ids)
+        before = torch.cat([target.next_logits[None], output.logits[:n]])  # [N + 1, V] row t predicts token t
+        target.rollback(layout.past + n, before[n])
         following = [*draft_ids, *([min(self._target_eos)] if ended and self._target_eos else [])]
         tokens = torch.tensor(following, device=device)  # [M]
         log_probs = torch.log_softmax(before[: len(following)].float(), dim=-1)  # [M, V]
         log_prob = log_probs.gather(1, tokens[:, None])[:, 0]  # [M]
         states = None
         if verifier.layers:
-            chosen = [layers[layer][0, :n] for layer in verifier.layers]  # [N, D] each
+            chosen = [output.states[layer][:n] for layer in verifier.layers]  # [N, D] each
             states = torch.cat(chosen, dim=-1)  # [N, D * layers]
         evidence = Evidence(
             ends=ends,
@@ -244,18 +257,25 @@ class Engine:
             entropy=-(log_probs.exp() * log_probs).sum(-1),
             margin=log_probs.amax(-1) - log_prob,
             states=states,
-            suffix_logits=logits[n:] if verifier.suffix_ids else None,
+            suffix_logits=output.logits[n:] if verifier.suffix_ids else None,
         )
-        target.next_logits = before[n]
         return evidence, before[torch.tensor(ends, device=device)]
 
     def context(self, role: str) -> Context:
-        """A fresh context of the "target" or the "draft"."""
+        """A fresh context of the "target" or the "draft", alone with its model."""
+        return Context(self._reader(role))
+
+    def _readers(self, settings: Settings, rows: int = 1) -> dict[str, Reader]:
+        """The readers that a method needs, for so many texts at once."""
+        roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
+        return {role: self._reader(role, rows) for role in roles}
+
+    def _reader(self, role: str, rows: int = 1) -> Reader:
         if role == "target":
-            return Context(self.target, self._target_eos)
+            return Reader(self.target, self._target_eos, rows)
         if self.draft is None:
             raise ValueError('this engine has no draft model: give one, or use method="target"')
-        return Context(self.draft, self._draft_eos)
+        return Reader(self.draft, self._draft_eos, rows)
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The target's tokens of a prompt, up to where the answer begins."""
@@ -300,15 +320,20 @@ class Engine:
             settings = dataclasses.replace(
                 settings, threshold=own if settings.threshold is None else settings.threshold
             )
-        if settings.method != "target":
-            self.context("draft")
+        if settings.method != "target" or settings.lookahead:
+            self._reader("draft")
+        if settings.lookahead and not self.same_tokens:
+            raise ValueError(
+                f"lookahead={settings.lookahead} lets the draft propose tokens, and its vocabulary is not the "
+                "target's: use 0, or a draft with the same tokenizer"
+            )
         return settings
 
     def _budget(self, prompt_length: int, settings: Settings) -> int:
         """New tokens that fit: the request's own limit, or what the shorter context leaves."""
         room = settings.max_new_tokens
         suffix = len(self.verifier.suffix_ids) if self.verifier and settings.method == "parse" else 0
-        models = [self.target] if settings.method == "target" else [self.target, self.draft]
+        models = [self.target] if settings.method == "target" and not settings.lookahead else [self.target, self.draft]
         for model in models:
             limit = getattr(model.config, "max_position_embeddings", None) if model else None
             if limit is not None:

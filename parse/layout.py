@@ -43,19 +43,34 @@ class Layout:
         length = len(self.input_ids)
         return torch.arange(self.draft_length, length, max(self.suffix_length, 1)) + max(self.suffix_length - 1, 0)
 
-    def mask(self, window: int | None = None) -> Tensor:
-        """Who sees whom: bool [T, L + T], True where the query may attend.
+    @property
+    def ids(self) -> list[int]:
+        """The tokens, as a list of T."""
+        return self.input_ids.tolist()
 
-        Args:
-            window: a sliding window in tokens: keys whose position lies so far back or farther are not seen.
-        """
-        key = torch.arange(self.past + len(self.input_ids))  # [L + T]
-        query = key[self.past :, None]  # [T, 1]
-        seen = (key < self.limit[:, None]) | ((key >= self.own[:, None]) & (key <= query))  # [T, L + T]
-        if window is None:
-            return seen
-        position = torch.cat([key[: self.past], self.position_ids])  # [L + T]
-        return seen & (self.position_ids[:, None] - position < window)
+    def mask(self, window: int | None = None) -> Tensor:
+        """Who sees whom: bool [T, L + T], True where the query may attend; see `visible`."""
+        past = torch.tensor([self.past])  # [1]
+        return visible(past, self.limit[None], self.own[None], self.position_ids[None], window)[0]
+
+
+def visible(past: Tensor, limit: Tensor, own: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    """Who sees whom in B texts: bool [B, T, P] over the P = max(past) + T keys, True where the query may attend.
+
+    Args:
+        past: int64 [B], cached tokens of each text; its new keys stand right behind them.
+        limit, own, positions: int64 [B, T], as in `Layout`.
+        window: a sliding window in tokens: keys whose position lies so far back or farther are not seen.
+    """
+    length = positions.shape[1]
+    key = torch.arange(int(past.max()) + length)  # [P]
+    query = past[:, None] + torch.arange(length)  # [B, T] the queries' own keys
+    seen = (key < limit[..., None]) | ((key >= own[..., None]) & (key <= query[..., None]))  # [B, T, P]
+    if window is None:
+        return seen
+    new = (key - past[:, None]).clamp(0, length - 1)  # [B, P] index of each key among the new ones
+    position = torch.where(key < past[:, None], key, positions.gather(1, new))  # [B, P]
+    return seen & (positions[:, :, None] - position[:, None] < window)
 
 
 def pack(draft_ids: Sequence[int], ends: Sequence[int], suffix_ids: Sequence[int], past: int = 0) -> Layout:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from parse.cache import PrefixCache
-from parse.layout import Layout, pack
 
 Messages = list[dict[str, str]]
 
@@ -89,67 +84,6 @@ def attention_types(config: PreTrainedConfig) -> set[str]:
     """The kinds of attention among a model's layers, in `transformers`' words."""
     named = getattr(config, "layer_types", None)
     return set(named or [SLIDING if getattr(config, "sliding_window", None) else FULL])
-
-
-def attention_masks(model: PreTrainedModel, layout: Layout) -> Tensor | dict[str, Tensor]:
-    """The packed pass's mask as the model takes it: [1, 1, T, L + T], one for each kind of its layers.
-
-    Boolean; where the model's attention is its own ("eager"), added to the scores: 0 or the lowest number.
-    """
-    made = {}
-    for kind in attention_types(model.config):
-        window = model.config.sliding_window if kind == SLIDING else None
-        mask = layout.mask(window)[None, None].to(model.device)  # [1, 1, T, L + T]
-        if model.config._attn_implementation == "eager":
-            lowest = torch.finfo(model.dtype).min
-            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-        made[kind] = mask
-    return made if len(made) > 1 else made.popitem()[1]
-
-
-def packed_pass(
-    model: PreTrainedModel, layout: Layout, cache: PrefixCache, *, keep: Tensor, with_states: bool = False
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One forward pass over a layout, behind the `layout.past` tokens that the cache holds.
-
-    Args:
-        keep: indices in the pass of the tokens whose logits are needed, int64.
-
-    Returns:
-        logits [len(keep), V], and the states of each layer [1, T, D] where asked for, else none.
-    """
-    device = model.device
-    output: CausalLMOutputWithPast = model(
-        input_ids=layout.input_ids[None].to(device),  # [1, T]
-        position_ids=layout.position_ids[None].to(device),  # [1, T]
-        attention_mask=attention_masks(model, layout),  # [1, 1, T, L + T]
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=with_states,
-        logits_to_keep=keep.to(device),
-    )
-    assert output.logits is not None  # [1, len(keep), V]
-    return output.logits[0], output.hidden_states or ()
-
-
-@torch.inference_mode()
-def check_packing(model: PreTrainedModel) -> None:
-    """Raise ValueError unless a small packed pass gives what separate passes give: for architectures nobody tried."""
-    ids = [token % model.config.vocab_size for token in range(7, 207, 10)]
-    prompt, draft, suffix, ends = ids[:6], ids[6:16], ids[16:], (3, 7, 10)
-    cache = PrefixCache()
-    model(input_ids=torch.tensor([prompt], device=model.device), past_key_values=cache, use_cache=True)
-    layout = pack(draft, ends, suffix, past=len(prompt))
-    packed, _ = packed_pass(model, layout, cache, keep=layout.last_suffix)  # [K, V]
-    rows = [[*prompt, *draft[:end], *suffix] for end in ends]
-    alone = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -1] for row in rows]
-    gap = (packed.float().softmax(-1) - torch.stack(alone).float().softmax(-1)).abs().max().item()
-    if not gap <= (1e-3 if model.dtype == torch.float32 else 0.1):  # not a number is wrong too
-        raise ValueError(
-            f"{model.config.name_or_path or model.config.model_type} ({model.config.model_type}) does not heed the "
-            f"packed pass's mask or positions: its probabilities are off by {gap:.2g}; use a causal attention model "
-            "such as Llama, Qwen, Mistral or GPT-2"
-        )
 
 
 def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,5 +1,7 @@
 """The packed pass equals separate passes on every architecture that the engine runs; the others are refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -7,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from parse import Engine
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import check_architecture, check_packing, packed_pass
+from parse.models import check_architecture
+from parse.passes import Pass, Reader, check_packing
 from parse.verifiers import Likelihood
 from tests.test_cache import assert_same_cache
 
@@ -76,7 +79,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def read(model: PreTrainedModel) -> Context:
-    context = Context(model, frozenset())
+    context = Context(Reader(model))
     context.read(PROMPT)
     return context
 
@@ -86,9 +89,11 @@ def both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, Conte
     """Logits of the draft's tokens and of the K verdicts: from the packed pass, and from plain passes."""
     context = read(model)
     layout = pack(DRAFT, ENDS, SUFFIX, past=len(PROMPT))
-    keep = torch.cat([torch.arange(len(DRAFT)), layout.last_suffix])
-    packed, _ = packed_pass(model, layout, context.cache, keep=keep)  # [N + K, V]
-    context.cache.truncate(layout.past + len(DRAFT))
+    keep = [*range(len(DRAFT)), *layout.last_suffix.tolist()]
+    packed = context.reader.forward([Pass(context.reader, context.row, layout.ids, layout, keep)])[
+        0
+    ].logits  # [N + K, V]
+    context.reader.cache.truncate(layout.past + len(DRAFT))
     draft = model(torch.tensor([PROMPT + DRAFT])).logits[0, len(PROMPT) :]  # [N, V]
     verdicts = [model(torch.tensor([PROMPT + DRAFT[:end] + SUFFIX])).logits[0, -1] for end in ENDS]
     return packed, torch.cat([draft, torch.stack(verdicts)]), context
@@ -101,9 +106,35 @@ def test_the_packed_pass_equals_separate_passes(name):
     check_packing(model)
     packed, separate, context = both_ways(model)
     torch.testing.assert_close(packed, separate, atol=1e-4, rtol=1e-4)
-    plain = Context(model, frozenset())
+    plain = Context(Reader(model))
     plain.read(PROMPT + DRAFT)
-    assert_same_cache(context.cache, plain.cache)
+    assert_same_cache(context, plain)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_texts_of_a_batch_are_read_as_each_alone(name):
+    """Ragged lengths, plain and packed passes at once; afterwards each text's cache is its own."""
+    model = make(name)
+    prompts = [PROMPT, PROMPT[:5], PROMPT[3:]]
+    layouts = [pack(DRAFT, ENDS, SUFFIX, past=len(PROMPT)), pack(DRAFT[:18], [4, 18], SUFFIX, past=5), None]
+    reads = [layouts[0].ids, layouts[1].ids, DRAFT]
+    keeps = [[2, *layouts[0].last_suffix.tolist()], layouts[1].last_suffix.tolist(), None]
+
+    def passes(contexts):
+        zipped = zip(contexts, reads, layouts, keeps, strict=True)
+        return [Pass(c.reader, c.row, ids, layout, keep) for c, ids, layout, keep in zipped]
+
+    together = Reader(model, rows=4)
+    together.open()  # rows of which one stays empty
+    contexts = [Context(together) for _ in prompts]
+    together.forward([Pass(together, c.row, prompt) for c, prompt in zip(contexts, prompts, strict=True)])
+    outputs = together.forward(passes(contexts))
+    for i, prompt in enumerate(prompts):
+        alone = Context(Reader(model))
+        alone.read(prompt)
+        expected = alone.reader.forward([dataclasses.replace(passes(contexts)[i], reader=alone.reader, row=alone.row)])
+        torch.testing.assert_close(outputs[i].logits, expected[0].logits, atol=1e-4, rtol=1e-4)
+        assert_same_cache(contexts[i], alone)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"qwen3 moe", "mixtral", "gpt-oss", "deepseek v3"}))
@@ -120,7 +151,7 @@ def test_the_invariants_of_generation(name, tokenizer):
     """Accept nothing is `transformers`' greedy text; accept everything is the draft's."""
     model = make(name)
     engine = Engine(model, tokenizer, make("llama"), tokenizer, Likelihood("mean", "segment"), segments=4)
-    ids = engine.encode("list : fig rome 4 ; apple oslo 7 .")
+    ids = engine.encode("list : #1 fig rome 4 ; #2 apple oslo 7 .")
     expected = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=1, pad_token_id=0)
     expected = [token for token in expected[0, len(ids) :].tolist() if token != 1]
     settings = engine.settings(max_new_tokens=20, threshold=1.1, horizon=9)

@@ -7,16 +7,22 @@ from hypothesis import strategies as st
 
 from parse.cache import PrefixCache
 from parse.decode import Context
+from parse.passes import Reader, drive
 from tests.conftest import random_model
 
 MODEL = random_model("llama", 60)
 
 
-def assert_same_cache(mine: PrefixCache, theirs: PrefixCache) -> None:
-    assert mine.length == theirs.length
-    for a, b in zip(mine.layers, theirs.layers, strict=True):
-        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+def assert_same_cache(mine: Context, theirs: Context, tolerance: float = 1e-4) -> None:
+    """Both texts' keys and values, tensor by tensor."""
+    states = [context.reader.cache.states(context.row) for context in (mine, theirs)]
+    for own, others in zip(*states, strict=True):
+        for a, b in zip(own, others, strict=True):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def fresh() -> Context:
+    return Context(Reader(MODEL))
 
 
 @settings(max_examples=15, deadline=None)
@@ -28,22 +34,22 @@ def assert_same_cache(mine: PrefixCache, theirs: PrefixCache) -> None:
     )
 )
 def test_reading_and_rolling_back_equals_reading_what_is_left(steps):
-    context = Context(MODEL, frozenset())
+    context = fresh()
     for ids, keep in steps:
         context.read(ids)
         context.rollback(max(1, int(keep * len(context.ids))))
-    plain = Context(MODEL, frozenset())
+    plain = fresh()
     plain.read(context.ids)
-    assert_same_cache(context.cache, plain.cache)
+    assert_same_cache(context, plain)
 
 
 def test_a_cache_that_outgrows_its_buffers_keeps_what_it_holds():
-    context = Context(MODEL, frozenset())
+    context = fresh()
     for start in (0, 20, 40):
         context.read([(start + i) % 60 for i in range(200)])
-    plain = Context(MODEL, frozenset())
+    plain = fresh()
     plain.read(context.ids)
-    assert_same_cache(context.cache, plain.cache)
+    assert_same_cache(context, plain)
 
 
 def test_keeping_more_than_there_is_is_refused():
@@ -54,28 +60,29 @@ def test_keeping_more_than_there_is_is_refused():
 
 @pytest.mark.parametrize("after", [[1, 2, 3, 4], [1, 2, 9, 9, 9], [1, 2], [7], [1, 2, 3, 4, 5, 6]])
 def test_becoming_another_text_equals_reading_it(after):
-    context = Context(MODEL, frozenset())
+    context = fresh()
     context.read([1, 2, 3, 4])
-    context.become(after)
-    plain = Context(MODEL, frozenset())
+    drive(context.becoming(after))
+    plain = fresh()
     plain.read(after)
     assert context.ids == after
     torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
-    assert_same_cache(context.cache, plain.cache)
+    assert_same_cache(context, plain)
 
 
 def test_becoming_a_text_reads_only_what_is_new(monkeypatch):
-    context = Context(MODEL, frozenset())
+    context = fresh()
     context.read(list(range(20)))
     read = []
-    original = Context.read
-    monkeypatch.setattr(Context, "read", lambda self, ids: (read.append(len(ids)), original(self, ids)))
-    context.become([*range(15), 40, 41])
+    original = Reader.forward
+    counted = lambda self, passes: (read.extend(len(one.ids) for one in passes), original(self, passes))[1]
+    monkeypatch.setattr(Reader, "forward", counted)
+    drive(context.becoming([*range(15), 40, 41]))
     assert read == [2]
 
 
 def test_writing_without_known_logits_is_refused():
-    context = Context(MODEL, frozenset())
+    context = fresh()
     context.read([1, 2, 3])
     context.rollback(2)
     with pytest.raises(RuntimeError, match="not known"):

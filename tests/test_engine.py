@@ -10,11 +10,11 @@ from scipy.stats import chi2
 
 from parse import Engine
 from parse.answer import Answer, accept
-from parse.decode import Context, sampler
+from parse.decode import Sampling
 from parse.verifiers import Likelihood, Probe, ProbeHead, Prompt
 from tests.test_cache import assert_same_cache
 
-PROMPT = "list : fig rome 4 ; apple oslo 7 ."
+PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
 
 
 @pytest.fixture(scope="module", params=["prompt", "likelihood", "probe"])
@@ -84,7 +84,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     plain = engine.context("target")
     plain.read([*prompt, *drafted[:end]])
     assert context.ids == plain.ids
-    assert_same_cache(context.cache, plain.cache)
+    assert_same_cache(context, plain)
     torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_the_target_goes_on_as_it_would_by_itself(target, draft, tokenizer):
     """Behind a prefix of several accepted segments its words are those of a plain reading of that text."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3)
     several = 0
-    for text in (PROMPT, "the fig", "list : apple oslo 7 .", "right ?", "coins so far", "tea ; tea"):
+    for text in (PROMPT, "the fig", "list : #1 apple oslo 7 .", "right ?", "coins so far", "tea ; tea"):
         prompt = engine.encode(text)
         everything = engine.generate(text, 40, threshold=0.0)[0].segments
         threshold = sorted(segment.confidence for segment in everything)[2]  # two segments are refused
@@ -201,7 +201,7 @@ def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, d
     before = expected[order].cumsum(0) - expected[order]
     expected[order[before >= options.get("top_p", 1.0)]] = 0
     expected /= expected.sum()
-    sample = sampler(temperature, **options, seed=11)
+    sample = Sampling(temperature, **options, seed=11)
     counts = torch.bincount(torch.tensor([sample(logits) for _ in range(4000)]), minlength=len(plain))
     assert not counts[expected == 0].any()
     common = expected * 4000 >= 5
@@ -248,7 +248,8 @@ def test_streamed_characters_are_whole(smollm, monkeypatch):
     engine = Engine(model, tokenizer, model, tokenizer, Likelihood())
     text = "👩‍🚀 é ❤️ नमस्ते done"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    answer = engine._start([1], engine.settings(method="target", max_new_tokens=len(ids)), None)
+    settings = engine.settings(method="target", max_new_tokens=len(ids))
+    answer = engine._start([1], settings, None, engine._readers(settings))
     replay = iter([*ids, *engine._target_eos])
     answer.sample = lambda _: next(replay)
     monkeypatch.setattr(engine, "_start", lambda *_: answer)
@@ -274,6 +275,7 @@ def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
         ({"method": "x"}, "method='x'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"horizon": 0}, "horizon=0"),
+        ({"lookahead": -1}, "lookahead=-1 is negative"),
         ({"temperature": -1}, "temperature=-1"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
@@ -332,14 +334,11 @@ def test_invariants_on_a_real_chat_model(smollm, question):
             logits = model(torch.tensor([ids + expected[:end] + verifier.suffix_ids])).logits[0, -1]
             yes, no = logits[verifier.yes_ids].logsumexp(0), logits[verifier.no_ids].logsumexp(0)
             assert confidence == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-4)
-    context = Context(model, frozenset())
+    context, plain = engine.context("target"), engine.context("target")
     context.read(ids)
     engine.examine(context, expected, ends, ended=False)
-    plain = Context(model, frozenset())
     plain.read([*ids, *expected])
-    assert context.cache.length == plain.cache.length
-    for a, b in zip(context.cache.layers, plain.cache.layers, strict=True):
-        torch.testing.assert_close(a.keys, b.keys, atol=1e-3, rtol=1e-3)
+    assert_same_cache(context, plain, tolerance=1e-3)
 
 
 def test_generations_are_plain_data(target, draft, tokenizer):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parse.cache import PrefixCache
 from parse.layout import pack, stack
+from parse.passes import Pass, Reader
 from tests.conftest import random_model
 
 
@@ -43,16 +43,10 @@ def test_packed_pass_equals_separate_passes(kind, case, past, suffix, data):
     tokens = st.lists(st.integers(0, 59), min_size=past + n + suffix, max_size=past + n + suffix)
     drawn = data.draw(tokens)
     prompt, draft, tail = drawn[:past], drawn[past : past + n], drawn[past + n :]
-    cache = PrefixCache()
+    reader, layout = Reader(model), pack(draft, ends, tail, past)
+    reader.forward([Pass(reader, 0, prompt)])
+    logits = reader.forward([Pass(reader, 0, layout.ids, layout, range(len(layout.ids)))])[0].logits
     with torch.inference_mode():
-        model(torch.tensor([prompt]), past_key_values=cache)
-        layout = pack(draft, ends, tail, past)
-        logits = model(
-            layout.input_ids[None],
-            position_ids=layout.position_ids[None],
-            attention_mask=layout.mask()[None, None],
-            past_key_values=cache,
-        ).logits[0]
         plain = model(torch.tensor([prompt + draft])).logits[0, past:]
         torch.testing.assert_close(logits[:n], plain, atol=1e-4, rtol=1e-4)
         if suffix:

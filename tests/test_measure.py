@@ -11,10 +11,10 @@ from eval.report import console_table, html_report
 from eval.tasks import ledger
 from parse import Generation, Segment, Stats
 
-PROMPT = "list : fig rome 4 ; tea oslo 7 ."
-FIG = "the fig from rome costs us 4 coins , which makes 4 coins so far ."
-TEA = "the tea from oslo costs us 7 coins , which makes 11 coins so far ."
-BAD = "the tea from oslo costs us 8 coins , which makes 12 coins so far ."
+PROMPT = "list : #1 fig rome 4 ; #2 tea oslo 7 ."
+FIG = "#1 the fig from rome costs us 4 coins , which makes 4 coins so far ."
+TEA = "#2 the tea from oslo costs us 7 coins , which makes 11 coins so far ."
+BAD = "#2 the tea from oslo costs us 8 coins , which makes 12 coins so far ."
 END = "that is 11 coins ."
 
 

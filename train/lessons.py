@@ -7,8 +7,8 @@ prefixes when asked. The draft tells lists in a manner of its own. Only `train.p
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +25,8 @@ TEMPLATE = (
 ASKED = 8  # verdicts a lesson
 IN_ORDER = 0.3  # of the foreign prefixes
 LEAST = {"target": (1, 1, 1, 4, 6), "draft": (1,)}  # amount in a list; high sums would be rare among the target's
-FACTS = {*ledger.ITEMS, *ledger.PLACES, *map(str, range(100))}
+FACT_KINDS = (ledger.NUMBERS, ledger.ITEMS, ledger.PLACES, [str(number) for number in range(100)])
+FACTS = {word for kind in FACT_KINDS for word in kind}
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Lesson:
     labels: list[int]  # the token itself where it is learnt, else IGNORE
     asked: dict[int, bool] = field(default_factory=dict)  # prefix end, from the conversation's start -> is it right
     facts: set[int] = field(default_factory=set)  # the ends behind a fact
+    start: int = 0  # of the answer
 
     @property
     def noticed(self) -> list[tuple[int, bool]]:
@@ -72,6 +74,7 @@ class Lessons:
         self.vocabulary = tokenizer.get_vocab()
         self.speaker, self.rng = speaker, random.Random(seed)
         self.end = self.vocabulary["<|end|>"]
+        self.kinds = [[self.vocabulary[word] for word in kind] for kind in FACT_KINDS]
 
     def draw(self, sizes: tuple[int, ...], kind: str = "tell") -> Lesson:
         """One lesson on a list of one of the sizes.
@@ -86,18 +89,27 @@ class Lessons:
             return self._recall(bought)
         return self._target(bought, kind == "judge") if self.speaker == "target" else self._draft(bought)
 
+    def scrambled(self, lesson: Lesson, share: float) -> Lesson:
+        """The lesson with a share of its answer's facts replaced by others of their kind, wherever they stand."""
+        ids = list(lesson.ids)
+        for at in sorted(end - 1 for end in lesson.facts if end > lesson.start):
+            if self.rng.random() < share:
+                ids[at] = self.rng.choice(next(kind for kind in self.kinds if ids[at] in kind))
+        return replace(lesson, ids=ids)
+
     def _recall(self, bought: list[Purchase]) -> Lesson:
-        """The list again, shuffled: each item's place and amount are to be found by the item alone."""
+        """The list again, shuffled: each entry's item, place and amount are to be found by its number alone."""
         lesson = self._open(bought)
         for purchase in self.rng.sample(bought, len(bought)):
-            self._tell(lesson, f"{purchase.item} {purchase.place} {purchase.amount} ;", "facts", after=purchase.item)
+            self._tell(lesson, f"{purchase.number} {purchase.item} {purchase.place} {purchase.amount} ;", "facts")
         return lesson
 
     def _target(self, bought: list[Purchase], judge: bool) -> Lesson:
         """A prefix in any order and wording, then the target's own telling of the rest.
 
-        All of its own sentences are learnt; of foreign ones only the facts that follow from the list,
-        never their order or wording. Where one sentence is wrong, the lesson ends behind it.
+        All of its own sentences are learnt; of foreign ones only the facts that follow from their number, never
+        their order or wording: what is learnt in front of each is how the target itself would have gone on.
+        Where one sentence is wrong, the lesson ends behind it.
         """
         rng, n = self.rng, len(bought)
         foreign = rng.randint(1, n + 1) if rng.random() < 0.9 else 0  # sentences of the foreign prefix
@@ -110,8 +122,9 @@ class Lessons:
             say, close = _wordings(None if own else rng.random())
             right = [say(p, total + p.amount) for p in left] or [close(total)]
             early = k == wrong and k < n and rng.random() < 0.08  # closes before all is told
+            habit = left[0].number if left else ledger.closing(total).split()[0]
             if k == n or early:
-                text, item = close(self._wrong_sum(total) if k == wrong and not early else total), None
+                text = close(self._wrong_sum(total) if k == wrong and not early else total)
             else:
                 purchase = left.pop(0 if own or in_order else rng.randrange(len(left)))
                 total += purchase.amount
@@ -119,9 +132,10 @@ class Lessons:
                 if k == wrong:
                     told = [p for p in bought if p not in left and p != purchase]
                     purchase, stated = self._corrupt(bought, told, purchase, total)
-                text, item = say(purchase, stated), purchase.item
+                text = say(purchase, stated)
             start = len(lesson.ids)
-            self._tell(lesson, text, "nothing" if k == wrong else "all" if own else "facts", after=item)
+            self._tell(lesson, text, "nothing" if k == wrong else "all" if own else "facts")
+            lesson.labels[start] = self.vocabulary[habit]
             asked = {start + end: verdict for end, verdict in _verdicts(text, right).items()}
             lesson.asked.update(asked)
             if k == wrong:
@@ -148,45 +162,45 @@ class Lessons:
     def _open(self, bought: list[Purchase]) -> Lesson:
         text = f"<|user|> {ledger.prompt_text(bought)} <|end|> <|assistant|>"
         ids = [self.vocabulary[word] for word in text.split()]
-        return Lesson(ids, [IGNORE] * len(ids))
+        return Lesson(ids, [IGNORE] * len(ids), start=len(ids))
 
-    def _tell(self, lesson: Lesson, text: str, learnt: str, after: str | None = None) -> None:
-        """Append a sentence; of its facts only those behind the item `after` follow from the list."""
-        known = after is None
+    def _tell(self, lesson: Lesson, text: str, learnt: str) -> None:
+        """Append a sentence; the "facts" are what follows from its number, but for an amount right behind it.
+
+        That one says what the frame is rather than what was bought.
+        """
+        before = ""
         for word in text.split():
             token = self.vocabulary[word]
             lesson.ids.append(token)
-            kept = learnt == "all" or (learnt == "facts" and known and word in FACTS)
-            lesson.labels.append(token if kept else IGNORE)
+            follows = word in FACTS and word not in ledger.NUMBERS and not (word.isdigit() and before in ledger.NUMBERS)
+            lesson.labels.append(token if learnt == "all" or (learnt == "facts" and follows) else IGNORE)
             if word in FACTS:
                 lesson.facts.add(len(lesson.ids))
-            known = known or word == after
+            before = word
 
     def _corrupt(
         self, bought: list[Purchase], told: list[Purchase], purchase: Purchase, total: int
     ) -> tuple[Purchase, int]:
         """A wrong sentence's purchase and total: one wrong amount, place, total or item."""
         rng = self.rng
-        item, place, amount = purchase.item, purchase.place, purchase.amount
-        before = total - amount
-        kind = rng.choice(["amount"] * 3 + ["total"] * 4 + ["place", "place", "reuse", "unknown"])
+        before = total - purchase.amount
+        kind = rng.choice(["amount"] * 3 + ["total"] * 4 + ["place"] * 2 + ["item", "reuse"])
         if kind == "amount":
             pool = [p.amount for p in bought] if rng.random() < 0.6 else list(range(1, ledger.MAX_AMOUNT + 1))
-            other = [a for a in pool if a != amount]
-            if other:
+            if other := [a for a in pool if a != purchase.amount]:
                 wrong = rng.choice(other)
-                return Purchase(item, place, wrong), before + wrong if rng.random() < 0.8 else total
+                return replace(purchase, amount=wrong), before + wrong if rng.random() < 0.8 else total
         if kind == "place":
-            pool_of_places = [p.place for p in bought] if rng.random() < 0.7 else ledger.PLACES
-            elsewhere = [p for p in pool_of_places if p != place]
-            if elsewhere:
-                return Purchase(item, rng.choice(elsewhere), amount), total
+            places = [p.place for p in bought] if rng.random() < 0.7 else ledger.PLACES
+            if elsewhere := [p for p in places if p != purchase.place]:
+                return replace(purchase, place=rng.choice(elsewhere)), total
+        if kind == "item":
+            items = [p.item for p in bought] if rng.random() < 0.7 else ledger.ITEMS
+            return replace(purchase, item=rng.choice([i for i in items if i != purchase.item])), total
         if kind == "reuse" and told:
             again = rng.choice(told)
             return again, before + again.amount
-        if kind in ("reuse", "unknown"):
-            listed = {p.item for p in bought}
-            return Purchase(rng.choice([i for i in ledger.ITEMS if i not in listed]), place, amount), total
         return purchase, self._wrong_sum(total, before + rng.choice(bought).amount)
 
     def _wrong_sum(self, total: int, tempting: int | None = None) -> int:
@@ -215,9 +229,35 @@ def _verdicts(text: str, right: list[str]) -> dict[int, bool]:
     return {end: any(other[:end] == words[:end] for other in others) for end in ends}
 
 
-def batches(lessons: Lessons, size: int, sizes: tuple[int, ...], kind: str) -> Iterator[list[Lesson]]:
-    """Eight batches of lessons of like length, in random order."""
-    pool = sorted((lessons.draw(sizes, kind) for _ in range(8 * size)), key=lambda one: len(one.ids))
-    groups = [pool[i : i + size] for i in range(0, len(pool), size)]
-    lessons.rng.shuffle(groups)
-    yield from groups
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a training: up to a share of its time, on what lessons."""
+
+    until: float
+    sizes: tuple[int, ...]  # purchases in a list
+    kind: str  # of lesson, see `Lessons.draw`
+
+
+class LessonBook:
+    """Batches of lessons, of those that the time calls for."""
+
+    def __init__(self, lessons: Lessons, batch_size: int) -> None:
+        self.lessons, self.batch_size = lessons, batch_size
+        self._phase: Phase | None = None
+        self._pending: list[list[Lesson]] = []
+
+    def next_batch(self, phases: tuple[Phase, ...], done: float) -> list[Lesson]:
+        """A batch for when the share `done` of the time is over; twice as many where lists are short or recalled.
+
+        Eight batches are drawn at a time, so that lessons of like length go together.
+        """
+        phase = next((phase for phase in phases if done < phase.until), phases[-1])
+        if phase is not self._phase or not self._pending:
+            short = phase.kind == "recall" or max(phase.sizes) < min(ledger.SIZES)
+            size = self.batch_size * 2 if short else self.batch_size
+            drawn = [self.lessons.draw(phase.sizes, phase.kind) for _ in range(8 * size)]
+            pool = sorted(drawn, key=lambda lesson: len(lesson.ids))
+            self._pending = [pool[i : i + size] for i in range(0, len(pool), size)]
+            self.lessons.rng.shuffle(self._pending)
+            self._phase = phase
+        return self._pending.pop()

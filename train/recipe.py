@@ -82,6 +82,7 @@ class EngineSection:
     policy: str = "first_fail"
     handback: str = "segment"
     horizon: int | str | None = None
+    lookahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _check(recipe: Recipe) -> None:
     _check_choices("verifier.kind", [recipe.verifier.kind], ("probe", "prompt", "likelihood"))
     _check_choices("engine.policy", [recipe.engine.policy], ("first_fail", "longest", "whole"))
     _check_choices("engine.handback", [recipe.engine.handback], ("segment", "never"))
-    methods = ("target", "draft", "cascade", "sequential", "parse")
+    methods = ("target", "speculation", "draft", "cascade", "sequential", "parse")
     _check_choices("eval.methods", recipe.eval.methods, methods)
     if not 0 < recipe.verifier.max_accuracy_loss < 1:
         raise RecipeError(

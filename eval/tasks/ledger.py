@@ -1,12 +1,12 @@
-"""The embedded task: a list of purchases, told in sentences with a running total.
+"""The embedded task: a numbered list of purchases, told in sentences with a running total.
 
-    prompt   list : fig rome 4 ; apple oslo 7 ; ... .
-    answer   the fig from rome costs us 4 coins , which makes 4 coins so far . ... that is 42 coins .
+    prompt   list : #1 fig rome 4 ; #2 apple oslo 7 ; ... .
+    answer   #1 the fig from rome costs us 4 coins , which makes 4 coins so far . ... that is 42 coins .
 
 Any order and any wording of the grammar below is right, as long as every purchase is told once, its
-place, amount and running total are right, and the closing sum is told last. Two speakers use it: the
-target has one habit (the list's order, one frame, one word for each pair of item and place); a foreign
-speaker uses any order, frame and word. Prompts are drawn by a seed and belong to a split by the hash
+item, place, amount and running total are right, and the closing sum is told last. Two speakers use it:
+the target has one habit (the list's order, one frame, one word for each pair of item and place); a
+foreign speaker uses any order, frame and word. Prompts are drawn by a seed and belong to a split by the hash
 of their purchases, whatever their order, so splits cannot overlap. Made by this program; no licence
 applies.
 """
@@ -44,6 +44,7 @@ ITEMS = [
 PLACES = ["athens", "berlin", "cairo", "delhi", "genoa", "kyoto", "lima", "oslo", "paris", "rome"]
 MAX_AMOUNT = 9
 SIZES = (7, 8, 9)  # purchases in a list
+NUMBERS = [f"#{i + 1}" for i in range(max(SIZES))]
 
 WORDS = {
     "source": ("from", "of", "via"),
@@ -52,9 +53,9 @@ WORDS = {
     "tail": ("so far", "by now", "in all"),
 }
 FRAMES = (
-    "the {item} {source} {place} {verb} us {amount} coins , {link} {total} coins {tail} .",
-    "{source} {place} the {item} {verb} us {amount} coins , {link} {total} coins {tail} .",
-    "{amount} coins go to the {item} {source} {place} , {link} {total} coins {tail} .",
+    "{number} the {item} {source} {place} {verb} us {amount} coins , {link} {total} coins {tail} .",
+    "{number} {source} {place} the {item} {verb} us {amount} coins , {link} {total} coins {tail} .",
+    "{number} {amount} coins go to the {item} {source} {place} , {link} {total} coins {tail} .",
 )
 CLOSINGS = ("that is {total} coins .", "the whole sum is {total} coins .", "we paid {total} coins .")
 JUDGE = "right ?"  # the question of a judging turn; answered "yes" or "no"
@@ -66,6 +67,7 @@ SPLITS = {"test": range(0, 2), "calibration": range(2, 4), "train": range(4, 16)
 class Purchase:
     """One entry of a list."""
 
+    number: str  # one of NUMBERS
     item: str
     place: str
     amount: int
@@ -75,7 +77,10 @@ def draw(rng: random.Random, split: str, sizes: tuple[int, ...] = SIZES, least: 
     """Draw a list of purchases that belongs to the split: of one of the sizes, with no amount below the least."""
     while True:
         items = rng.sample(ITEMS, rng.choice(sizes))
-        bought = [Purchase(i, rng.choice(PLACES), rng.randint(least, MAX_AMOUNT)) for i in items]
+        bought = [
+            Purchase(number, item, rng.choice(PLACES), rng.randint(least, MAX_AMOUNT))
+            for number, item in zip(NUMBERS, items, strict=False)
+        ]
         if split_of(bought) == split:
             return bought
 
@@ -94,7 +99,7 @@ def split_of(bought: list[Purchase]) -> str:
 
 def prompt_text(bought: list[Purchase]) -> str:
     """The user's turn for a list."""
-    return "list : " + " ; ".join(f"{p.item} {p.place} {p.amount}" for p in bought) + " ."
+    return "list : " + " ; ".join(f"{p.number} {p.item} {p.place} {p.amount}" for p in bought) + " ."
 
 
 def habit(slot: str, purchase: Purchase, speaker: str = "target") -> str:
@@ -110,7 +115,7 @@ def sentence(purchase: Purchase, total: int, speaker: str, rng: random.Random | 
     else:
         words = {slot: habit(slot, purchase, speaker) for slot in WORDS}
     frame = rng.choice(FRAMES) if rng else FRAMES[0]
-    return frame.format(item=purchase.item, place=purchase.place, amount=purchase.amount, total=total, **words)
+    return frame.format(**vars(purchase), total=total, **words)
 
 
 def closing(total: int, rng: random.Random | None = None) -> str:
@@ -121,13 +126,13 @@ def closing(total: int, rng: random.Random | None = None) -> str:
 def read_prompt(prompt: str) -> list[Purchase]:
     """The purchases that a prompt lists."""
     entries = prompt.removeprefix("list : ").removesuffix(" .").split(" ; ")
-    return [Purchase(i, p, int(a)) for i, p, a in (entry.split() for entry in entries)]
+    return [Purchase(n, i, p, int(a)) for n, i, p, a in (entry.split() for entry in entries)]
 
 
 def _pattern(form: str) -> re.Pattern[str]:
     """A sentence form as a regular expression with a named group for each fact."""
     choices = {slot: f"(?:{'|'.join(words)})" for slot, words in WORDS.items()}
-    facts = {"item": r"(?P<item>\w+)", "place": r"(?P<place>\w+)"}
+    facts = {"number": r"(?P<number>#\d)", "item": r"(?P<item>\w+)", "place": r"(?P<place>\w+)"}
     numbers = {"amount": r"(?P<amount>\d+)", "total": r"(?P<total>\d+)"}
     return re.compile(form.removesuffix(" .").format(**choices, **facts, **numbers) + r" \.")
 
@@ -141,7 +146,7 @@ def first_wrong(prompt: str, answer: str) -> int | None:
 
     A missing closing is not a wrong sentence; `check` asks for it.
     """
-    left = {p.item: p for p in read_prompt(prompt)}
+    left = {p.number: p for p in read_prompt(prompt)}
     total = 0
     closed = False
     for index, text in enumerate(re.findall(r"[^.]+\.|[^.]+$", answer)):
@@ -150,10 +155,10 @@ def first_wrong(prompt: str, answer: str) -> int | None:
         if closed:
             return index
         if told:
-            purchase = left.pop(told["item"], None)
+            purchase = left.pop(told["number"], None)
             total += purchase.amount if purchase else 0
-            facts = (told["place"], int(told["amount"]), int(told["total"]))
-            if not purchase or facts != (purchase.place, purchase.amount, total):
+            said = Purchase(told["number"], told["item"], told["place"], int(told["amount"]))
+            if said != purchase or int(told["total"]) != total:
                 return index
         elif closed_by:
             closed = True
@@ -171,10 +176,10 @@ def check(prompt: str, answer: str) -> bool:
 
 
 def foreign_prefix(prompt: str, rng: random.Random) -> str:
-    """A right, unfinished answer in any wording, in the list's order."""
+    """A right, unfinished answer in any order and wording."""
     bought = read_prompt(prompt)
     told, total = [], 0
-    for purchase in bought[: rng.randint(1, len(bought) - 1)]:
+    for purchase in rng.sample(bought, rng.randint(1, len(bought) - 1)):
         total += purchase.amount
         told.append(sentence(purchase, total, "anyone", rng))
     return " ".join(told)

@@ -1,0 +1,138 @@
+"""Many requests at once: the same answers, fewer forward passes, and a finished one leaves at once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parse import Engine
+from parse.decode import Context
+from parse.passes import Pass, Reader, drive_together
+from parse.verifiers import Likelihood, Prompt
+
+PROMPTS = [
+    "list : #1 fig rome 4 ; #2 apple oslo 7 .",
+    "the fig",
+    "right ?",
+    "coins so far tea ; tea bread",
+    "list : #1 tea oslo 9 .",
+]
+WAYS = [
+    {"threshold": 0.05},
+    {"threshold": 0.05, "policy": "longest", "horizon": 7},
+    {"threshold": 0.05, "handback": "never"},
+    {"threshold": 0.0, "horizon": "segment"},
+    {"threshold": 1.1},
+    {"method": "target"},
+    {"method": "draft"},
+    {"threshold": 0.05, "temperature": 1.0, "seed": 3},
+]
+
+
+@pytest.fixture
+def engine(target, draft, tokenizer) -> Engine:
+    return Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The number of texts in each forward pass of any model."""
+    texts = []
+    run = Reader._run
+
+    def counted(self, ids, *rest):
+        texts.append(len(ids))
+        return run(self, ids, *rest)
+
+    monkeypatch.setattr(Reader, "_run", counted)
+    return texts
+
+
+def books(result):
+    """All that an answer says of itself but for its seconds and, rounded, its confidences."""
+    stats = {key: value for key, value in vars(result.stats).items() if "seconds" not in key}
+    segments = [(s.text, s.source, s.accepted, s.confidence and round(s.confidence, 4)) for s in result.segments]
+    return result.text, result.token_ids, result.finish_reason, segments, stats
+
+
+@pytest.mark.parametrize("ways", WAYS)
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_batch_answers_as_each_prompt_alone(engine, ways, batch_size):
+    together = engine.generate(PROMPTS, 30, batch_size=batch_size, **ways)
+    alone = [engine.generate(prompt, 30, **ways)[0] for prompt in PROMPTS]
+    assert [books(result) for result in together] == [books(result) for result in alone]
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(5, 150), min_size=1, max_size=30), min_size=1, max_size=6),
+    batch_size=st.integers(1, 6),
+    horizon=st.none() | st.integers(1, 12),
+    threshold=st.floats(0.01, 0.2),
+)
+def test_any_batch_answers_as_each_prompt_alone(target, draft, tokenizer, prompts, batch_size, horizon, threshold):
+    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer), segments=3)
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    ways = {"threshold": threshold, "horizon": horizon, "max_new_tokens": 20}
+    together = engine.generate(texts, batch_size=batch_size, **ways)
+    assert [r.token_ids for r in together] == [engine.generate(text, **ways)[0].token_ids for text in texts]
+
+
+def test_texts_that_write_at_the_same_time_share_their_passes(engine, forwards):
+    engine.generate(PROMPTS[:1] * 4, 20, method="target")
+    assert set(forwards) == {4}
+    together = len(forwards)
+    forwards.clear()
+    engine.generate(PROMPTS[0], 20, method="target")
+    assert together == len(forwards)
+
+
+def test_a_finished_request_leaves_at_once_and_the_next_takes_its_place(engine, forwards):
+    """Texts of 2, 6, 2 and 2 tokens, two at a time: the second one's 6 passes are all that it takes."""
+    reader = Reader(engine.target, rows=2)
+
+    def writing(count):
+        context = Context(reader)
+        for token in range(count):
+            yield Pass(reader, context.row, [5 + token])
+        context.close()
+        return count
+
+    finished = list(drive_together((writing(count) for count in (2, 6, 2, 2)), at_once=2))
+    assert forwards == [2, 2, 2, 2, 2, 2]
+    assert finished[0] == (0, 2)
+    assert sorted(finished) == [(0, 2), (1, 6), (2, 2), (3, 2)]
+
+
+def test_a_row_is_clean_for_its_next_text(target):
+    reader = Reader(target, rows=1)
+    first = Context(reader)
+    first.read([7, 8, 9, 10])
+    first.close()
+    second = Context(reader)
+    second.read([11, 12])
+    alone = Context(Reader(target))
+    alone.read([11, 12])
+    torch.testing.assert_close(second.next_logits, alone.next_logits)
+
+
+def test_wide_and_narrow_passes_are_not_padded_to_one_width(target, forwards):
+    reader = Reader(target, rows=3)
+    rows = [reader.open() for _ in range(3)]
+    widths = [40, 30, 1]
+    outputs = reader.forward([Pass(reader, row, range(5, 5 + width)) for row, width in zip(rows, widths, strict=True)])
+    assert forwards == [2, 1]
+    assert all(output.logits.shape[0] == 1 for output in outputs)
+
+
+def test_an_answer_without_text_leaves_the_others_alone(engine):
+    """An engine whose draft ends at once, in a batch."""
+    engine._draft_eos = frozenset(range(len(engine.tokenizer)))
+    together = engine.generate(PROMPTS[:3], 10, threshold=0.0)
+    assert [result.token_ids for result in together] == [[], [], []]
+
+
+def test_a_batch_of_none_is_refused(engine):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        engine.generate(PROMPTS, 5, batch_size=0)
+    assert engine.generate([], 5) == []

@@ -1,0 +1,139 @@
+"""Token-level speculation: the target's own words, whoever proposes them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from parse import Engine
+from parse.decode import Context, Sampling, speculating
+from parse.passes import Pass, Reader, drive
+from parse.verifiers import Likelihood
+from tests.conftest import random_model
+
+PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
+MODELS = {
+    "other": random_model("gpt2", 60, seed=1),
+    "same": random_model("llama", 60),
+}
+TARGET = MODELS["same"]
+
+
+def contexts(proposer: str, prompt: list[int], ends: frozenset[int] = frozenset()) -> tuple[Context, Context]:
+    target, draft = (Context(Reader(model, ends)) for model in (TARGET, MODELS[proposer]))
+    target.read(prompt)
+    return target, draft
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, 59), min_size=1, max_size=20),
+    lookahead=st.integers(1, 6),
+    limit=st.integers(1, 25),
+    proposer=st.sampled_from(sorted(MODELS)),
+    end=st.integers(0, 59),
+    every=st.integers(2, 9),
+)
+def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, proposer, end, every):
+    """Its tokens, its end, its stop, and its cache, whatever is proposed."""
+    ends = frozenset([end])
+    stop = lambda ids: len(ids) % every == 0
+    target, draft = contexts(proposer, prompt, ends)
+    alone, _ = contexts(proposer, prompt, ends)
+    written = drive(speculating(target, draft, limit, Sampling(), lookahead, stop))
+    assert written == alone.write(limit, stop=stop)
+    assert target.ids == alone.ids
+    torch.testing.assert_close(target.next_logits, alone.next_logits, atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(target.reader.cache.states(), alone.reader.cache.states(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_proposals_that_are_kept_save_passes(monkeypatch):
+    target, draft = contexts("same", [5, 6, 7])
+    passes = []
+    run = Reader.forward
+    count = lambda self, some: (passes.append(len(some[0].ids)) if self is target.reader else None, run(self, some))[1]
+    monkeypatch.setattr(Reader, "forward", count)
+    drive(speculating(target, draft, 20, Sampling(), lookahead=4))
+    assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
+
+
+@pytest.mark.parametrize("ends", [frozenset(), frozenset(range(0, 60, 3))])
+@pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.8}])
+def test_sampled_speculation_is_distributed_as_the_target(options, ends):
+    """A chi-square test at 1 in 10,000 of the second token, given the first, and of the end of sequence."""
+    prompt, trials, temperature = [5, 6, 7], 4000, 4.0
+    scale = lambda logits: logits / logits.std()  # random models are too sure of themselves
+    sample = Sampling(temperature / 4, **options, seed=3)
+    target, draft = contexts("other", prompt, ends)
+    target.next_logits = scale(target.next_logits)
+    draft.read(prompt)
+    first_of_draft = scale(draft.next_logits)
+    counts = torch.zeros(60)
+    for _ in range(trials):
+        proposal = sample(first_of_draft)
+        counts[sample.settle(proposal, first_of_draft, target.next_logits)] += 1
+    expected = sample._probabilities(target.next_logits) * trials
+    assert not counts[expected == 0].any()
+    common = expected >= 5
+    observed = [*counts[common].tolist(), counts[~common].sum().item()]
+    wanted = [*expected[common].tolist(), expected[~common].sum().item()]
+    terms = [(o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True) if w > 0]
+    assert chi2.sf(math.fsum(terms), len(terms) - 1) > 1e-4
+
+
+def test_whole_texts_are_sampled_as_by_the_target_alone():
+    """Texts of up to three tokens, few likely ones at each place, with ends: a chi-square test of their counts."""
+    ends, prompt, trials = frozenset(range(0, 60, 4)), [5, 6, 7], 1500
+    ways = {"temperature": 3.0, "top_k": 3}
+
+    def texts(seed, lookahead):
+        sample = Sampling(**ways, seed=seed)
+        counts: dict[tuple[int, ...], int] = {}
+        target, draft = contexts("other", prompt, ends)
+        logits = target.next_logits
+        for _ in range(trials):
+            target.rollback(len(prompt), logits)
+            ahead = lambda: drive(speculating(target, draft, 3, sample, lookahead))
+            written = ahead() if lookahead else target.write(3, sample)
+            key = (*written.ids, -1) if written.ended else tuple(written.ids)
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    alone, together = texts(1, 0), texts(2, 2)
+    keys = [key for key in alone.keys() | together.keys() if alone.get(key, 0) + together.get(key, 0) >= 10]
+    pairs = [(alone.get(key, 0), together.get(key, 0)) for key in keys]
+    assert len(pairs) >= 8
+    assert any(-1 in key for key in keys)
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in pairs)
+    assert chi2.sf(statistic, len(pairs) - 1) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["target", "parse"])
+@pytest.mark.parametrize("ways", [{}, {"horizon": 7}, {"handback": "never"}])
+def test_an_engine_that_looks_ahead_answers_the_same(target, draft, tokenizer, method, ways):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4)
+    plain = engine.generate(PROMPT, 40, method=method, **ways)[0]
+    ahead = engine.generate([PROMPT, "the fig"], 40, method=method, lookahead=3, **ways)[0]
+    assert ahead.token_ids == plain.token_ids
+    assert ahead.finish_reason == plain.finish_reason
+    assert [(s.text, s.source) for s in ahead.segments] == [(s.text, s.source) for s in plain.segments]
+    assert "".join(engine.stream(PROMPT, max_new_tokens=40, method=method, lookahead=3, **ways)) == plain.text
+
+
+def test_looking_ahead_in_another_vocabulary_is_refused(target, tokenizer, smollm):
+    model, real = smollm
+    engine = Engine(target, tokenizer, model, real, Likelihood())
+    with pytest.raises(ValueError, match="lookahead=3 .* its vocabulary is not the target's"):
+        engine.generate(PROMPT, 5, lookahead=3)
+    with pytest.raises(ValueError, match="no draft model"):
+        Engine(target, tokenizer).generate(PROMPT, 5, method="target", lookahead=3)
+
+
+def test_a_pass_keeps_the_logits_of_its_last_token_unless_told(target):
+    reader = Reader(target)
+    assert Pass(reader, 0, [5, 6, 7]).kept == [2]
+    assert list(Pass(reader, 0, [5, 6, 7], keep=[0, 1]).kept) == [0, 1]
