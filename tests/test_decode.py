@@ -61,14 +61,13 @@ def test_proposals_that_are_kept_save_passes(monkeypatch):
     assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
 
 
-@pytest.mark.parametrize("ends", [frozenset(), frozenset(range(0, 60, 3))])
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.8}])
-def test_sampled_speculation_is_distributed_as_the_target(options, ends):
-    """A chi-square test at 1 in 10,000 of the second token, given the first, and of the end of sequence."""
+def test_sampled_speculation_is_distributed_as_the_target(options):
+    """A chi-square test at 1 in 10,000 of the token that is settled on, whatever another model proposes."""
     prompt, trials, temperature = [5, 6, 7], 4000, 4.0
     scale = lambda logits: logits / logits.std()  # random models are too sure of themselves
     sample = Sampling(temperature / 4, **options, seed=3)
-    target, draft = contexts("other", prompt, ends)
+    target, draft = contexts("other", prompt)
     target.next_logits = scale(target.next_logits)
     draft.read(prompt)
     first_of_draft = scale(draft.next_logits)
