@@ -15,7 +15,7 @@ quickstart: .venv/run.stamp
 	$(BIN)/python -m eval recipes/quickstart.yaml
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

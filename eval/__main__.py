@@ -50,7 +50,9 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
         torch.set_num_threads(recipe.threads)
     task = load_task(recipe.task)
     verifier = recipe.folder / "verifier"
-    engine = Engine.from_pretrained(recipe.target, recipe.folder / "draft", verifier, segments=recipe.segments)
+    engine = Engine.from_pretrained(
+        recipe.target, recipe.folder / "draft", verifier, segments=recipe.segments, compile=recipe.engine.compile
+    )
     thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
     prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
     methods = settings_of(recipe, thresholds)

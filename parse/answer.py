@@ -226,15 +226,19 @@ class Answer:
         if role == "draft":
             yield from self.contexts["draft"].reading(self.draft_prompt_ids)
         yield from self._write(role)
+        self.done = True
 
     def finish(self) -> Generation:
         """The finished answer."""
         text = text_of(self.ids, self.engine.tokenizer)
-        for context in self.contexts.values():
-            context.close()
         self._clock("other")
         reason = "stop" if self.ended else "length"
         return Generation(text, self.ids, reason, self.segments, self.stats)
+
+    def close(self) -> None:
+        """Make room for other texts, finished or not."""
+        for context in self.contexts.values():
+            context.close()
 
     def _write(self, role: str, stop: Stop | None = None) -> Steps[None]:
         """Add to the answer what a model writes, token by token."""

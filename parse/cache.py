@@ -37,7 +37,7 @@ class Window:
 
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer: keys and values [rows, heads, capacity, D]."""
+    """One layer: keys and values [rows, capacity, heads, D]."""
 
     is_croppable = True
     is_sliding = False
@@ -49,9 +49,10 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take shape and type from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys, self._values = (
-            new.new_zeros((self.window.rows, new.shape[1], 0, new.shape[-1])) for new in (key_states, value_states)
-        )
+        empty = [
+            new.new_zeros((self.window.rows, 0, new.shape[1], new.shape[-1])) for new in (key_states, value_states)
+        ]
+        self.buffers = empty[0], empty[1]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -63,22 +64,29 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         window, length = self.window, key_states.shape[2]
         stop = window.start + length
-        if stop > self._keys.shape[2]:
-            self._keys, self._values = _grown(self._keys, stop), _grown(self._values, stop)
-        if min(window.starts) == window.start:
-            self._keys[window.chosen, :, window.start : stop] = key_states
-            self._values[window.chosen, :, window.start : stop] = value_states
-        else:
-            rows = torch.arange(self._keys.shape[0], device=self.device)[window.chosen][:, None]  # [B, 1]
-            starts = torch.tensor(window.starts, device=self.device)  # [B]
-            at = starts[:, None] + torch.arange(length, device=self.device)  # [B, T]
-            self._keys[rows, :, at] = key_states.transpose(1, 2)  # [B, T, heads, D]
-            self._values[rows, :, at] = value_states.transpose(1, 2)
-        return self._keys[window.chosen, :, :stop], self._values[window.chosen, :, :stop]
+        self.grow(window.rows, stop)
+        ragged = min(window.starts) < window.start
+        rows = torch.arange(window.rows, device=self.device)[window.chosen][:, None] if ragged else None  # [B, 1]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            new = states.transpose(1, 2)  # [B, T, heads, D]
+            if rows is None:
+                buffer[window.chosen, window.start : stop] = new
+            else:
+                starts = torch.tensor(window.starts, device=self.device)  # [B]
+                buffer[rows, starts[:, None] + torch.arange(length, device=self.device)] = new
+        keys, values = (buffer[window.chosen, :stop].transpose(1, 2) for buffer in self.buffers)
+        return keys, values
 
-    def states(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a text's first `length` tokens, [heads, length, D] each."""
-        return self._keys[row, :, :length], self._values[row, :, :length]
+    def grow(self, rows: int, tokens: int) -> None:
+        """Make room for so many texts and tokens each; zeros behind what is held, for what is unseen is a number."""
+        held_rows, held = self.buffers[0].shape[:2]
+        if rows <= held_rows and tokens <= held:
+            return
+        capacity = held if tokens <= held else -(-max(tokens, 2 * held) // _GROWTH) * _GROWTH
+        larger = [old.new_zeros((max(rows, held_rows), capacity, *old.shape[2:])) for old in self.buffers]
+        for old, new in zip(self.buffers, larger, strict=True):
+            new[:held_rows, :held] = old
+        self.buffers = larger[0], larger[1]
 
     def get_seq_length(self) -> int:
         """Cached positions of the text that is being read."""
@@ -103,12 +111,15 @@ class PrefixCache(Cache):
         super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], make))
 
     @contextmanager
-    def reading(self, rows: list[int], widths: Sequence[int]) -> Iterator[None]:
-        """A forward pass over some rows, that makes each longer by its width."""
+    def reading(self, rows: list[int]) -> Iterator[None]:
+        """A forward pass over some rows, each behind its own length."""
         adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
         self.window.chosen = slice(rows[0], rows[0] + len(rows)) if adjacent else rows  # a view where it can be
         self.window.starts = [self.lengths[row] for row in rows]
         yield
+
+    def extend(self, rows: Sequence[int], widths: Sequence[int]) -> None:
+        """Each row holds so many tokens more."""
         for row, width in zip(rows, widths, strict=True):
             self.lengths[row] += width
 
@@ -122,15 +133,76 @@ class PrefixCache(Cache):
             raise ValueError(f"cannot keep {length} of {self.lengths[row]} cached tokens")
         self.lengths[row] = length
 
+    def add_row(self) -> int:
+        """Room for one text more: its row."""
+        self.lengths.append(0)
+        self.window.rows = len(self.lengths)
+        return len(self.lengths) - 1
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Forget a text, and leave nothing behind that is not a number."""
+        self.lengths[row] = 0
+        for layer in self._prefix_layers:
+            if layer.is_initialized:
+                for buffer in layer.buffers:
+                    buffer[row : row + 1] = 0
+
+    def buffers(self, rows: int = 0, tokens: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """All keys and values, a pair a layer, [rows, capacity, heads, D], grown to so many rows and tokens."""
+        for layer in self._prefix_layers:
+            layer.grow(max(rows, self.window.rows), tokens)
+        return [layer.buffers for layer in self._prefix_layers]
+
     def states(self, row: int = 0) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a text [heads, length, D], a pair a layer."""
-        return [cast(PrefixLayer, layer).states(row, self.lengths[row]) for layer in self.layers]
+        length = self.lengths[row]
+        pairs = [(keys[row, :length], values[row, :length]) for keys, values in self.buffers()]
+        return [(keys.transpose(0, 1), values.transpose(0, 1)) for keys, values in pairs]
+
+    @property
+    def _prefix_layers(self) -> list[PrefixLayer]:
+        return cast(list[PrefixLayer], self.layers)
 
 
-def _grown(buffer: Tensor, needed: int) -> Tensor:
-    """A larger buffer with the same content; zeros behind it, for what is not seen must be a number."""
-    used = buffer.shape[2]
-    capacity = -(-max(needed, 2 * used) // _GROWTH) * _GROWTH
-    larger = buffer.new_zeros((*buffer.shape[:2], capacity, buffer.shape[3]))
-    larger[:, :, :used] = buffer
-    return larger
+class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer for a compiled pass: a `PrefixLayer`'s buffers, written where a tensor says."""
+
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, buffers: tuple[Tensor, Tensor], rows: Tensor | None, at: Tensor, keys: int) -> None:
+        """Set up.
+
+        Args:
+            buffers: keys and values [rows, capacity, heads, D].
+            rows: int64 [B], each text's row; None: the first B.
+            at: int64 [B, T], the position in its row that each new token takes.
+            keys: P, how many to read.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.buffers, self.rows, self.at, self.read, self.is_initialized = buffers, rows, at, keys, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write T positions; return the texts' keys and values [B, heads, P, D]."""
+        rows = torch.arange(self.at.shape[0], device=self.at.device) if self.rows is None else self.rows
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[rows[:, None], self.at] = states.transpose(1, 2)
+        chosen = slice(len(rows)) if self.rows is None else rows
+        keys, values = (buffer[:, : self.read][chosen].transpose(1, 2) for buffer in self.buffers)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """None are known before the pass: positions and masks are always given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The keys that are read, and the first one's position."""
+        return self.read, 0

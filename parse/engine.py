@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.answer import Answer, Generation, Settings, accept
+from parse.compiled import PATIENCE, Compiled
 from parse.decode import Context
 from parse.layout import pack
 from parse.models import Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
@@ -38,14 +39,17 @@ class Engine:
         draft_tokenizer: PreTrainedTokenizerBase | None = None,
         verifier: Verifier | None = None,
         segments: Segmenter = "sentence",
+        compile: bool | None = None,
     ) -> None:
         check_segmenter(segments)
         self.target, self.tokenizer = target, tokenizer
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
         self.verifier, self.segments = verifier, segments
         self.same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
-        self._target_eos = eos_ids(target, tokenizer.eos_token_id)
-        self._draft_eos = eos_ids(draft, self.draft_tokenizer.eos_token_id) if draft else frozenset()
+        self._readers = {"target": Reader(target, eos_ids(target, tokenizer.eos_token_id), _compiled(target, compile))}
+        if draft is not None:
+            ends = eos_ids(draft, self.draft_tokenizer.eos_token_id)
+            self._readers["draft"] = Reader(draft, ends, _compiled(draft, compile))
 
     @classmethod
     def from_pretrained(
@@ -60,6 +64,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         attention: str = "auto",
         segments: Segmenter | None = None,
+        compile: bool | None = None,
     ) -> Engine:
         """Load an engine.
 
@@ -71,6 +76,8 @@ class Engine:
             attention: "auto" or "sdpa": dense masks over scaled-dot-product attention.
             segments: "sentence", "line" or a number of tokens; defaults to the trained verifier's own,
                 else "sentence".
+            compile: compile forward passes where that pays, see `parse.compiled`: True at their first use, None once
+                a pass has taken a while over all its uses (short runs never wait for a compiler), False never.
 
         Raises:
             ValueError: for an architecture whose cache cannot be rolled back, a verifier made for
@@ -96,7 +103,7 @@ class Engine:
                 "leave `segments` out or train a verifier for it"
             )
         chosen = segments if segments is not None else (trained_with or "sentence")
-        return cls(target_model, tokenizer, draft_model, draft_tokenizer, loaded, chosen)
+        return cls(target_model, tokenizer, draft_model, draft_tokenizer, loaded, chosen, compile)
 
     def generate(
         self,
@@ -156,8 +163,7 @@ class Engine:
         many = cast(Sequence[str | Messages], prompts)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        readers = self._readers(settings, rows=min(batch_size, len(many)))
-        steps = (self._steps(self._start(self.encode(p), settings, self._draft_prompt(p), readers)) for p in many)
+        steps = (self._steps(self._start(self.encode(p), settings, self._draft_prompt(p))) for p in many)
         finished = dict(drive_together(steps, batch_size))
         return [finished[i] for i in range(len(many))]
 
@@ -168,7 +174,7 @@ class Engine:
         target's own words token by token. A character that is not complete yet waits for its other bytes.
         """
         settings = self.settings(**options)
-        answer = self._start(self.encode(prompt), settings, self._draft_prompt(prompt), self._readers(settings))
+        answer = self._start(self.encode(prompt), settings, self._draft_prompt(prompt))
         shown = ""
         for _ in growing(self._steps(answer)):
             text = text_of(answer.ids, self.tokenizer)
@@ -182,33 +188,31 @@ class Engine:
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        return drive(self._steps(self._start(prompt_ids, settings, draft_prompt_ids, self._readers(settings))))
+        return drive(self._steps(self._start(prompt_ids, settings, draft_prompt_ids)))
 
-    def _start(
-        self,
-        prompt_ids: list[int],
-        settings: Settings,
-        draft_prompt_ids: list[int] | None,
-        readers: dict[str, Reader],
-    ) -> Answer:
+    def _start(self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None) -> Answer:
         budget = self._budget(len(prompt_ids), settings)
+        roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
+        readers = {role: self._readers[role] for role in roles}
         return Answer(self, prompt_ids, draft_prompt_ids or prompt_ids, settings, budget, readers)
 
     def _steps(self, answer: Answer) -> Steps[Generation]:
         """The algorithm: draft, cut, verify, accept, commit, continue."""
-        yield from answer.begin()
-        if answer.settings.method != "parse":
-            yield from answer.write_alone(answer.settings.method)
+        try:
+            yield from answer.begin()
+            if answer.settings.method != "parse":
+                yield from answer.write_alone(answer.settings.method)
+            while not answer.done:
+                draft = yield from answer.draft()
+                verdict = yield from answer.verify(draft)
+                k = accept(verdict.confidences, answer.threshold, answer.settings.policy)
+                answer.commit(draft, verdict, k)
+                yield None  # the answer has grown
+                if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
+                    yield from answer.proceed()
             return answer.finish()
-        while not answer.done:
-            draft = yield from answer.draft()
-            verdict = yield from answer.verify(draft)
-            k = accept(verdict.confidences, answer.threshold, answer.settings.policy)
-            answer.commit(draft, verdict, k)
-            yield None  # the answer has grown
-            if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
-                yield from answer.proceed()
-        return answer.finish()
+        finally:
+            answer.close()
 
     def verify(self, prompt_ids: Sequence[int], draft_ids: Sequence[int], ends: Sequence[int]) -> Tensor:
         """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K]."""
@@ -243,7 +247,7 @@ class Engine:
         target.ids.extend(layout.ids)
         before = torch.cat([target.next_logits[None], output.logits[:n]])  # [N + 1, V] row t predicts token t
         target.rollback(layout.past + n, before[n])
-        following = [*draft_ids, *([min(self._target_eos)] if ended and self._target_eos else [])]
+        following = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]
         tokens = torch.tensor(following, device=device)  # [M]
         log_probs = torch.log_softmax(before[: len(following)].float(), dim=-1)  # [M, V]
         log_prob = log_probs.gather(1, tokens[:, None])[:, 0]  # [M]
@@ -262,20 +266,15 @@ class Engine:
         return evidence, before[torch.tensor(ends, device=device)]
 
     def context(self, role: str) -> Context:
-        """A fresh context of the "target" or the "draft", alone with its model."""
-        return Context(self._reader(role))
+        """A fresh context of the "target" or the "draft", with a cache to itself."""
+        shared = self._reader(role)
+        return Context(Reader(shared.model, shared.eos_ids, shared.compiled))
 
-    def _readers(self, settings: Settings, rows: int = 1) -> dict[str, Reader]:
-        """The readers that a method needs, for so many texts at once."""
-        roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
-        return {role: self._reader(role, rows) for role in roles}
-
-    def _reader(self, role: str, rows: int = 1) -> Reader:
-        if role == "target":
-            return Reader(self.target, self._target_eos, rows)
-        if self.draft is None:
+    def _reader(self, role: str) -> Reader:
+        """The model's reader, whose cache all requests share."""
+        if role not in self._readers:
             raise ValueError('this engine has no draft model: give one, or use method="target"')
-        return Reader(self.draft, self._draft_eos, rows)
+        return self._readers[role]
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The target's tokens of a prompt, up to where the answer begins."""
@@ -344,3 +343,7 @@ class Engine:
                 "context: shorten it"
             )
         return room
+
+
+def _compiled(model: PreTrainedModel, wanted: bool | None) -> Compiled | None:
+    return None if wanted is False else Compiled(model, 0.0 if wanted else PATIENCE)

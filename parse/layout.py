@@ -50,26 +50,29 @@ class Layout:
 
     def mask(self, window: int | None = None) -> Tensor:
         """Who sees whom: bool [T, L + T], True where the query may attend; see `visible`."""
-        past = torch.tensor([self.past])  # [1]
-        return visible(past, self.limit[None], self.own[None], self.position_ids[None], window)[0]
+        at = self.past + torch.arange(len(self.input_ids))  # [T]
+        rows = (row[None] for row in (self.limit, self.own, at, self.position_ids))  # [1, T] each
+        return visible(*rows, keys=self.past + len(at), window=window)[0]
 
 
-def visible(past: Tensor, limit: Tensor, own: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
-    """Who sees whom in B texts: bool [B, T, P] over the P = max(past) + T keys, True where the query may attend.
+def visible(
+    limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, *, keys: int, window: int | None = None
+) -> Tensor:
+    """Who sees whom in B texts: bool [B, T, P], True where the query may attend.
 
     Args:
-        past: int64 [B], cached tokens of each text; its new keys stand right behind them.
         limit, own, positions: int64 [B, T], as in `Layout`.
+        at: int64 [B, T], the index among the keys of each query's own.
+        keys: P, how many there are.
         window: a sliding window in tokens: keys whose position lies so far back or farther are not seen.
     """
-    length = positions.shape[1]
-    key = torch.arange(int(past.max()) + length)  # [P]
-    query = past[:, None] + torch.arange(length)  # [B, T] the queries' own keys
-    seen = (key < limit[..., None]) | ((key >= own[..., None]) & (key <= query[..., None]))  # [B, T, P]
+    key = torch.arange(keys, device=at.device)  # [P]
+    seen = (key < limit[..., None]) | ((key >= own[..., None]) & (key <= at[..., None]))  # [B, T, P]
     if window is None:
         return seen
-    new = (key - past[:, None]).clamp(0, length - 1)  # [B, P] index of each key among the new ones
-    position = torch.where(key < past[:, None], key, positions.gather(1, new))  # [B, P]
+    past = at[:, :1]  # [B, 1]
+    new = (key - past).clamp(0, at.shape[1] - 1)  # [B, P] index of each key among the new ones
+    position = torch.where(key < past, key, positions.gather(1, new))  # [B, P]
     return seen & (positions[:, :, None] - position[:, None] < window)
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from parse.cache import PrefixCache
-from parse.layout import Layout, pack, visible
-from parse.models import SLIDING, attention_types
+from parse.compiled import WIDE, Compiled, Read, masks
+from parse.layout import Layout, pack
 
 T = TypeVar("T")
 Steps = Generator["Pass | None", Any, T]  # yields passes and is sent their outputs; None: the answer has grown
@@ -55,117 +56,127 @@ class Reader:
 
     model: PreTrainedModel
     eos_ids: frozenset[int] = frozenset()
-    rows: int = 1
+    compiled: Compiled | None = None
     cache: PrefixCache = field(init=False)
-    _free: list[int] = field(init=False)
+    _device: torch.device = field(init=False)
+    _free: list[int] = field(init=False)  # a heap: low rows are taken first
 
     def __post_init__(self) -> None:
-        self.cache = PrefixCache(self.rows)
-        self._free = list(reversed(range(self.rows)))
+        self.cache, self._device = PrefixCache(), self.model.device  # the model's own property is slow
+        self._free = [0]
 
     def open(self) -> int:
         """A row for a new text."""
-        row = self._free.pop()
-        self.cache.truncate(0, row)
+        row = heappop(self._free) if self._free else self.cache.add_row()
+        self.cache.wipe(row)
         return row
 
     def close(self, row: int) -> None:
         """Give the row of a finished text back."""
-        self._free.append(row)
+        heappush(self._free, row)
 
     @torch.inference_mode()
     def forward(self, passes: Sequence[Pass]) -> list[Output]:
         """Run passes as few forward passes, each of like widths; the order is kept."""
-        if len(passes) == 1:
-            return self._alone(passes[0])
         outputs: dict[int, Output] = {}
         for group in _of_like_width(passes):
-            run = self._alone(passes[group[0]]) if len(group) == 1 else self._batch([passes[i] for i in group])
-            outputs.update(zip(group, run, strict=True))
+            outputs.update(zip(group, self._together([passes[i] for i in group]), strict=True))
         return [outputs[i] for i in range(len(passes))]
 
-    def _alone(self, one: Pass) -> list[Output]:
-        """One text: no padding, and no mask where a plain causal pass needs none."""
-        device, start, layout = self.model.device, self.cache.lengths[one.row], one.layout
-        positions = torch.arange(start, start + len(one.ids)) if layout is None else layout.position_ids  # [T]
-        mask = None if layout is None else self._masks(layout.mask)
-        keep = 1 if one.keep is None else torch.tensor(list(one.keep), device=device)
-        output = self._run(
-            torch.tensor([list(one.ids)]), positions[None], mask, [one.row], [len(one.ids)], keep, one.with_states
-        )
-        assert output.logits is not None
-        return [Output(output.logits[0], tuple(state[0] for state in output.hidden_states or ()))]
-
-    def _batch(self, passes: Sequence[Pass]) -> list[Output]:
-        """Several texts, right-padded to the widest pass; a padding token sees only itself."""
-        widths = [len(one.ids) for one in passes]
-        width = max(widths)
-        past = torch.tensor([self.cache.lengths[one.row] for one in passes])  # [B]
-        ids = torch.tensor([[*one.ids, *[0] * (width - len(one.ids))] for one in passes])  # [B, T]
-        positions = past[:, None] + torch.arange(width)  # [B, T]
-        limit, own = positions + 1, positions.clone()  # [B, T] each
-        for b, (one, used) in enumerate(zip(passes, widths, strict=True)):
-            if one.layout is not None:
-                positions[b, :used] = one.layout.position_ids
-                limit[b, :used], own[b, :used] = one.layout.limit, one.layout.own
-            limit[b, used:], positions[b, used:] = 0, 0
-        masks = self._masks(lambda window: visible(past, limit, own, positions, window))
+    def _together(self, passes: Sequence[Pass]) -> list[Output]:
+        """One forward pass over several texts."""
+        rows, widths = [one.row for one in passes], [len(one.ids) for one in passes]
         kept = sorted({index for one in passes for index in one.kept})
-        keep = 1 if kept == [width - 1] else torch.tensor(kept, device=self.model.device)
-        output = self._run(
-            ids, positions, masks, [one.row for one in passes], widths, keep, any(one.with_states for one in passes)
-        )
-        assert output.logits is not None  # [B, len(kept), V]
+        with_states = any(one.with_states for one in passes)
+        slots, (logits, states) = self._run(passes, rows, max(widths), kept, with_states)  # [B, M, V], [B, T, D] each
+        self.cache.extend(rows, widths)
         place = {index: i for i, index in enumerate(kept)}
         return [
             Output(
-                output.logits[b, [place[index] for index in one.kept]],
-                tuple(state[b, : widths[b]] for state in output.hidden_states or ()) if one.with_states else (),
+                logits[slot]
+                if len(kept) == logits.shape[1] == 1
+                else logits[slot, [place[index] for index in one.kept]],
+                tuple(state[slot, :width] for state in states) if one.with_states else (),
             )
-            for b, one in enumerate(passes)
+            for one, slot, width in zip(passes, slots, widths, strict=True)
         ]
 
     def _run(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        masks: Tensor | dict[str, Tensor] | None,
-        rows: list[int],
-        widths: list[int],
-        keep: int | Tensor,
-        with_states: bool,
-    ) -> CausalLMOutputWithPast:
-        """The model over ids and positions [B, T]; afterwards each row of the cache is longer by its width."""
-        device = self.model.device
-        with self.cache.reading(rows, widths):
-            return self.model(  # type: ignore[no-any-return]
-                input_ids=ids.to(device),
-                position_ids=positions.to(device),
-                attention_mask=masks,
+        self, passes: Sequence[Pass], rows: list[int], width: int, kept: list[int], with_states: bool
+    ) -> tuple[Sequence[int], Read]:
+        """The model's output, compiled where that pays, and where in it each text stands."""
+        if self.compiled is None or not self.cache.layers:  # the first pass tells what a layer keeps
+            return range(len(rows)), self._eager(passes, rows, width, kept, with_states)
+        longest = max(self.cache.lengths) + width
+        shape = self.compiled.shape(max(rows) + 1, width, longest)
+        if shape and self.compiled.is_due(shape):
+            wide = shape == WIDE
+            numbers = self._numbers(passes, rows, width) if wide else self._step_numbers(passes, texts=shape[0])
+            places = rows if wide else None
+            output = self.compiled(shape, numbers, places, longest, self.cache, kept, with_states)
+            if output is not None:
+                return range(len(rows)) if wide else rows, output
+        started = perf_counter()
+        output = self._eager(passes, rows, width, kept, with_states)
+        if shape:
+            self.compiled.waited(shape, perf_counter() - started)
+        return range(len(rows)), output
+
+    def _eager(self, passes: Sequence[Pass], rows: list[int], width: int, kept: list[int], with_states: bool) -> Read:
+        """The texts that take part, as wide as the widest; no mask where plain causal attention needs none."""
+        device, starts = self._device, [self.cache.lengths[row] for row in rows]
+        ids, positions, *rest = self._numbers(passes, rows, width).to(device)  # [B, T] each
+        plain = len(passes) == 1 and passes[0].layout is None
+        with self.cache.reading(rows):
+            output = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=None if plain else masks(self.model, *rest, positions, keys=max(starts) + width),
                 past_key_values=self.cache,
                 use_cache=True,
                 output_hidden_states=with_states,
-                logits_to_keep=keep,
+                logits_to_keep=1 if kept == [width - 1] else torch.tensor(kept, device=device),
             )
+        return output.logits, output.hidden_states or ()
 
-    def _masks(self, mask_within: Any) -> Tensor | dict[str, Tensor]:
-        """The mask as the model takes it, [B, 1, T, P]: one for each kind of its layers.
+    def _numbers(self, passes: Sequence[Pass], rows: list[int], width: int) -> Tensor:
+        """The numbers of the texts that take part: int64 [5, B, T], see `parse.compiled.forward`."""
+        lengths = self.cache.lengths
+        return _tensor([_numbers(one, lengths[row], width) for one, row in zip(passes, rows, strict=True)])
 
-        Boolean; where the model's attention is its own ("eager"), added to the scores: 0 or the lowest number.
+    def _step_numbers(self, passes: Sequence[Pass], texts: int) -> Tensor:
+        """The same for a decoding step of the first so many texts, [5, texts, 1].
 
-        Args:
-            mask_within: gives the mask [B, T, P] or [T, P] for a sliding window in tokens, or None.
+        An idle text reads padding, behind its end, where its own next pass writes over it.
         """
-        model, made = self.model, {}
-        for kind in attention_types(model.config):
-            mask = mask_within(model.config.sliding_window if kind == SLIDING else None)
-            mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # [B, 1, T, P]
-            mask = mask.to(model.device)
-            if model.config._attn_implementation == "eager":
-                lowest = torch.finfo(model.dtype).min
-                mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-            made[kind] = mask
-        return made if len(made) > 1 else made.popitem()[1]
+        taking = {one.row: one for one in passes}
+        lengths = [*self.cache.lengths[:texts], *[0] * (texts - len(self.cache.lengths))]
+        return _tensor([_numbers(taking.get(row), lengths[row], 1) for row in range(texts)])
+
+
+def _numbers(one: Pass | None, start: int, width: int) -> list[int]:
+    """Ids, positions, limit, own and at of a text's tokens, 5 * T in a row; see `parse.layout.visible`.
+
+    Right-padded to T: a padding token sees only itself. None: padding alone.
+    """
+    at = list(range(start, start + width))
+    if one is None:
+        return [0] * (3 * width) + at + at
+    used = len(one.ids)
+    if one.layout is None:
+        positions = own = at[:used]
+        limit = [position + 1 for position in positions]
+    else:
+        positions, limit, own = (row.tolist() for row in (one.layout.position_ids, one.layout.limit, one.layout.own))
+    padding = [0] * (width - used)
+    return [*one.ids, *padding, *positions, *padding, *limit, *padding, *own, *at[used:], *at]
+
+
+def _tensor(texts: list[list[int]]) -> Tensor:
+    """The numbers of B texts, a list of 5 * T each: int64 [5, B, T]."""
+    width = len(texts[0]) // 5
+    flat = [n for field in range(0, 5 * width, width) for text in texts for n in text[field : field + width]]
+    return torch.tensor(flat).view(5, len(texts), width)  # much faster than from nested lists
 
 
 def _of_like_width(passes: Sequence[Pass]) -> list[list[int]]:

@@ -20,7 +20,8 @@ from train.lessons import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "recipes" / "models"
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
 
 
 @pytest.fixture(autouse=True)

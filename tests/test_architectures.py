@@ -124,7 +124,7 @@ def test_texts_of_a_batch_are_read_as_each_alone(name):
         zipped = zip(contexts, reads, layouts, keeps, strict=True)
         return [Pass(c.reader, c.row, ids, layout, keep) for c, ids, layout, keep in zipped]
 
-    together = Reader(model, rows=4)
+    together = Reader(model)
     together.open()  # rows of which one stays empty
     contexts = [Context(together) for _ in prompts]
     together.forward([Pass(together, c.row, prompt) for c, prompt in zip(contexts, prompts, strict=True)])

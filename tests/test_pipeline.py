@@ -28,6 +28,7 @@ SMALL = [
     "eval.prompts=12",
     "eval.sweep_prompts=4",
     "eval.warmup=1",
+    "engine.compile=false",
 ]
 
 

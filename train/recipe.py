@@ -76,13 +76,14 @@ class VerifierSection:
 
 @dataclass(frozen=True)
 class EngineSection:
-    """How the engine answers; the arguments of `Engine.generate`."""
+    """How the engine answers; the arguments of `Engine.generate`, and `compile` of `Engine.from_pretrained`."""
 
     max_new_tokens: int = 512
     policy: str = "first_fail"
     handback: str = "segment"
     horizon: int | str | None = None
     lookahead: int = 0
+    compile: bool | None = True  # in evaluations: forward passes are compiled where that pays, before the first prompt
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,232 @@
+"""Compiled forward passes: traced as one graph over the cache's own buffers, once for each bucket of shapes.
+
+Where a model is small or the hardware fast, most of a decoding step is Python and the start of kernels, not
+arithmetic. A compiled step has neither, but costs seconds to minutes to make: it is made once a bucket of shapes,
+kept on disk, and only once the same step has taken `patience` seconds without it. Where it pays:
+
+    on a CPU   decoding steps of models up to `LARGEST` bytes. Larger ones are bound by memory and wide passes by
+               arithmetic: compiled or not they take the same time. A bucket a count of texts.
+    on a GPU   decoding steps, replayed as a CUDA graph, a bucket a count of texts and a length of the cache; and
+               wide passes (prompts, packed passes), of any width, length and count in one graph.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from parse.cache import BufferLayer, PrefixCache
+from parse.layout import visible
+from parse.models import SLIDING, attention_types
+
+Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
+Buffers = list[tuple[Tensor, Tensor]]
+Read = tuple[Tensor, tuple[Tensor, ...]]  # logits [B, M, V] and hidden states [B, T, D] of a forward pass
+Backend = Callable[..., Any]  # one of `torch.compile`
+
+PATIENCE = 20.0  # seconds
+LARGEST = 200 * 2**20  # bytes of weights
+WIDE: Shape = (0, 0)  # a pass of more than one token a text
+_KEYS = 64  # keys are a multiple of it, and on a GPU four times a power of two of it
+
+
+class Compiled:
+    """A model's compiled passes."""
+
+    def __init__(self, model: PreTrainedModel, patience: float = PATIENCE, backend: str | Backend = "inductor") -> None:
+        """Set up; nothing is compiled yet.
+
+        Args:
+            patience: seconds that a step may take, over all its passes, before it is compiled.
+            backend: what compiles the graph, see `torch.compile`.
+        """
+        self.model, self.patience, self.device = model, patience, model.device
+        self.graph = self.device.type != "cpu"
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.pays = self.graph or weights <= LARGEST
+        self._made: set[tuple[Any, ...]] = set()
+        self._waited: dict[Shape, float] = defaultdict(float)
+        self._key = torch.arange(0)  # [P] of the last pass
+        self._step = self._compile(backend, {"triton.cudagraphs" if self.graph else "cpp_wrapper": True})
+        self._wide = self._compile(backend, {})
+
+    def _compile(self, backend: str | Backend, options: dict[str, Any]) -> Callable[..., Read]:
+        model = self.model
+        if backend != "inductor":
+            options = {}
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # weights do not change
+        return torch.compile(  # type: ignore[call-overload, no-any-return]
+            lambda *arguments: forward(model, *arguments),
+            fullgraph=True,
+            dynamic=False,  # but for what is marked
+            backend=backend,
+            options=options,
+            isolate_recompiles=True,  # without guards on the model another one's graph would be taken for its own
+            recompile_limit=256,
+        )
+
+    def shape(self, rows: int, width: int, longest: int) -> Shape | None:
+        """The bucket of a pass, or None where it does not pay to compile it.
+
+        Args:
+            rows: texts, from the cache's first row on.
+            width: tokens of the widest.
+            longest: keys of the longest text after the pass.
+        """
+        if not self.pays or (width > 1 and not self.graph):
+            return None
+        if width > 1:
+            return WIDE
+        bits = (rows - 1).bit_length()
+        if self.graph:
+            return 1 << bits, max(4 * _KEYS, 1 << (longest - 1).bit_length())
+        return 1 << bits + bits % 2, 0  # a power of four: a few idle texts more cost less than a compilation
+
+    def is_due(self, shape: Shape) -> bool:
+        """Whether passes of this shape are compiled, or have waited long enough to be."""
+        return self.pays and self._waited[shape] >= self.patience
+
+    def waited(self, shape: Shape, seconds: float) -> None:
+        """Count the time that passes of this shape have taken without."""
+        self._waited[shape] += seconds
+
+    def __call__(
+        self,
+        shape: Shape,
+        numbers: Tensor,
+        rows: list[int] | None,
+        longest: int,
+        cache: PrefixCache,
+        kept: Sequence[int],
+        with_states: bool,
+    ) -> Read | None:
+        """Run a pass; the rows' lengths do not change. None, and a warning, if it cannot be compiled.
+
+        Args:
+            numbers: int64 [5, B, T], see `forward`.
+            rows: the B rows of the texts; None: the first B.
+            longest: keys of the longest text after the pass.
+            kept: M indices of the tokens whose logits are needed.
+        """
+        keys = shape[1] or -(-longest // _KEYS) * _KEYS
+        if len(self._key) != keys:
+            self._key = torch.arange(keys, device=self.device)
+        buffers = cache.buffers(shape[0], keys)
+        keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
+        places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
+        arguments = numbers.to(self.device), places, self._key, buffers, keep, with_states
+        held = buffers[0][0].shape[:2]
+        one = len(kept) == 1, shape == WIDE and numbers.shape[1] == 1, held[0] == 1  # a graph has 1, or any number
+        made = (shape, with_states, held if self.graph and shape != WIDE else one)
+        return self._pass(arguments) if made in self._made else self._first(made, arguments)
+
+    def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
+        """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "parse-engine" / "compiled"))
+        numbers, places, key, buffers, keep, _ = arguments
+        name = self.model.config.name_or_path or self.model.config.model_type
+        what = "wide passes" if keep is not None else f"decoding steps of {numbers.shape[1]}"
+        print(f"compiling {what} of {name} (kept in {folder}) ...", file=sys.stderr, flush=True)
+        started = perf_counter()
+        if self.graph and keep is None:
+            for buffer in (part for pair in buffers for part in pair):
+                torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
+        else:
+            key = _of_any_size(key, 0)
+            buffers = [(_of_any_size(k, 0, 1), _of_any_size(v, 0, 1)) for k, v in buffers]
+        if keep is not None:
+            numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
+        try:
+            output = self._pass((numbers, places, key, buffers, keep, made[1]))
+        except Exception as error:  # whatever a compiler may raise
+            self.pays = False
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            warnings.warn(
+                f"{name} cannot be compiled here and runs without: {type(error).__name__}: {reason}", stacklevel=2
+            )
+            return None
+        print(f"... compiled in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        self._made.add(made)
+        return output
+
+    def _pass(self, arguments: tuple[Any, ...]) -> Read:
+        wide = arguments[4] is not None
+        logits, states = (self._wide if wide else self._step)(*arguments)
+        if self.graph and not wide:  # out of the memory that the CUDA graph's next replay writes over
+            return logits.clone(), tuple(state.clone() for state in states)
+        return logits, states
+
+
+def _of_any_size(tensor: Tensor, *dimensions: int) -> Tensor:
+    """The tensor, seen so that a graph takes any size of these dimensions; a size of one is special, and stays."""
+    view = tensor.view_as(tensor)  # the mark is for this pass alone
+    torch._dynamo.mark_dynamic(view, [d for d in dimensions if view.shape[d] > 1])
+    return view
+
+
+def forward(
+    model: PreTrainedModel,
+    numbers: Tensor,
+    rows: Tensor | None,
+    key: Tensor,
+    buffers: Buffers,
+    keep: Tensor | None,
+    with_states: bool,
+) -> Read:
+    """One pass as a graph: everything that changes from pass to pass is in a tensor.
+
+    Args:
+        numbers: int64 [5, B, T]: token ids, positions, and `limit`, `own`, `at` of `parse.layout.visible`.
+        rows: int64 [B], each text's row in the buffers; None: the first B.
+        key: int64 [P], 0 to P - 1: how many keys to read.
+        buffers: a pair a layer, [rows, capacity, heads, D] with P positions at least; the new keys and values are
+            written into them.
+        keep: int64 [M], indices of the tokens whose logits are needed; None: the last one.
+
+    Returns:
+        logits [B, M, V], and the hidden states [B, T, D] behind 0, 1, ... layers where asked for.
+    """
+    ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
+    for buffer in (part for pair in buffers for part in pair):
+        torch._check(buffer.shape[1] == buffers[0][0].shape[1])  # type: ignore[no-untyped-call]  # one unknown, not L
+    output = model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=masks(model, limit, own, at, positions, keys=len(key)),
+        past_key_values=Cache(layers=[BufferLayer(pair, rows, at, len(key)) for pair in buffers]),
+        use_cache=True,
+        output_hidden_states=with_states,
+        logits_to_keep=1 if keep is None else keep,
+    )
+    return output.logits, output.hidden_states or ()
+
+
+def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Tensor | dict[str, Tensor]:
+    """The masks as the model takes them, [B, 1, T, P]: one for each kind of its layers.
+
+    Boolean; where the model's attention is its own ("eager"), added to the scores: 0 or the lowest number.
+
+    Args:
+        rows: limit, own, at and positions, int64 [B, T] each; see `parse.layout.visible`.
+        keys: P.
+    """
+    made: dict[str, Tensor] = {}
+    for kind in sorted(attention_types(model.config)):
+        window: int | None = model.config.sliding_window if kind == SLIDING else None
+        mask = visible(*rows, keys=keys, window=window)[:, None]  # [B, 1, T, P]
+        if model.config._attn_implementation == "eager":
+            lowest = torch.finfo(model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+        made[kind] = mask
+    return made if len(made) > 1 else made.popitem()[1]

@@ -1,0 +1,186 @@
+"""Compiled passes: one graph without breaks a bucket of shapes, the same answers, and never in the way."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parse import Engine
+from parse.compiled import WIDE, Compiled
+from parse.decode import Context
+from parse.layout import pack
+from parse.passes import Pass, Reader
+from parse.verifiers import Likelihood, Prompt
+from tests.conftest import random_model
+from tests.test_architectures import ARCHITECTURES, make
+from tests.test_batch import PROMPTS, assert_same_answers
+from tests.test_cache import assert_same_cache
+
+
+class Counter:
+    """A backend that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs, **_):
+        self.graphs += 1
+        return graph.forward
+
+
+def compiled_reader(model, counter, as_on_gpu=False, patience=0.0) -> Reader:
+    compiled = Compiled(model, patience, counter)
+    compiled.graph = as_on_gpu
+    return Reader(model, frozenset([1]), compiled)
+
+
+def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
+    """The same engine without and with compiled passes, and the counters of its models' graphs."""
+    pair = [Engine(target, tokenizer, draft, tokenizer, verifier, segments=4, compile=False) for _ in range(2)]
+    counters = {}
+    for role, reader in pair[1]._readers.items():
+        counters[role] = Counter()
+        reader.compiled = Compiled(reader.model, 0.0, counters[role])
+        reader.compiled.graph = as_on_gpu
+    return *pair, counters
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
+    """As on a GPU: no graph breaks, one graph for packed passes of any size and one for steps, equal logits."""
+    model, counter = make(name), Counter()
+    mine, plain = (Context(reader) for reader in (compiled_reader(model, counter, True), Reader(model)))
+    for context in (mine, plain):
+        context.read(list(range(5, 18)))
+    for n, ends in ((20, [5, 20]), (18, [4, 9]), (21, [21])):
+        layout = pack(list(range(30, 30 + n)), ends, [20, 21], past=13)
+        outputs = [
+            context.reader.forward([Pass(context.reader, context.row, layout.ids, layout, range(len(layout.ids)))])[0]
+            for context in (mine, plain)
+        ]
+        torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-4, rtol=1e-4)
+        for context in (mine, plain):
+            context.reader.cache.truncate(13 + n, context.row)
+            context.ids = list(range(13 + n))
+            context.next_logits = None
+            context.read([7])
+            assert context.write(4).ids
+        torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+        assert_same_cache(mine, plain)
+        for context in (mine, plain):
+            context.rollback(13)
+    assert counter.graphs == len(mine.reader.compiled._made) == 2
+
+
+@pytest.mark.parametrize(
+    ("ways", "as_on_gpu"),
+    [
+        ({"threshold": 0.05}, False),
+        ({"threshold": 0.05, "horizon": 7, "lookahead": 3}, False),
+        ({"threshold": 0.05, "temperature": 1.0, "seed": 3}, False),
+        ({"threshold": 1.1}, False),
+        ({"method": "draft"}, False),
+        ({"threshold": 0.05, "horizon": 7}, True),
+    ],
+)
+def test_compiled_engines_answer_the_same_alone_and_in_batches(target, draft, tokenizer, ways, as_on_gpu):
+    plain, compiled, counters = engines(target, draft, tokenizer, Prompt.of(tokenizer), as_on_gpu)
+    expected = plain.generate(PROMPTS, 30, batch_size=1, **ways)
+    for batch_size in (1, 5):
+        assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
+    assert counters["draft"].graphs
+    for role, reader in compiled._readers.items():
+        assert counters[role].graphs == len(reader.compiled._made)
+
+
+@settings(max_examples=10, deadline=None)
+@given(texts=st.lists(st.lists(st.integers(2, 59), min_size=1, max_size=40), min_size=1, max_size=6))
+def test_any_texts_are_stepped_as_each_alone(texts):
+    model = random_model("gpt2", 60)
+    reader = compiled_reader(model, Counter())
+    contexts = [Context(reader) for _ in texts]
+    reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, texts, strict=True)])
+    some = contexts[::2]
+    outputs = reader.forward([Pass(reader, c.row, [7]) for c in some])
+    for output, context, ids in zip(outputs, some, texts[::2], strict=True):
+        alone = Context(Reader(model))
+        alone.read([*ids, 7])
+        torch.testing.assert_close(output.logits[-1], alone.next_logits, atol=1e-4, rtol=1e-4)
+        assert_same_cache(context, alone)
+
+
+def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu():
+    """600 tokens: ten times more keys at the end, and buffers that were enlarged twice."""
+    model, counter = random_model("llama", 60), Counter()
+    model.config.max_position_embeddings = 1024
+    mine, plain = Context(compiled_reader(model, counter)), Context(Reader(model))
+    for context in (mine, plain):
+        context.read(list(range(5, 45)))
+    ids = [i % 50 + 5 for i in range(560)]
+    for token in ids:
+        mine.read([token])
+    plain.read(ids)
+    torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+    assert_same_cache(mine, plain)
+    assert counter.graphs == 1
+
+
+def test_two_models_with_the_same_code_do_not_take_each_others_graphs():
+    for seed in (0, 1):
+        model = random_model("llama", 60, seed=seed)
+        mine, plain = Context(compiled_reader(model, Counter())), Context(Reader(model))
+        for context in (mine, plain):
+            context.read([5, 6, 7])
+            context.read([8])
+        torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_compiled_before_a_step_has_taken_its_patience():
+    model, counter = random_model("llama", 60), Counter()
+    context = Context(compiled_reader(model, counter, patience=1e9))
+    context.read([5, 6, 7])
+    context.write(5)
+    assert not counter.graphs
+    context.reader.compiled.patience = sum(context.reader.compiled._waited.values())
+    context.write(2)
+    assert counter.graphs == 1
+
+
+def test_what_does_not_pay_is_left_alone():
+    model = random_model("llama", 60)
+    compiled = Compiled(model)
+    assert compiled.shape(1, 1, 70) == (1, 0)
+    assert compiled.shape(5, 1, 70) == (16, 0)
+    assert compiled.shape(1, 20, 70) is None  # arithmetic decides
+    compiled.graph = True
+    assert compiled.shape(3, 20, 280) == WIDE
+    assert compiled.shape(2, 1, 280) == (2, 512)
+    assert compiled.shape(1, 1, 70) == (1, 256)
+    compiled.pays = False
+    assert compiled.shape(1, 1, 70) is None
+
+
+def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler here")
+
+    model = random_model("llama", 60)
+    mine, plain = Context(compiled_reader(model, broken)), Context(Reader(model))
+    mine.read([5, 6, 7])
+    plain.read([5, 6, 7])
+    with pytest.warns(UserWarning, match=r"cannot be compiled here and runs without: .*no C\+\+ compiler here") as seen:
+        written = mine.write(6)
+    assert written == plain.write(6)
+    assert len([w for w in seen if "cannot be compiled" in str(w.message)]) == 1
+
+
+@pytest.mark.slow
+def test_a_really_compiled_step_gives_the_same_words(target, draft, tokenizer, capsys):
+    plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
+    compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
+    for method in ("target", "draft"):
+        assert compiled.generate(PROMPTS[0], 20, method=method)[0].token_ids == (
+            plain.generate(PROMPTS[0], 20, method=method)[0].token_ids
+        )
+    said = capsys.readouterr().err
+    assert said.count("compiling") == said.count("... compiled in") == 2
