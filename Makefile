@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
 .PHONY: quickstart test lint clean
 

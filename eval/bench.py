@@ -1,8 +1,7 @@
 """python -m eval.bench engine: how close the engine comes to its models' own forward passes.
 
 Every figure is a ratio of medians within one process, its parts measured in turns, so that a machine
-that drifts slows all of them alike. What the models answer plays no part: drafts are accepted by a
-script.
+that drifts slows all of them alike. What the models answer plays no part: a script says where a draft is wrong.
 """
 
 from __future__ import annotations
@@ -10,23 +9,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.properties import generate_over_target_loop
+import parse.answer
+import parse.engine
+import parse.passes
 from parse import Engine
-from parse.decode import Context
+from parse.decode import Context, Sampling
 from parse.layout import pack
 from parse.models import load_model
 from parse.passes import Pass, Reader
@@ -38,47 +42,139 @@ PROMPT_TOKENS = 64
 SHAPES = ((128, 8), (256, 16))  # draft tokens N, cuts K
 SUFFIXES = (1, 4)  # suffix tokens S
 MODELS = ("embedded", "smollm2")
+STEP = 16  # tokens from cut to cut in whole answers
+ANSWER = 128  # tokens of a whole answer
+WRONG = (37, 90)  # where in it the draft is wrong
+PROMPT = "list : " + " ; ".join(f"#{i} fig rome {3 * i}" for i in range(1, 9)) + " ."
+MODELS_LABEL = "models"
+COMPILE = True
+PASS_RATIOS = ("verify_over_prefill", "verify_over_equal_prefill", "sequential_over_verify", "evidence_over_verify")
 
 
 @dataclass
 class Scripted:
-    """A verifier that accepts a given share of each draft, then nothing: the engine's speed without a model's skill."""
+    """A verifier that finds a draft right but at chosen places: the engine's speed without a model's skill.
 
-    share: float
+    Every answer has `ANSWER` tokens and a draft writes all that are missing, so its length tells where it begins.
+    """
+
+    places: Sequence[int]  # positions in the answer where the draft's first try is wrong
     suffix_ids: list[int]
     kind: str = "scripted"
     layers: tuple[int, ...] = ()
     threshold: float = 0.5
-    seen: list[int] = field(default_factory=list)
+    reads_draft: bool = True
 
     def confidences(self, evidence: Evidence) -> Tensor:
-        """1 for the first `share` of the K cuts, 0 behind them: float32 [K]."""
-        cuts = len(evidence.ends)
-        return (torch.arange(cuts) < round(self.share * cuts)).float()
+        """1 for the cuts before the next wrong place, 0 behind it: float32 [K]."""
+        begin = ANSWER - evidence.ends[-1]
+        place = next((place for place in self.places if place >= begin), ANSWER)
+        return torch.tensor([float(begin + end <= place) for end in evidence.ends])
+
+
+@dataclass
+class Stopwatch:
+    """Where the time of calls goes: seconds of each label, without those of the labels inside."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    passes: dict[tuple[str, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
+    total: float = 0.0  # of all labels
+    role: str = ""  # of the model whose pass it is
+
+    def timed(
+        self, label: str, call: Callable[..., Any], wide: Callable[..., bool] | None = None
+    ) -> Callable[..., Any]:
+        """The call, timed; for a model's pass, `wide` tells from its arguments whether it is more than a step."""
+
+        @wraps(call)
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            _synchronize()
+            started, before = perf_counter(), self.total
+            result = call(*args, **kwargs)
+            _synchronize()
+            took = perf_counter() - started
+            self.seconds[label] += took - (self.total - before)
+            self.total = before + took
+            if wide is not None:
+                self.passes[self.role, wide(*args, **kwargs)].append(took)
+            return result
+
+        return timing
+
+    def reading(self, role: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A reader's call, which sets the role of the passes inside."""
+
+        def noting(*args: Any) -> Any:
+            self.role = role
+            return call(*args)
+
+        return noting
+
+
+@contextmanager
+def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
+    """Times the parts of an engine."""
+    watch = Stopwatch()
+    patches: list[tuple[Any, str, Any]] = []
+    for role, reader in engine.readers.items():
+        patches.append((reader, "forward", watch.reading(role, reader.forward)))
+        step = watch.timed(MODELS_LABEL, reader.model.forward, lambda **inputs: inputs["input_ids"].shape[1] > 1)
+        patches.append((reader.model, "forward", step))
+        if reader.compiled:
+            patches.append(
+                (reader.compiled, "run", watch.timed(MODELS_LABEL, reader.compiled.run, lambda x, *_: x.shape[2] > 1))
+            )
+    for label, owner, name in (
+        ("numbers and masks", Reader, "_numbers"),
+        ("numbers and masks", Reader, "_step_numbers"),
+        ("numbers and masks", parse.passes, "masks"),
+        ("sampling", Sampling, "__call__"),
+        ("packing and cutting", parse.engine, "pack"),
+        ("packing and cutting", parse.answer, "cut"),
+        ("evidence and verdicts", parse.engine, "token_evidence"),
+        ("evidence and verdicts", Scripted, "confidences"),
+    ):
+        patches.append((owner, name, watch.timed(label, getattr(owner, name))))
+    with ExitStack() as stack:
+        for owner, name, timed in patches:
+            stack.enter_context(patch.object(owner, name, timed))
+        yield watch
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure; print a table, and one JSON object as the last line."""
+    """Measure; print tables, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench", description="Ratios of the engine's parts.")
     parser.add_argument("what", choices=["engine"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--prompts", type=int, default=3, help="answers for each end-to-end figure")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     quieten()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in options.models:
         target, draft, tokenizer = load_pair(name)
-        shapes = [(n, k, s) for n, k in SHAPES for s in SUFFIXES]
-        with progress_bar(name, total=len(shapes) + 1) as bar:
-            for n, k, s in shapes:
-                ratios = pass_ratios(target, n, k, s, options.repeats)
-                rows.append({"model": name, "N": n, "K": k, "S": s, "batch": 1, **ratios})
+        torch.set_num_threads(1 if name == "embedded" else torch.get_num_threads())
+        shapes = [(n, k, s, b) for b in options.batches for n, k in SHAPES for s in SUFFIXES]
+        if name == "smollm2":  # minutes a pass otherwise
+            shapes = [(n, k, s, b) for n, k, s, b in shapes if b * (n + k * s) <= 2560]
+        with progress_bar(name, total=len(shapes) + 2 * len(options.batches)) as bar:
+            for n, k, s, b in shapes:
+                ratios = pass_ratios(target, n, k, s, b, max(2, options.repeats // b))
+                rows.append({"model": name, "N": n, "K": k, "S": s, "batch": b, **ratios})
                 bar.update()
-            ends = engine_ratios(target, draft, tokenizer, options.prompts)
-            rows += [{"model": name, "batch": 1, **ends}]
-            bar.update()
-    print(f"\n{hardware()}\n\n{table(rows)}\n")
+            for b in options.batches:
+                for role, model in {"target": target, "draft": draft}.items():
+                    if role == "target" or model is not target:
+                        ratio = decode_ratio(model, tokenizer, b, options.repeats)
+                        rows.append({"model": name, "role": role, "batch": b, "decode_over_generate": ratio})
+                bar.update()
+            script = Scripted(WRONG, suffix_ids=[7, 8, 9, 10])
+            engine = Engine(target, tokenizer, draft, tokenizer, script, segments=STEP, compile=COMPILE)
+            for b in options.batches:
+                whole = answer_figures(engine, b, options.repeats)
+                rows.append({"model": name, "N": ANSWER, "K": ANSWER // STEP, "S": 4, "batch": b, **whole})
+                bar.update()
+    print(f"\n{hardware()}\n\n{tables(rows)}\n")
     print(json.dumps({"hardware": hardware(), "rows": rows}))
     return 0
 
@@ -107,124 +203,166 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
-@torch.inference_mode()
-def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, repeats: int) -> dict[str, float]:
-    """The packed pass over N draft tokens, K cuts and S suffix tokens, against plain passes behind the same prompt.
-
-    Returns:
-        its time over a prefill of the draft alone, over a prefill of as many tokens, and the time of K passes
-        one after the other, each reusing the cache, over its own.
-    """
-    ids = torch.randint(5, model.config.vocab_size, (PROMPT_TOKENS + n + k * s,)).tolist()
-    draft, suffix = ids[PROMPT_TOKENS : PROMPT_TOKENS + n], ids[:s]
-    ends = [n * (i + 1) // k for i in range(k)]
-    reader = Reader(model)
-    context = Context(reader)
-    context.read(ids[:PROMPT_TOKENS])
-
-    def packed() -> None:
-        layout = pack(draft, ends, suffix, past=PROMPT_TOKENS)
-        keep = [*range(n), *layout.last_suffix.tolist()]
-        reader.forward([Pass(reader, context.row, layout.ids, layout, keep)])
-
-    def sequential() -> None:
-        for start, stop in pairwise([0, *ends]):
-            context.read([*draft[start:stop], *suffix])
-            context.rollback(PROMPT_TOKENS + stop)
-
-    ways: dict[str, Callable[[], None]] = {
-        "packed": packed,
-        "prefill": lambda: context.read(draft),
-        "equal": lambda: context.read(ids[PROMPT_TOKENS:]),
-        "sequential": sequential,
-    }
+def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each way, run in turns; one turn before them is for warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats + 1):  # the first is for warming up
+    for _ in range(repeats + 1):
         for name, way in ways.items():
             started = perf_counter()
             way()
             _synchronize()
             seconds[name].append(perf_counter() - started)
-            context.ids = context.ids[:PROMPT_TOKENS]
-            reader.cache.truncate(PROMPT_TOKENS)
-    took = {name: median(some[1:]) for name, some in seconds.items()}
+    return {name: median(some[1:]) for name, some in seconds.items()}
+
+
+def some_prompts(model: PreTrainedModel, count: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
+    """Random tokens: a list of `length` a prompt."""
+    return torch.randint(5, model.config.vocab_size, (count, length)).tolist()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repeats: int) -> dict[str, float]:
+    """The packed pass over N draft tokens, K cuts and S suffix tokens, against plain passes behind the same prompt.
+
+    The packed pass gives the logits behind every cut and every suffix, a plain one those behind its last token.
+    `evidence_over_verify` is the packed pass with the logits of all draft tokens, which verifiers of the free
+    evidence read.
+
+    Returns:
+        its time over a prefill of the draft alone, over a prefill of as many tokens, and the time of K passes
+        one after the other, each reusing the cache, over its own.
+    """
+    draft, suffix = some_prompts(model, 1, n)[0], some_prompts(model, 1, s)[0]
+    ends = [n * (i + 1) // k for i in range(k)]
+    equal = [*draft, *some_prompts(model, 1, k * s)[0]]
+    reader = Reader(model)
+    contexts = [Context(reader) for _ in range(batch)]
+    reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, some_prompts(model, batch), strict=True)])
+
+    def forget(length: int = PROMPT_TOKENS) -> None:
+        for context in contexts:
+            reader.cache.truncate(length, context.row)
+
+    def plain(ids: list[int]) -> None:
+        reader.forward([Pass(reader, context.row, ids) for context in contexts])
+        forget()
+
+    def packed(all_tokens: bool) -> None:
+        layout = pack(draft, ends, suffix, past=PROMPT_TOKENS)
+        keep = [*(range(n) if all_tokens else (end - 1 for end in ends)), *layout.last_suffix.tolist()]
+        reader.forward([Pass(reader, context.row, layout.ids, layout, keep) for context in contexts])
+        forget()
+
+    def sequential() -> None:
+        for start, stop in pairwise([0, *ends]):
+            ids = [*draft[start:stop], *suffix]
+            reader.forward([Pass(reader, context.row, ids) for context in contexts])
+            forget(PROMPT_TOKENS + stop)
+        forget()
+
+    took = take_turns(
+        {
+            "packed": lambda: packed(False),
+            "evidence": lambda: packed(True),
+            "prefill": lambda: plain(draft),
+            "equal": lambda: plain(equal),
+            "sequential": sequential,
+        },
+        repeats,
+    )
     return {
         "verify_over_prefill": took["packed"] / took["prefill"],
         "verify_over_equal_prefill": took["packed"] / took["equal"],
         "sequential_over_verify": took["sequential"] / took["packed"],
+        "evidence_over_verify": took["evidence"] / took["packed"],
     }
 
 
-def engine_ratios(
-    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: int
-) -> dict[str, Any]:
-    """Whole answers: our target-alone loop against `generate`, and the share of the wall time that models take."""
-    verifier = Scripted(0.5, suffix_ids=[7, 8, 9, 10])
-    engine = Engine(target, tokenizer, draft, tokenizer, verifier, segments=16)
-    texts = [f"list : {'#1 fig rome 4 ; ' * (6 + i)}#2 apple oslo 7 ." for i in range(prompts)]
-    settings: dict[str, Any] = {"max_new_tokens": 96, "horizon": 48}
-    engine.generate(texts[0], **settings)
-    fractions, parts = [], []
-    for text in texts:
-        with forward_seconds({target, draft}) as spent:
-            started = perf_counter()
-            result = engine.generate(text, **settings)[0]
-            whole = perf_counter() - started
-        fractions.append(sum(spent) / whole)
-        parts.append({name: seconds / whole for name, seconds in result.stats.seconds.items()})
+def decode_ratio(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, repeats: int, tokens: int = 64
+) -> float:
+    """`transformers` generate's seconds over those of our own loop for as many tokens, greedy, compiled if it pays."""
+    engine = Engine(model, tokenizer, compile=COMPILE)
+    ids = torch.tensor([engine.encode(PROMPT)] * batch, device=model.device)  # [B, L]
+
+    def theirs() -> None:
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)  # type: ignore[operator]
+
+    def ours() -> None:
+        engine.generate([PROMPT] * batch, tokens, method="target", batch_size=batch)
+
+    with endless(engine), torch.inference_mode():
+        took = take_turns({"ours": ours, "theirs": theirs}, repeats)
+    return took["theirs"] / took["ours"]
+
+
+def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:
+    """Whole answers by a script: the models' share of the wall time, where the rest goes, and wall over ideal time.
+
+    Ideal is what the forward passes take that the algorithm cannot do without, each at its median.
+    """
+    settings: dict[str, Any] = {"max_new_tokens": ANSWER, "batch_size": batch}
+    fractions, over_ideal, profiles = [], [], []
+    with endless(engine):
+        engine.generate([PROMPT] * batch, **settings)
+        for _ in range(repeats):
+            with stopwatch(engine) as watch:
+                started = perf_counter()
+                stats = engine.generate([PROMPT] * batch, **settings)[0].stats
+                wall = perf_counter() - started
+            step = {role: median(watch.passes[role, False]) for role in engine.readers}
+            wide = {role: watch.passes[role, True] for role in engine.readers}
+            ideal = stats.draft_tokens * step["draft"] + stats.target_tokens * step["target"]
+            ideal += wide["target"][0] + stats.verify_passes * median(wide["target"][1:])
+            ideal += wide["draft"][0] + (stats.rounds - 1) * median(wide["draft"][1:])
+            over_ideal.append(wall / ideal)
+            fractions.append(watch.seconds[MODELS_LABEL] / wall)
+            rest = {"bookkeeping": wall - sum(watch.seconds.values())}
+            profiles.append({label: seconds / wall for label, seconds in {**watch.seconds, **rest}.items()})
     return {
-        "decode_over_generate": generate_over_target_loop(engine, texts),
         "model_time_fraction": median(fractions),
-        "profile": {name: median(part[name] for part in parts) for name in parts[0]},
+        "wall_over_ideal": median(over_ideal),
+        "profile": {label: median(profile[label] for profile in profiles) for label in profiles[0]},
     }
 
 
 @contextmanager
-def forward_seconds(models: set[PreTrainedModel]) -> Iterator[list[float]]:
-    """Collects the seconds of each forward pass of the models."""
-    spent: list[float] = []
-    began: list[float] = []
-
-    def before(*_: object) -> None:
-        _synchronize()
-        began.append(perf_counter())
-
-    def after(*_: object) -> None:
-        _synchronize()
-        spent.append(perf_counter() - began.pop())
-
-    hooks = []
-    for model in models:
-        assert isinstance(model, nn.Module)
-        hooks += [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
-    try:
-        yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
+def endless(engine: Engine) -> Iterator[None]:
+    """Nothing that the engine's models write ends an answer, so that each has the tokens that were asked for."""
+    with ExitStack() as stack:
+        for reader in engine.readers.values():
+            stack.enter_context(patch.object(reader, "eos_ids", frozenset()))
+        yield
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text: passes first, then whole answers with where their time went."""
-    lines = [f"{'model':10s}{'N':>5s}{'K':>4s}{'S':>3s}{'/prefill':>10s}{'/equal prefill':>16s}{'sequential/':>13s}"]
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text: passes, decoding loops, whole answers, and where the time of those went."""
+    head = ("model", "batch", "N", "K", "S", "/prefill", "/equal", "sequential/", "evidence/")
+    lines = ["the packed pass", "".join(f"{word:>12s}" for word in head)]
     for row in rows:
-        if "N" in row:
+        if "verify_over_prefill" in row:
+            ratios = [row[f"{key}"] for key in PASS_RATIOS]
             lines.append(
-                f"{row['model']:10s}{row['N']:5d}{row['K']:4d}{row['S']:3d}{row['verify_over_prefill']:9.2f}x"
-                f"{row['verify_over_equal_prefill']:15.2f}x{row['sequential_over_verify']:12.2f}x"
+                f"{row['model']:>12s}"
+                + "".join(f"{row[key]:12d}" for key in ("batch", "N", "K", "S"))
+                + "".join(f"{ratio:11.2f}x" for ratio in ratios)
             )
-    lines += ["", f"{'model':10s}{'generate/ours':>14s}{'in models':>11s}   wall time by phase"]
+    lines += ["", "decoding: generate's time over ours"]
+    lines += [
+        f"{row['model']:>12s}{row['role']:>12s}{row['batch']:12d}{row['decode_over_generate']:11.2f}x"
+        for row in rows
+        if "decode_over_generate" in row
+    ]
+    lines += ["", "whole answers: wall time over ideal, and its parts"]
     for row in rows:
         if "profile" in row:
-            phases = ", ".join(f"{name} {share:.1%}" for name, share in row["profile"].items())
-            fraction = f"{row['model_time_fraction']:.1%}"
-            lines.append(f"{row['model']:10s}{row['decode_over_generate']:13.2f}x{fraction:>11s}   {phases}")
+            parts = ", ".join(f"{label} {share:.1%}" for label, share in row["profile"].items())
+            lines.append(f"{row['model']:>12s}{row['batch']:12d}{row['wall_over_ideal']:11.2f}x   {parts}")
     return "\n".join(lines)
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+_synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
 if __name__ == "__main__":

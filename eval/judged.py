@@ -32,7 +32,7 @@ def examine(engine: Engine, prompt_ids: list[int], draft_ids: list[int], ends: l
 def reader(engine: Engine, layers: tuple[int, ...]) -> Verifier:
     """A verifier that makes the pass yield states and, where the target can be asked, verdicts."""
     if engine.tokenizer.chat_template:
-        return dataclasses.replace(Prompt.of(engine.tokenizer), layers=layers)
+        return dataclasses.replace(Prompt.of(engine.tokenizer), layers=layers, reads_draft=True)
     return dataclasses.replace(Likelihood(), layers=layers)
 
 

@@ -107,6 +107,7 @@ class PrefixCache(Cache):
     def __init__(self, rows: int = 1) -> None:
         self.window = Window(rows, slice(0, 1), [0])
         self.lengths = [0] * rows
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # what `buffers` gave last
         make = partial(PrefixLayer, self.window)
         super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], make))
 
@@ -150,9 +151,13 @@ class PrefixCache(Cache):
 
     def buffers(self, rows: int = 0, tokens: int = 0) -> list[tuple[Tensor, Tensor]]:
         """All keys and values, a pair a layer, [rows, capacity, heads, D], grown to so many rows and tokens."""
-        for layer in self._prefix_layers:
-            layer.grow(max(rows, self.window.rows), tokens)
-        return [layer.buffers for layer in self._prefix_layers]
+        layers, held = self._prefix_layers, self._buffers
+        rows = max(rows, self.window.rows)
+        if not held or held[-1] is not layers[-1].buffers or rows > len(held[0][0]) or tokens > held[0][0].shape[1]:
+            for layer in layers:
+                layer.grow(rows, tokens)
+            self._buffers = [layer.buffers for layer in layers]
+        return self._buffers
 
     def states(self, row: int = 0) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a text [heads, length, D], a pair a layer."""

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Cache, PreTrainedModel
 
 from parse.cache import BufferLayer, PrefixCache
-from parse.layout import visible
-from parse.models import SLIDING, attention_types
+from parse.layout import sight, visible
+from parse.models import FLEX, SLIDING, attention_types
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
@@ -128,7 +129,7 @@ class Compiled:
         held = buffers[0][0].shape[:2]
         one = len(kept) == 1, shape == WIDE and numbers.shape[1] == 1, held[0] == 1  # a graph has 1, or any number
         made = (shape, with_states, held if self.graph and shape != WIDE else one)
-        return self._pass(arguments) if made in self._made else self._first(made, arguments)
+        return self.run(*arguments) if made in self._made else self._first(made, arguments)
 
     def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
         """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
@@ -148,7 +149,7 @@ class Compiled:
         if keep is not None:
             numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
         try:
-            output = self._pass((numbers, places, key, buffers, keep, made[1]))
+            output = self.run(numbers, places, key, buffers, keep, made[1])
         except Exception as error:  # whatever a compiler may raise
             self.pays = False
             reason = " ".join(str(error).split("\n\n")[0].split())
@@ -160,7 +161,8 @@ class Compiled:
         self._made.add(made)
         return output
 
-    def _pass(self, arguments: tuple[Any, ...]) -> Read:
+    def run(self, *arguments: Any) -> Read:
+        """One pass; the arguments are `forward`'s."""
         wide = arguments[4] is not None
         logits, states = (self._wide if wide else self._step)(*arguments)
         if self.graph and not wide:  # out of the memory that the CUDA graph's next replay writes over
@@ -187,7 +189,7 @@ def forward(
     """One pass as a graph: everything that changes from pass to pass is in a tensor.
 
     Args:
-        numbers: int64 [5, B, T]: token ids, positions, and `limit`, `own`, `at` of `parse.layout.visible`.
+        numbers: int64 [5, B, T]: token ids, positions, and `limit`, `own`, `at` of `parse.layout.sight`.
         rows: int64 [B], each text's row in the buffers; None: the first B.
         key: int64 [P], 0 to P - 1: how many keys to read.
         buffers: a pair a layer, [rows, capacity, heads, D] with P positions at least; the new keys and values are
@@ -212,19 +214,25 @@ def forward(
     return output.logits, output.hidden_states or ()
 
 
-def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Tensor | dict[str, Tensor]:
-    """The masks as the model takes them, [B, 1, T, P]: one for each kind of its layers.
+def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Any:
+    """The masks as the model takes them, [B, 1, T, P]: one, or a dict with one for each kind of its layers.
 
-    Boolean; where the model's attention is its own ("eager"), added to the scores: 0 or the lowest number.
+    By the model's attention: for "flex_attention" FlexAttention's block masks; for "eager", its own, numbers to be
+    added to the scores, 0 or the lowest; else boolean.
 
     Args:
-        rows: limit, own, at and positions, int64 [B, T] each; see `parse.layout.visible`.
+        rows: limit, own, at and positions, int64 [B, T] each; see `parse.layout.sight`.
         keys: P.
     """
-    made: dict[str, Tensor] = {}
+    limit, own, at, positions = rows
+    made: dict[str, Any] = {}
     for kind in sorted(attention_types(model.config)):
         window: int | None = model.config.sliding_window if kind == SLIDING else None
-        mask = visible(*rows, keys=keys, window=window)[:, None]  # [B, 1, T, P]
+        if model.config._attn_implementation == FLEX:
+            sees = sight(limit, own, at, positions, keys, window)
+            made[kind] = create_block_mask(sees, at.shape[0], None, at.shape[1], keys, device=at.device)
+            continue
+        mask = visible(limit, own, at, positions, keys=keys, window=window)[:, None]  # [B, 1, T, P]
         if model.config._attn_implementation == "eager":
             lowest = torch.finfo(model.dtype).min
             mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)

@@ -24,7 +24,7 @@ from parse.layout import pack
 from parse.models import Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
 from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
 from parse.segments import Segmenter, check_segmenter
-from parse.verifiers import Evidence, Verifier
+from parse.verifiers import Evidence, Verifier, token_evidence
 from parse.verifiers import load as load_verifier
 
 
@@ -46,10 +46,10 @@ class Engine:
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
         self.verifier, self.segments = verifier, segments
         self.same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
-        self._readers = {"target": Reader(target, eos_ids(target, tokenizer.eos_token_id), _compiled(target, compile))}
+        self.readers = {"target": Reader(target, eos_ids(target, tokenizer.eos_token_id), _compiled(target, compile))}
         if draft is not None:
             ends = eos_ids(draft, self.draft_tokenizer.eos_token_id)
-            self._readers["draft"] = Reader(draft, ends, _compiled(draft, compile))
+            self.readers["draft"] = Reader(draft, ends, _compiled(draft, compile))
 
     @classmethod
     def from_pretrained(
@@ -193,7 +193,7 @@ class Engine:
     def _start(self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None) -> Answer:
         budget = self._budget(len(prompt_ids), settings)
         roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
-        readers = {role: self._readers[role] for role in roles}
+        readers = {role: self.readers[role] for role in roles}
         return Answer(self, prompt_ids, draft_prompt_ids or prompt_ids, settings, budget, readers)
 
     def _steps(self, answer: Answer) -> Steps[Generation]:
@@ -240,30 +240,25 @@ class Engine:
         """
         verifier = self.need_verifier()
         layout = pack(draft_ids, ends, verifier.suffix_ids, past=len(target.ids))
-        n, device = len(draft_ids), self.target.device
-        assert target.next_logits is not None
-        keep = [*range(n), *layout.last_suffix.tolist()]  # N + K
+        n, device, before = len(draft_ids), self.target.device, target.next_logits
+        assert before is not None  # [V]
+        read = range(n) if verifier.reads_draft else sorted({n - 1, *(end - 1 for end in ends)})
+        keep = [*read, *layout.last_suffix.tolist()]
         output = yield Pass(target.reader, target.row, layout.ids, layout, keep, bool(verifier.layers))
+        drafted, suffix_logits = output.logits[: len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
+        following = drafted[[read.index(end - 1) for end in [*ends, n]]]  # [K + 1, V], its own memory
         target.ids.extend(layout.ids)
-        before = torch.cat([target.next_logits[None], output.logits[:n]])  # [N + 1, V] row t predicts token t
-        target.rollback(layout.past + n, before[n])
-        following = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]
-        tokens = torch.tensor(following, device=device)  # [M]
-        log_probs = torch.log_softmax(before[: len(following)].float(), dim=-1)  # [M, V]
-        log_prob = log_probs.gather(1, tokens[:, None])[:, 0]  # [M]
+        target.rollback(layout.past + n, following[-1])
+        tokens = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]  # M
+        log_prob = entropy = margin = torch.empty(0, device=device)
+        if verifier.reads_draft:
+            log_prob, entropy, margin = token_evidence(before, drafted, torch.tensor(tokens, device=device))
         states = None
         if verifier.layers:
             chosen = [output.states[layer][:n] for layer in verifier.layers]  # [N, D] each
             states = torch.cat(chosen, dim=-1)  # [N, D * layers]
-        evidence = Evidence(
-            ends=ends,
-            log_prob=log_prob,
-            entropy=-(log_probs.exp() * log_probs).sum(-1),
-            margin=log_probs.amax(-1) - log_prob,
-            states=states,
-            suffix_logits=output.logits[n:] if verifier.suffix_ids else None,
-        )
-        return evidence, before[torch.tensor(ends, device=device)]
+        evidence = Evidence(ends, log_prob, entropy, margin, states, suffix_logits if verifier.suffix_ids else None)
+        return evidence, following[:-1]
 
     def context(self, role: str) -> Context:
         """A fresh context of the "target" or the "draft", with a cache to itself."""
@@ -272,9 +267,9 @@ class Engine:
 
     def _reader(self, role: str) -> Reader:
         """The model's reader, whose cache all requests share."""
-        if role not in self._readers:
+        if role not in self.readers:
             raise ValueError('this engine has no draft model: give one, or use method="target"')
-        return self._readers[role]
+        return self.readers[role]
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The target's tokens of a prompt, up to where the answer begins."""

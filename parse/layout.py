@@ -17,7 +17,7 @@ Shape letters: B batch, L prompt, N draft, K cuts, S suffix, T = N + K*S packed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -55,25 +55,45 @@ class Layout:
         return visible(*rows, keys=self.past + len(at), window=window)[0]
 
 
-def visible(
-    limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, *, keys: int, window: int | None = None
-) -> Tensor:
-    """Who sees whom in B texts: bool [B, T, P], True where the query may attend.
+Sight = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]  # FlexAttention's mask_mod: text, head, query, key
+
+
+def sight(limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, keys: int, window: int | None = None) -> Sight:
+    """Who sees whom in B texts of T queries and P keys: whether a query may attend to a key, from their indices.
 
     Args:
         limit, own, positions: int64 [B, T], as in `Layout`.
         at: int64 [B, T], the index among the keys of each query's own.
-        keys: P, how many there are.
+        keys: P.
         window: a sliding window in tokens: keys whose position lies so far back or farther are not seen.
     """
     key = torch.arange(keys, device=at.device)  # [P]
-    seen = (key < limit[..., None]) | ((key >= own[..., None]) & (key <= at[..., None]))  # [B, T, P]
-    if window is None:
-        return seen
     past = at[:, :1]  # [B, 1]
     new = (key - past).clamp(0, at.shape[1] - 1)  # [B, P] index of each key among the new ones
     position = torch.where(key < past, key, positions.gather(1, new))  # [B, P]
-    return seen & (positions[:, :, None] - position[:, None] < window)
+
+    def seen(text: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        leading = key < limit[text, query]
+        block = (key >= own[text, query]) & (key <= at[text, query])
+        return leading | block
+
+    if window is None:
+        return seen
+    reach: int = window
+
+    def seen_within(text: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        return seen(text, head, query, key) & (positions[text, query] - position[text, key] < reach)
+
+    return seen_within
+
+
+def visible(
+    limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, *, keys: int, window: int | None = None
+) -> Tensor:
+    """The same as a dense mask: bool [B, T, P], True where the query may attend."""
+    texts, queries = (torch.arange(size, device=at.device) for size in at.shape)
+    key = torch.arange(keys, device=at.device)
+    return sight(limit, own, at, positions, keys, window)(texts[:, None, None], None, queries[:, None], key)
 
 
 def pack(draft_ids: Sequence[int], ends: Sequence[int], suffix_ids: Sequence[int], past: int = 0) -> Layout:

@@ -28,24 +28,30 @@ def load_model(
     source: str | Path | PreTrainedModel,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model ready for inference: from a path, a hub id, or as given.
 
     Args:
         device: default: the GPU where there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
+        attention: `transformers`' name of an implementation; None takes the model's own best.
 
     Raises:
-        ValueError: if the engine cannot run its architecture.
+        ValueError: if the engine cannot run its architecture, or it has no such attention.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, PreTrainedModel):
         check_architecture(source.config)
         source.eval()  # type: ignore[no-untyped-call]
+        if attention:
+            source.set_attn_implementation(attention)
         return source
     check_architecture(AutoConfig.from_pretrained(source))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)  # its own best attention
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, attn_implementation=attention
+    )
     return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]
 
 
@@ -77,7 +83,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
         )
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `transformers`' words
+FLEX = "flex_attention"
 
 
 def attention_types(config: PreTrainedConfig) -> set[str]:

@@ -33,7 +33,7 @@ class Pass:
     row: int
     ids: Sequence[int]  # the T tokens; where there is a layout, its own
     layout: Layout | None = None  # a packed verification pass; None reads the tokens as they follow
-    keep: Sequence[int] | None = None  # indices of the tokens whose logits are needed; None: the last one
+    keep: Sequence[int] | None = None  # increasing indices of tokens whose logits are needed; None: the last one
     with_states: bool = False
 
     @property
@@ -78,6 +78,8 @@ class Reader:
     @torch.inference_mode()
     def forward(self, passes: Sequence[Pass]) -> list[Output]:
         """Run passes as few forward passes, each of like widths; the order is kept."""
+        if len(passes) == 1:
+            return self._together(passes)
         outputs: dict[int, Output] = {}
         for group in _of_like_width(passes):
             outputs.update(zip(group, self._together([passes[i] for i in group]), strict=True))
@@ -86,23 +88,20 @@ class Reader:
     def _together(self, passes: Sequence[Pass]) -> list[Output]:
         """One forward pass over several texts."""
         rows, widths = [one.row for one in passes], [len(one.ids) for one in passes]
-        kept = sorted({index for one in passes for index in one.kept})
+        kept = passes[0].kept if len(passes) == 1 else sorted({index for one in passes for index in one.kept})
         with_states = any(one.with_states for one in passes)
         slots, (logits, states) = self._run(passes, rows, max(widths), kept, with_states)  # [B, M, V], [B, T, D] each
         self.cache.extend(rows, widths)
         place = {index: i for i, index in enumerate(kept)}
-        return [
-            Output(
-                logits[slot]
-                if len(kept) == logits.shape[1] == 1
-                else logits[slot, [place[index] for index in one.kept]],
-                tuple(state[slot, :width] for state in states) if one.with_states else (),
-            )
-            for one, slot, width in zip(passes, slots, widths, strict=True)
-        ]
+        outputs = []
+        for one, slot, width in zip(passes, slots, widths, strict=True):
+            wanted = one.kept  # all that is there: a view, else a copy
+            own = logits[slot] if len(wanted) == len(kept) else logits[slot, [place[index] for index in wanted]]
+            outputs.append(Output(own, tuple(state[slot, :width] for state in states) if one.with_states else ()))
+        return outputs
 
     def _run(
-        self, passes: Sequence[Pass], rows: list[int], width: int, kept: list[int], with_states: bool
+        self, passes: Sequence[Pass], rows: list[int], width: int, kept: Sequence[int], with_states: bool
     ) -> tuple[Sequence[int], Read]:
         """The model's output, compiled where that pays, and where in it each text stands."""
         if self.compiled is None or not self.cache.layers:  # the first pass tells what a layer keeps
@@ -122,7 +121,9 @@ class Reader:
             self.compiled.waited(shape, perf_counter() - started)
         return range(len(rows)), output
 
-    def _eager(self, passes: Sequence[Pass], rows: list[int], width: int, kept: list[int], with_states: bool) -> Read:
+    def _eager(
+        self, passes: Sequence[Pass], rows: list[int], width: int, kept: Sequence[int], with_states: bool
+    ) -> Read:
         """The texts that take part, as wide as the widest; no mask where plain causal attention needs none."""
         device, starts = self._device, [self.cache.lengths[row] for row in rows]
         ids, positions, *rest = self._numbers(passes, rows, width).to(device)  # [B, T] each
@@ -135,7 +136,9 @@ class Reader:
                 past_key_values=self.cache,
                 use_cache=True,
                 output_hidden_states=with_states,
-                logits_to_keep=1 if kept == [width - 1] else torch.tensor(kept, device=device),
+                logits_to_keep=1
+                if len(kept) == 1 and kept[0] == width - 1
+                else torch.tensor(list(kept), device=device),
             )
         return output.logits, output.hidden_states or ()
 
@@ -149,20 +152,19 @@ class Reader:
 
         An idle text reads padding, behind its end, where its own next pass writes over it.
         """
-        taking = {one.row: one for one in passes}
-        lengths = [*self.cache.lengths[:texts], *[0] * (texts - len(self.cache.lengths))]
-        return _tensor([_numbers(taking.get(row), lengths[row], 1) for row in range(texts)])
+        starts = [*self.cache.lengths[:texts], *[0] * (texts - len(self.cache.lengths))]
+        ids, positions, limit = [0] * texts, [0] * texts, [0] * texts
+        for one in passes:
+            (ids[one.row],), positions[one.row], limit[one.row] = one.ids, starts[one.row], starts[one.row] + 1
+        return torch.tensor([*ids, *positions, *limit, *starts, *starts]).view(5, texts, 1)
 
 
-def _numbers(one: Pass | None, start: int, width: int) -> list[int]:
-    """Ids, positions, limit, own and at of a text's tokens, 5 * T in a row; see `parse.layout.visible`.
+def _numbers(one: Pass, start: int, width: int) -> list[int]:
+    """Ids, positions, limit, own and at of a text's tokens, 5 * T in a row; see `parse.layout.sight`.
 
-    Right-padded to T: a padding token sees only itself. None: padding alone.
+    Right-padded to T: a padding token sees only itself.
     """
-    at = list(range(start, start + width))
-    if one is None:
-        return [0] * (3 * width) + at + at
-    used = len(one.ids)
+    at, used = list(range(start, start + width)), len(one.ids)
     if one.layout is None:
         positions = own = at[:used]
         limit = [position + 1 for position in positions]

@@ -30,7 +30,7 @@ class Evidence:
     """What one packed pass tells about a draft of N tokens and its K prefixes.
 
     Where the draft ended, its end-of-sequence token counts as token N+1, in the last segment.
-    M is N, or N+1 where the draft ended.
+    M is N, or N+1 where the draft ended; 0 where the verifier does not read the draft's own tokens.
     """
 
     ends: Sequence[int]  # K prefix ends; the last one covers token N+1
@@ -47,11 +47,39 @@ class Evidence:
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
+_ROWS = 64  # token rows over the vocabulary that are worked on at a time
+
+
+def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and margin of the draft's tokens, float32 [M] each; see `Evidence`.
+
+    A few rows at a time, so that there is no second copy of the logits.
+
+    Args:
+        before: [V], the target's logits of the first token.
+        logits: [N, V], those behind each token; the last row predicts the end of sequence, where M is N+1.
+        tokens: int64 [M].
+    """
+    parts = []
+    start = 0
+    for chunk in (before[None], *torch.split(logits, _ROWS)):
+        chosen = tokens[start : start + len(chunk)]  # [rows]
+        rows = chunk[: len(chosen)].float()  # [rows, V]
+        start += len(chunk)
+        total = rows.logsumexp(-1)  # [rows]
+        token = rows.gather(1, chosen[:, None])[:, 0]  # [rows]
+        mean = ((rows - total[:, None]).exp() * rows).sum(-1)  # [rows], of the logits
+        parts.append(torch.stack([token - total, total - mean, rows.amax(-1) - token]))
+    log_prob, entropy, margin = torch.cat(parts, dim=1)  # [3, M]
+    return log_prob, entropy, margin
+
+
 class Verifier(Protocol):
     """What the engine asks of a verifier."""
 
     kind: str
     suffix_ids: list[int]  # S tokens; empty where the verdict is read from the draft itself
+    reads_draft: bool  # whether it reads the evidence of the draft's own tokens, which takes the target's logits there
     layers: tuple[int, ...]  # indices into the model's `hidden_states` that `Evidence.states` joins
     threshold: float  # confidences at or above it accept
 
@@ -69,6 +97,7 @@ class Likelihood:
     threshold: float = 0.1
     kind: str = "likelihood"
     suffix_ids: list[int] = field(default_factory=list)
+    reads_draft: bool = True
     layers: tuple[int, ...] = ()
 
     def confidences(self, evidence: Evidence) -> Tensor:
@@ -90,6 +119,7 @@ class Prompt:
     threshold: float = 0.5
     kind: str = "prompt"
     layers: tuple[int, ...] = ()
+    reads_draft: bool = False
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, threshold: float = 0.5) -> Prompt:
@@ -179,6 +209,7 @@ class Probe:
     threshold: float = 0.5
     kind: str = "probe"
     suffix_ids: list[int] = field(default_factory=list)
+    reads_draft: bool = True
 
     @torch.inference_mode()
     def confidences(self, evidence: Evidence) -> Tensor:

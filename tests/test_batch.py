@@ -132,7 +132,7 @@ def test_wide_and_narrow_passes_are_not_padded_to_one_width(target, forwards):
 
 def test_an_answer_without_text_leaves_the_others_alone(engine):
     """An engine whose draft ends at once, in a batch."""
-    engine._readers["draft"].eos_ids = frozenset(range(len(engine.tokenizer)))
+    engine.readers["draft"].eos_ids = frozenset(range(len(engine.tokenizer)))
     together = engine.generate(PROMPTS[:3], 10, threshold=0.0)
     assert [result.token_ids for result in together] == [[], [], []]
 

@@ -2,34 +2,61 @@
 
 import json
 import math
+from time import perf_counter
 
 import pytest
-import torch
 
-from eval.bench import Scripted, main
+from eval import bench
 from parse import Engine
 
 
 @pytest.mark.slow
-def test_the_benchmark_prints_a_table_and_one_json_line(capsys):
-    assert main(["engine", "--models", "embedded", "--repeats", "1", "--prompts", "1"]) == 0
+def test_the_benchmark_prints_tables_and_one_json_line(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "COMPILE", False)
+    monkeypatch.setattr(bench, "SHAPES", ((32, 4),))
+    assert bench.main(["engine", "--models", "embedded", "--repeats", "1", "--batches", "1", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = json.loads(printed[-1])["rows"]
-    passes = [row for row in rows if "N" in row]
-    keys = ("verify_over_prefill", "verify_over_equal_prefill", "sequential_over_verify")
-    assert {(row["N"], row["K"], row["S"]) for row in passes} == {(128, 8, 1), (128, 8, 4), (256, 16, 1), (256, 16, 4)}
-    assert all(math.isfinite(row[key]) and row[key] > 0 for row in passes for key in keys)
-    whole = next(row for row in rows if "profile" in row)
-    assert whole["decode_over_generate"] > 0
-    assert 0 < whole["model_time_fraction"] <= 1
-    assert sum(whole["profile"].values()) == pytest.approx(1, abs=0.05)
-    assert any("wall time by phase" in line for line in printed)
+    passes = [row for row in rows if "verify_over_prefill" in row]
+    assert {(row["N"], row["K"], row["S"], row["batch"]) for row in passes} == {
+        (32, 4, s, b) for s in (1, 4) for b in (1, 2)
+    }
+    assert all(math.isfinite(row[key]) and row[key] > 0 for row in passes for key in bench.PASS_RATIOS)
+    loops = {(row["role"], row["batch"]): row["decode_over_generate"] for row in rows if "role" in row}
+    assert set(loops) == {(role, batch) for role in ("target", "draft") for batch in (1, 2)}
+    assert min(loops.values()) > 0
+    whole = [row for row in rows if "profile" in row]
+    assert [row["batch"] for row in whole] == [1, 2]
+    for row in whole:
+        assert 0 < row["model_time_fraction"] <= 1 <= row["wall_over_ideal"] * 1.5
+        assert sum(row["profile"].values()) == pytest.approx(1, abs=0.05)
+    assert any("wall time over ideal" in line for line in printed)
 
 
-def test_a_script_decides_what_is_accepted(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, Scripted(0.5, [7, 8]), segments=4)
-    result = engine.generate("list : #1 fig rome 4 .", 16, handback="never")[0]
-    drafted = [segment for segment in result.segments if segment.source == "draft"]
-    assert [segment.accepted for segment in drafted] == [True, True, False, False]
-    evidence = type("Evidence", (), {"ends": [1, 2, 3, 4]})
-    assert torch.equal(Scripted(0.75, []).confidences(evidence), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+def test_a_script_decides_what_is_accepted(target, draft, tokenizer, monkeypatch):
+    """Answers of 32 tokens in cuts of 4, the draft wrong at 9 and 20: two repairs of 4 tokens, the rest is kept."""
+    monkeypatch.setattr(bench, "ANSWER", 32)
+    engine = Engine(target, tokenizer, draft, tokenizer, bench.Scripted((9, 20), [7, 8]), segments=4)
+    with bench.endless(engine):
+        results = engine.generate([bench.PROMPT] * 2, 32)
+    for result in results:
+        runs = [(s.source, s.accepted) for s in result.segments]
+        refused, kept, repair = ("draft", False), ("draft", True), ("target", True)
+        assert runs == [kept] * 2 + [refused] * 6 + [repair] + [kept] * 2 + [refused] * 3 + [repair] + [kept] * 2
+        assert result.stats.rounds == 3
+        assert len(result.token_ids) == 32
+
+
+def test_a_stopwatch_counts_no_second_twice(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, bench.Scripted((37,), [7]), segments=16, compile=False)
+    with bench.endless(engine), bench.stopwatch(engine) as watch:
+        started = perf_counter()
+        stats = engine.generate(bench.PROMPT, bench.ANSWER)[0].stats
+        wall = perf_counter() - started
+    assert 0 < sum(watch.seconds.values()) <= wall
+    assert {"models", "sampling", "numbers and masks", "packing and cutting", "evidence and verdicts"} == set(
+        watch.seconds
+    )
+    assert len(watch.passes["draft", False]) == stats.draft_tokens
+    assert len(watch.passes["target", True]) == 1 + stats.verify_passes
+    assert sum(map(sum, watch.passes.values())) == pytest.approx(watch.seconds["models"])

@@ -38,7 +38,7 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
     """The same engine without and with compiled passes, and the counters of its models' graphs."""
     pair = [Engine(target, tokenizer, draft, tokenizer, verifier, segments=4, compile=False) for _ in range(2)]
     counters = {}
-    for role, reader in pair[1]._readers.items():
+    for role, reader in pair[1].readers.items():
         counters[role] = Counter()
         reader.compiled = Compiled(reader.model, 0.0, counters[role])
         reader.compiled.graph = as_on_gpu
@@ -89,7 +89,7 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(target, draft, to
     for batch_size in (1, 5):
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
     assert counters["draft"].graphs
-    for role, reader in compiled._readers.items():
+    for role, reader in compiled.readers.items():
         assert counters[role].graphs == len(reader.compiled._made)
 
 

@@ -159,7 +159,7 @@ def test_acceptance_policies(policy, confidences, expected):
 
 def test_a_draft_that_ends_at_once_leaves_the_answer_to_the_target(target, draft, tokenizer):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
-    engine._readers["draft"].eos_ids = frozenset(range(len(tokenizer)))  # whatever it writes ends its answer
+    engine.readers["draft"].eos_ids = frozenset(range(len(tokenizer)))  # whatever it writes ends its answer
     alone = engine.generate(PROMPT, 20, method="target")[0]
     assert engine.generate(PROMPT, 20, threshold=0.5)[0].token_ids == alone.token_ids
     assert engine.generate(PROMPT, 20, threshold=0.0)[0].token_ids == []
@@ -250,7 +250,7 @@ def test_streamed_characters_are_whole(smollm, monkeypatch):
     ids = tokenizer.encode(text, add_special_tokens=False)
     settings = engine.settings(method="target", max_new_tokens=len(ids))
     answer = engine._start([1], settings, None)
-    replay = iter([*ids, *engine._readers["target"].eos_ids])
+    replay = iter([*ids, *engine.readers["target"].eos_ids])
     answer.sample = lambda _: next(replay)
     monkeypatch.setattr(engine, "_start", lambda *_: answer)
     pieces = list(engine.stream("x", method="target"))
@@ -323,7 +323,7 @@ def test_invariants_on_a_real_chat_model(smollm, question):
     engine = Engine(model, tokenizer, model, tokenizer, Prompt.of(tokenizer))
     ids = engine.encode(question)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
-    expected = [token for token in expected if token not in engine._readers["target"].eos_ids]
+    expected = [token for token in expected if token not in engine.readers["target"].eos_ids]
     assert engine.generate(question, 24, threshold=1.1, horizon=12)[0].token_ids == expected
     assert engine.generate(question, 24, threshold=0.0)[0].token_ids == expected
     ends = [len(expected) // 2, len(expected)]
