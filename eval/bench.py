@@ -116,10 +116,11 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
     """Times the parts of an engine."""
     watch = Stopwatch()
     patches: list[tuple[Any, str, Any]] = []
+    for model in {reader.model for reader in engine.readers.values()}:
+        step = watch.timed(MODELS_LABEL, model.forward, lambda **inputs: inputs["input_ids"].shape[1] > 1)
+        patches.append((model, "forward", step))
     for role, reader in engine.readers.items():
         patches.append((reader, "forward", watch.reading(role, reader.forward)))
-        step = watch.timed(MODELS_LABEL, reader.model.forward, lambda **inputs: inputs["input_ids"].shape[1] > 1)
-        patches.append((reader.model, "forward", step))
         if reader.compiled:
             patches.append(
                 (reader.compiled, "run", watch.timed(MODELS_LABEL, reader.compiled.run, lambda x, *_: x.shape[2] > 1))
@@ -300,7 +301,8 @@ def decode_ratio(
 def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:
     """Whole answers by a script: the models' share of the wall time, where the rest goes, and wall over ideal time.
 
-    Ideal is what the forward passes take that the algorithm cannot do without, each at its median.
+    Ideal is what the forward passes take that the algorithm cannot do without: wide ones as they were, and steps
+    at the median step.
     """
     settings: dict[str, Any] = {"max_new_tokens": ANSWER, "batch_size": batch}
     fractions, over_ideal, profiles = [], [], []
@@ -313,9 +315,9 @@ def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:
                 wall = perf_counter() - started
             step = {role: median(watch.passes[role, False]) for role in engine.readers}
             wide = {role: watch.passes[role, True] for role in engine.readers}
-            ideal = stats.draft_tokens * step["draft"] + stats.target_tokens * step["target"]
-            ideal += wide["target"][0] + stats.verify_passes * median(wide["target"][1:])
-            ideal += wide["draft"][0] + (stats.rounds - 1) * median(wide["draft"][1:])
+            ideal = (stats.draft_tokens - stats.rounds) * step["draft"]  # the last token need not be read
+            ideal += (stats.target_tokens - (stats.rounds - 1)) * step["target"]  # nor the first of a repair
+            ideal += sum(wide["target"]) + sum(wide["draft"])  # prompts, packed passes, repairs that the draft reads
             over_ideal.append(wall / ideal)
             fractions.append(watch.seconds[MODELS_LABEL] / wall)
             rest = {"bookkeeping": wall - sum(watch.seconds.values())}

@@ -109,7 +109,7 @@ class Verdict:
 
     ends: list[int]  # K
     confidences: list[float]  # K
-    logits: Tensor  # [K, V]: the target's, behind each end
+    logits: Tensor  # [K + 1, V]: the target's, behind the text before the draft and behind each end
 
 
 def accept(confidences: Sequence[float], threshold: float, policy: str = "first_fail") -> int:
@@ -186,7 +186,6 @@ class Answer:
         whole = self.settings.policy == "whole"
         ends = [len(draft.ids)] if whole else cut(draft.ids, engine.tokenizer, engine.segments)
         self._clock("other")
-        self._logits_before = self.target.next_logits
         evidence, logits = yield from engine.examining(self.target, draft.ids, ends, draft.ended)
         confidences = engine.need_verifier().confidences(evidence).tolist()
         self.stats.verify_passes += 1
@@ -197,10 +196,8 @@ class Answer:
         """Keep the first k segments of the draft, in the answer and in the target's cache."""
         end = verdict.ends[k - 1] if k else 0
         kept = len(self.prompt_ids) + len(self.ids) + end
-        if k:
-            self.target.rollback(kept, verdict.logits[k - 1])
-        elif draft.ids:
-            self.target.rollback(kept, self._logits_before)
+        if draft.ids:
+            self.target.rollback(kept, verdict.logits[k])
         for index, (start, stop) in enumerate(pairwise([0, *verdict.ends])):
             text = self._piece([*self.ids, *draft.ids[:start]], draft.ids[start:stop])
             self.segments.append(Segment(text, "draft", verdict.confidences[index], index < k))

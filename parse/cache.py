@@ -37,7 +37,7 @@ class Window:
 
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer: keys and values [rows, capacity, heads, D]."""
+    """One layer: keys and values [rows, heads, capacity, D]."""
 
     is_croppable = True
     is_sliding = False
@@ -50,7 +50,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Take shape and type from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = [
-            new.new_zeros((self.window.rows, 0, new.shape[1], new.shape[-1])) for new in (key_states, value_states)
+            new.new_zeros((self.window.rows, new.shape[1], 0, new.shape[-1])) for new in (key_states, value_states)
         ]
         self.buffers = empty[0], empty[1]
         self.is_initialized = True
@@ -68,24 +68,24 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         ragged = min(window.starts) < window.start
         rows = torch.arange(window.rows, device=self.device)[window.chosen][:, None] if ragged else None  # [B, 1]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            new = states.transpose(1, 2)  # [B, T, heads, D]
             if rows is None:
-                buffer[window.chosen, window.start : stop] = new
+                buffer[window.chosen, :, window.start : stop] = states
             else:
                 starts = torch.tensor(window.starts, device=self.device)  # [B]
-                buffer[rows, starts[:, None] + torch.arange(length, device=self.device)] = new
-        keys, values = (buffer[window.chosen, :stop].transpose(1, 2) for buffer in self.buffers)
+                at = starts[:, None] + torch.arange(length, device=self.device)  # [B, T]
+                buffer[rows, :, at] = states.transpose(1, 2)  # [B, T, heads, D]
+        keys, values = (buffer[window.chosen, :, :stop] for buffer in self.buffers)
         return keys, values
 
     def grow(self, rows: int, tokens: int) -> None:
         """Make room for so many texts and tokens each; zeros behind what is held, for what is unseen is a number."""
-        held_rows, held = self.buffers[0].shape[:2]
+        held_rows, _, held, _ = self.buffers[0].shape
         if rows <= held_rows and tokens <= held:
             return
         capacity = held if tokens <= held else -(-max(tokens, 2 * held) // _GROWTH) * _GROWTH
-        larger = [old.new_zeros((max(rows, held_rows), capacity, *old.shape[2:])) for old in self.buffers]
+        larger = [old.new_zeros((max(rows, held_rows), old.shape[1], capacity, old.shape[3])) for old in self.buffers]
         for old, new in zip(self.buffers, larger, strict=True):
-            new[:held_rows, :held] = old
+            new[:held_rows, :, :held] = old
         self.buffers = larger[0], larger[1]
 
     def get_seq_length(self) -> int:
@@ -150,10 +150,10 @@ class PrefixCache(Cache):
                     buffer[row : row + 1] = 0
 
     def buffers(self, rows: int = 0, tokens: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """All keys and values, a pair a layer, [rows, capacity, heads, D], grown to so many rows and tokens."""
+        """All keys and values, a pair a layer, [rows, heads, capacity, D], grown to so many rows and tokens."""
         layers, held = self._prefix_layers, self._buffers
         rows = max(rows, self.window.rows)
-        if not held or held[-1] is not layers[-1].buffers or rows > len(held[0][0]) or tokens > held[0][0].shape[1]:
+        if not held or held[-1] is not layers[-1].buffers or rows > len(held[0][0]) or tokens > held[0][0].shape[2]:
             for layer in layers:
                 layer.grow(rows, tokens)
             self._buffers = [layer.buffers for layer in layers]
@@ -162,8 +162,7 @@ class PrefixCache(Cache):
     def states(self, row: int = 0) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a text [heads, length, D], a pair a layer."""
         length = self.lengths[row]
-        pairs = [(keys[row, :length], values[row, :length]) for keys, values in self.buffers()]
-        return [(keys.transpose(0, 1), values.transpose(0, 1)) for keys, values in pairs]
+        return [(keys[row, :, :length], values[row, :, :length]) for keys, values in self.buffers()]
 
     @property
     def _prefix_layers(self) -> list[PrefixLayer]:
@@ -180,7 +179,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Set up.
 
         Args:
-            buffers: keys and values [rows, capacity, heads, D].
+            buffers: keys and values [rows, heads, capacity, D].
             rows: int64 [B], each text's row; None: the first B.
             at: int64 [B, T], the position in its row that each new token takes.
             keys: P, how many to read.
@@ -195,9 +194,9 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Write T positions; return the texts' keys and values [B, heads, P, D]."""
         rows = torch.arange(self.at.shape[0], device=self.at.device) if self.rows is None else self.rows
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[rows[:, None], self.at] = states.transpose(1, 2)
+            buffer[rows[:, None], :, self.at] = states.transpose(1, 2)  # [B, T, heads, D]
         chosen = slice(len(rows)) if self.rows is None else rows
-        keys, values = (buffer[:, : self.read][chosen].transpose(1, 2) for buffer in self.buffers)
+        keys, values = (buffer[:, :, : self.read][chosen] for buffer in self.buffers)
         return keys, values
 
     def get_seq_length(self) -> int:

@@ -126,7 +126,7 @@ class Compiled:
         keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
         places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
         arguments = numbers.to(self.device), places, self._key, buffers, keep, with_states
-        held = buffers[0][0].shape[:2]
+        held = buffers[0][0].shape
         one = len(kept) == 1, shape == WIDE and numbers.shape[1] == 1, held[0] == 1  # a graph has 1, or any number
         made = (shape, with_states, held if self.graph and shape != WIDE else one)
         return self.run(*arguments) if made in self._made else self._first(made, arguments)
@@ -145,7 +145,7 @@ class Compiled:
                 torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
         else:
             key = _of_any_size(key, 0)
-            buffers = [(_of_any_size(k, 0, 1), _of_any_size(v, 0, 1)) for k, v in buffers]
+            buffers = [(_of_any_size(k, 0, 2), _of_any_size(v, 0, 2)) for k, v in buffers]
         if keep is not None:
             numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
         try:
@@ -192,7 +192,7 @@ def forward(
         numbers: int64 [5, B, T]: token ids, positions, and `limit`, `own`, `at` of `parse.layout.sight`.
         rows: int64 [B], each text's row in the buffers; None: the first B.
         key: int64 [P], 0 to P - 1: how many keys to read.
-        buffers: a pair a layer, [rows, capacity, heads, D] with P positions at least; the new keys and values are
+        buffers: a pair a layer, [rows, heads, capacity, D] with P positions at least; the new keys and values are
             written into them.
         keep: int64 [M], indices of the tokens whose logits are needed; None: the last one.
 
@@ -201,7 +201,7 @@ def forward(
     """
     ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
     for buffer in (part for pair in buffers for part in pair):
-        torch._check(buffer.shape[1] == buffers[0][0].shape[1])  # type: ignore[no-untyped-call]  # one unknown, not L
+        torch._check(buffer.shape[2] == buffers[0][0].shape[2])  # type: ignore[no-untyped-call]  # one unknown, not L
     output = model(
         input_ids=ids,
         position_ids=positions,

@@ -88,14 +88,16 @@ class Sampling:
 
 
 class Context:
-    """A text that a model has read: its tokens, its row of the reader's cache, and the logits of what follows.
+    """A text that a model reads: its tokens, its row of the reader's cache, and the logits of what follows.
 
+    The last token may wait: it is read in the pass that reads more, or when the logits behind it are needed.
     What reads or writes is written as steps, see `parse.passes`; `read` and `write` run them alone.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.reader, self.row = reader, reader.open()
         self.ids: list[int] = []
+        self.waiting: list[int] = []  # the last tokens of `ids`, where they are not read yet
         self.next_logits: Tensor | None = None  # [V]; None where the next token's logits are not known
 
     def close(self) -> None:
@@ -104,15 +106,28 @@ class Context:
 
     def reading(self, ids: Sequence[int]) -> Steps[None]:
         """Append tokens to the text in one causal pass."""
-        output = yield Pass(self.reader, self.row, ids)
-        self.ids.extend(ids)
+        output = yield Pass(self.reader, self.row, [*self.waiting, *ids])
+        self.has_read(ids)
         self.next_logits = output.logits[-1]
+
+    def has_read(self, ids: Sequence[int]) -> None:
+        """A pass has read the waiting tokens and these."""
+        self.ids.extend(ids)
+        self.waiting = []
+
+    def append(self, token: int) -> None:
+        """Add a token to the text, to be read later."""
+        self.ids.append(token)
+        self.waiting.append(token)
+        self.next_logits = None
 
     def rollback(self, length: int, next_logits: Tensor | None = None) -> None:
         """Keep the first `length` tokens; `next_logits` [V] are those behind them, where known."""
         if length < len(self.ids) or next_logits is not None:
             self.next_logits = next_logits
-        self.reader.cache.truncate(length, self.row)
+        cached = len(self.ids) - len(self.waiting)
+        self.waiting = self.ids[cached:length]
+        self.reader.cache.truncate(min(length, cached), self.row)
         del self.ids[length:]
 
     def becoming(self, ids: Sequence[int]) -> Steps[None]:
@@ -131,25 +146,32 @@ class Context:
     def writing(
         self, limit: int, sample: Sampler = greedy, stop: Stop | None = None, written: list[int] | None = None
     ) -> Steps[Written]:
-        """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so.
+        """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so; the last one waits.
 
         Args:
             written: a list to write into; then the steps say whenever it has grown.
         """
         seen, written = written is not None, [] if written is None else written
         while len(written) < limit:
-            if self.next_logits is None:
-                raise RuntimeError("the logits behind this text are not known: read or roll back with them")
-            token = sample(self.next_logits)
+            token = sample((yield from self.knowing()))
             if token in self.reader.eos_ids:
                 return Written(written, ended=True)
             written.append(token)
+            self.append(token)
             if seen:
                 yield None
-            yield from self.reading([token])
             if stop and stop(written):
                 break
         return Written(written, ended=False)
+
+    def knowing(self) -> Steps[Tensor]:
+        """The logits [V] of the next token; what waits is read."""
+        if self.next_logits is None:
+            if not self.waiting:
+                raise RuntimeError("the logits behind this text are not known: read or roll back with them")
+            yield from self.reading([])
+        assert self.next_logits is not None
+        return self.next_logits
 
     def read(self, ids: Sequence[int]) -> None:
         """`reading`, alone."""
@@ -180,21 +202,20 @@ def speculating(
     distributed as by the target alone, see `Sampling.settle`.
     """
     seen, written = written is not None, [] if written is None else written
-    assert target.next_logits is not None
-    token = sample(target.next_logits)
+    token = sample((yield from target.knowing()))
     while token not in target.reader.eos_ids:
         written.append(token)
         if seen:
             yield None
         if len(written) >= limit or (stop and stop(written)):
-            yield from target.reading([token])
+            target.append(token)
             return Written(written, ended=False)
         start = len(target.ids) + 1  # behind the token
         yield from draft.becoming([*target.ids, token])
         proposed, proposers = yield from _proposing(draft, min(lookahead, limit - len(written)), sample)
         read = [token, *(t for t in proposed if t not in draft.reader.eos_ids)]  # an end may only be the last
         logits = (yield Pass(target.reader, target.row, read, keep=range(len(read)))).logits  # [1 + read, V]
-        target.ids.extend(read)
+        target.has_read(read)
         kept = 0
         for proposal, proposer in zip(proposed, proposers, strict=True):
             token = sample.settle(proposal, proposer, logits[kept])
@@ -218,12 +239,11 @@ def _proposing(draft: Context, count: int, sample: Sampling) -> Steps[tuple[list
     tokens: list[int] = []
     proposers: list[Tensor] = []
     while len(tokens) < count:
-        assert draft.next_logits is not None
-        token = sample(draft.next_logits)
+        logits = yield from draft.knowing()
+        token = sample(logits)
         tokens.append(token)
-        proposers.append(draft.next_logits)
+        proposers.append(logits)
         if token in draft.reader.eos_ids:
             break
-        if len(tokens) < count:
-            yield from draft.reading([token])
+        draft.append(token)
     return tokens, proposers

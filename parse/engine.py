@@ -233,29 +233,35 @@ class Engine:
     ) -> Steps[tuple[Evidence, Tensor]]:
         """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
 
-        Afterwards the cache holds the text and the whole draft; the suffixes are dropped.
+        A token of the text that was not read yet goes first in the pass. Afterwards the cache holds the text and the
+        whole draft; the suffixes are dropped.
 
         Returns:
-            the evidence for the verifier, and the target's logits behind each end, [K, V].
+            the evidence for the verifier, and the target's logits behind the text and behind each end, [K + 1, V].
         """
         verifier = self.need_verifier()
-        layout = pack(draft_ids, ends, verifier.suffix_ids, past=len(target.ids))
-        n, device, before = len(draft_ids), self.target.device, target.next_logits
-        assert before is not None  # [V]
-        read = range(n) if verifier.reads_draft else sorted({n - 1, *(end - 1 for end in ends)})
+        first, device = target.waiting, self.target.device
+        w, n = len(first), len(draft_ids)
+        layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
+        read = range(w + n) if verifier.reads_draft else sorted({*range(w), n - 1 + w, *(end - 1 + w for end in ends)})
         keep = [*read, *layout.last_suffix.tolist()]
+        before = target.next_logits
         output = yield Pass(target.reader, target.row, layout.ids, layout, keep, bool(verifier.layers))
-        drafted, suffix_logits = output.logits[: len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
-        following = drafted[[read.index(end - 1) for end in [*ends, n]]]  # [K + 1, V], its own memory
-        target.ids.extend(layout.ids)
-        target.rollback(layout.past + n, following[-1])
+        if before is None:
+            before = output.logits[w - 1]
+        drafted, suffix_logits = output.logits[w : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
+        places = [read.index(w + end - 1) - w for end in [*ends, n]]
+        following = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
+        length = len(target.ids)
+        target.has_read([*draft_ids, *layout.ids[w + n :]])
+        target.rollback(length + n, following[-1])
         tokens = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]  # M
         log_prob = entropy = margin = torch.empty(0, device=device)
         if verifier.reads_draft:
             log_prob, entropy, margin = token_evidence(before, drafted, torch.tensor(tokens, device=device))
         states = None
         if verifier.layers:
-            chosen = [output.states[layer][:n] for layer in verifier.layers]  # [N, D] each
+            chosen = [output.states[layer][w : w + n] for layer in verifier.layers]  # [N, D] each
             states = torch.cat(chosen, dim=-1)  # [N, D * layers]
         evidence = Evidence(ends, log_prob, entropy, margin, states, suffix_logits if verifier.suffix_ids else None)
         return evidence, following[:-1]

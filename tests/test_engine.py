@@ -11,6 +11,7 @@ from scipy.stats import chi2
 from parse import Engine
 from parse.answer import Answer, accept
 from parse.decode import Sampling
+from parse.passes import Reader
 from parse.verifiers import Likelihood, Probe, ProbeHead, Prompt
 from tests.test_cache import assert_same_cache
 
@@ -80,7 +81,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     context = engine.context("target")
     context.read(prompt)
     _, logits = engine.examine(context, drafted, [end], ended=False)
-    context.rollback(len(prompt) + end, logits[0])
+    context.rollback(len(prompt) + end, logits[1])
     plain = engine.context("target")
     plain.read([*prompt, *drafted[:end]])
     assert context.ids == plain.ids
@@ -141,6 +142,31 @@ def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, d
     assert passes == [prompt, 24]  # the prompt once, the whole draft once
 
 
+def test_no_token_is_read_twice_and_the_last_ones_of_a_repair_with_the_next_draft(
+    target, draft, tokenizer, monkeypatch
+):
+    """Of a repair's 4 tokens the first comes from the packed pass before, and the last is read in the one behind."""
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4, compile=False)
+    everything = engine.generate(PROMPT, 40, threshold=0.0)[0].segments
+    threshold = sorted(segment.confidence for segment in everything)[2]  # two segments are refused
+    read = []
+    run = Reader._run
+    monkeypatch.setattr(
+        Reader,
+        "_run",
+        lambda self, passes, *rest: (
+            (read.append(len(passes[0].ids)) if self.model is target else 0) or run(self, passes, *rest)
+        ),
+    )
+    stats = engine.generate(PROMPT, 40, threshold=threshold)[0].stats
+    repairs = stats.target_tokens // 4
+    assert repairs
+    assert read.count(1) == 3 * repairs  # steps
+    wide = [width for width in read if width > 1]
+    assert len(wide) == 1 + stats.verify_passes
+    assert sum(wide) == len(engine.encode(PROMPT)) + stats.draft_tokens + (stats.verify_passes - 1)
+
+
 @pytest.mark.parametrize(
     ("policy", "confidences", "expected"),
     [
@@ -190,7 +216,7 @@ def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, d
     context = engine.context("target")
     context.read(engine.encode(PROMPT))
     drafted = [9, 30, 51, 72]
-    logits = engine.examine(context, drafted, [2, 4], ended=False)[1][0]  # [V] behind the first end
+    logits = engine.examine(context, drafted, [2, 4], ended=False)[1][1]  # [V] behind the first end
     logits = logits / logits.std() * 1.5
     temperature = 0.8
     plain = torch.softmax(logits / temperature, -1)
