@@ -29,6 +29,7 @@ class Window:
     rows: int  # of the buffers
     chosen: slice | list[int]  # rows that take part, B of them
     starts: list[int]  # B: the cached tokens of each
+    multiple: int = 1  # so many keys at a time are read
 
     @property
     def start(self) -> int:
@@ -58,13 +59,14 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append T positions to each chosen text; return their keys and values so far, [B, heads, P, D] each.
 
-        P is the length of the longest: behind the end of a shorter text stands what its queries must not see.
+        P is the length of the longest, or more: behind the end of a text stands what its queries must not see.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window, length = self.window, key_states.shape[2]
         stop = window.start + length
-        self.grow(window.rows, stop)
+        read = -(-stop // window.multiple) * window.multiple
+        self.grow(window.rows, read)
         ragged = min(window.starts) < window.start
         rows = torch.arange(window.rows, device=self.device)[window.chosen][:, None] if ragged else None  # [B, 1]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
@@ -74,7 +76,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 starts = torch.tensor(window.starts, device=self.device)  # [B]
                 at = starts[:, None] + torch.arange(length, device=self.device)  # [B, T]
                 buffer[rows, :, at] = states.transpose(1, 2)  # [B, T, heads, D]
-        keys, values = (buffer[window.chosen, :, :stop] for buffer in self.buffers)
+        keys, values = (buffer[window.chosen, :, :read] for buffer in self.buffers)
         return keys, values
 
     def grow(self, rows: int, tokens: int) -> None:

@@ -21,7 +21,7 @@ from parse.answer import Answer, Generation, Settings, accept
 from parse.compiled import PATIENCE, Compiled
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
+from parse.models import ATTENTION, Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
 from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
 from parse.segments import Segmenter, check_segmenter
 from parse.verifiers import Evidence, Verifier, token_evidence
@@ -73,7 +73,8 @@ class Engine:
             verifier: "prompt", "likelihood", or the folder of a trained one.
             tokenizer, draft_tokenizer: where the models are given loaded from elsewhere.
             device, dtype: default to the GPU and bfloat16 where there is one, else CPU and float32.
-            attention: "auto" or "sdpa": dense masks over scaled-dot-product attention.
+            attention: the target's: "auto", "sdpa" (dense masks) or "flex" (FlexAttention's block masks); see
+                `parse.models.ATTENTION`.
             segments: "sentence", "line" or a number of tokens; defaults to the trained verifier's own,
                 else "sentence".
             compile: compile forward passes where that pays, see `parse.compiled`: True at their first use, None once
@@ -84,9 +85,9 @@ class Engine:
                 another target, or settings that are not allowed; the message says what is.
             FileNotFoundError: for a verifier folder that is not there.
         """
-        if attention not in ("auto", "sdpa"):
-            raise ValueError(f'attention={attention!r} is not known: use "auto" or "sdpa"')
-        target_model = load_model(target, device, dtype)
+        if attention not in ATTENTION:
+            raise ValueError(f"attention={attention!r} is not known: use one of {', '.join(ATTENTION)}")
+        target_model = load_model(target, device, dtype, ATTENTION[attention])
         check_packing(target_model)
         draft_model = None if draft is None else load_model(draft, device, dtype)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(target_model.config.name_or_path)

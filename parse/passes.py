@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
 from parse.layout import Layout, pack
+from parse.models import FLEX
 
+FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
 T = TypeVar("T")
 Steps = Generator["Pass | None", Any, T]  # yields passes and is sent their outputs; None: the answer has grown
 
@@ -63,6 +65,8 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.cache, self._device = PrefixCache(), self.model.device  # the model's own property is slow
+        if self.model.config._attn_implementation == FLEX:
+            self.cache.window.multiple = FLEX_BLOCK
         self._free = [0]
 
     def open(self) -> int:
@@ -126,19 +130,22 @@ class Reader:
     ) -> Read:
         """The texts that take part, as wide as the widest; no mask where plain causal attention needs none."""
         device, starts = self._device, [self.cache.lengths[row] for row in rows]
-        ids, positions, *rest = self._numbers(passes, rows, width).to(device)  # [B, T] each
-        plain = len(passes) == 1 and passes[0].layout is None
+        block, padded = self.cache.window.multiple, width
+        if block > 1 and width > 1:
+            padded = -(-width // block) * block  # few shapes, whole blocks
+        ids, positions, *rest = self._numbers(passes, rows, padded).to(device)  # [B, T] each
+        keys = -(-(max(starts) + padded) // block) * block
+        plain = len(passes) == 1 and passes[0].layout is None and block == 1
+        last = len(kept) == 1 and kept[0] == padded - 1
         with self.cache.reading(rows):
             output = self.model(
                 input_ids=ids,
                 position_ids=positions,
-                attention_mask=None if plain else masks(self.model, *rest, positions, keys=max(starts) + width),
+                attention_mask=None if plain else masks(self.model, *rest, positions, keys=keys),
                 past_key_values=self.cache,
                 use_cache=True,
                 output_hidden_states=with_states,
-                logits_to_keep=1
-                if len(kept) == 1 and kept[0] == width - 1
-                else torch.tensor(list(kept), device=device),
+                logits_to_keep=1 if last else torch.tensor(list(kept), device=device),
             )
         return output.logits, output.hidden_states or ()
 

@@ -47,7 +47,7 @@ class Evidence:
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
-_ROWS = 64  # token rows over the vocabulary that are worked on at a time
+_ROWS = 32  # token rows over the vocabulary that are worked on at a time
 
 
 def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -168,3 +168,22 @@ def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
     monkeypatch.setattr(type(model), "forward", careless)
     with pytest.raises(ValueError, match="does not heed the packed pass's mask"):
         check_packing(model)
+
+
+NO_FLEX = {"gpt-oss", "deepseek v3", "gpt-2"}  # sinks need a GPU; keys and values differ in width; not supported
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - NO_FLEX))
+def test_flex_attention_gives_the_same_packed_pass(name):
+    """Block masks over padded shapes, evaluated without a compiler, against dense masks."""
+    plain, flexible = make(name), make(name)
+    flexible.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        packed, _, context = both_ways(flexible)
+        expected, _, dense = both_ways(plain)
+        torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)
+        assert_same_cache(context, dense)
+        for one in (context, dense):
+            one.ids = PROMPT + DRAFT
+            one.read([7])
+        assert context.write(3) == dense.write(3)

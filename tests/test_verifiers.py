@@ -17,8 +17,10 @@ from parse.verifiers import (
     load,
     probe_inputs,
     save,
+    token_evidence,
     tokenizer_hash,
 )
+from tests.conftest import random_model
 
 
 def evidence(ended=True, n=6, width=4):
@@ -160,3 +162,33 @@ def test_the_fingerprint_survives_a_cast_and_notices_a_change(target):
     with torch.no_grad():
         next(rounded.parameters()).add_(0.5)
     assert fingerprint(rounded) != fingerprint(target)
+
+
+def test_token_evidence_is_that_of_the_whole_distribution():
+    """Row by row against log-softmax over everything; more rows than are worked on at a time."""
+    logits, tokens = torch.randn(150, 40) * 3, torch.randint(0, 40, (150,))
+    log_prob, entropy, margin = token_evidence(logits[0], logits[1:], tokens)
+    expected = torch.log_softmax(logits, -1)
+    own = expected.gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_prob, own)
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
+    torch.testing.assert_close(margin, expected.amax(-1) - own, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("verifier", "rows"), [(Likelihood(), 300), (Prompt([7, 8], [9], [10]), 2 * 3 + 1)])
+def test_no_more_logits_are_made_than_are_read(verifier, rows, tokenizer):
+    """The peak of a packed pass over 300 draft tokens: the logits that are read, and a third more at most."""
+    vocabulary = 30_000
+    model = random_model("llama", vocabulary)
+    engine = Engine(model, tokenizer, verifier=verifier, compile=False)
+    context = engine.context("target")
+    context.read(list(range(5, 25)))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        engine.examine(context, list(range(30, 330)), [100, 200, 290], ended=False)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    others = 8e6  # hidden states, masks, keys and values
+    assert peak <= 4 * vocabulary * rows * 4 / 3 + others
