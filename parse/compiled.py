@@ -2,22 +2,21 @@
 
 Where a model is small or the hardware fast, most of a decoding step is Python and the start of kernels, not
 arithmetic. A compiled step has neither, but costs seconds to minutes to make: it is made once a bucket of shapes,
-kept on disk, and only once the same step has taken `patience` seconds without it. Where it pays:
+kept on disk (in torch's own cache, TORCHINDUCTOR_CACHE_DIR), and only once the same step has taken `patience`
+seconds without it. Where it pays:
 
-    on a CPU   decoding steps of models up to `LARGEST` bytes. Larger ones are bound by memory and wide passes by
-               arithmetic: compiled or not they take the same time. A bucket a count of texts.
+    on a CPU   decoding steps of models up to `LARGEST` bytes. Larger ones are bound by memory and take the
+               same time; wide passes gain a quarter, at a minute's compilation. A bucket a count of texts.
     on a GPU   decoding steps, replayed as a CUDA graph, a bucket a count of texts and a length of the cache; and
                wide passes (prompts, packed passes), of any width, length and count in one graph.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -54,7 +53,8 @@ class Compiled:
         self.model, self.patience, self.device = model, patience, model.device
         self.graph = self.device.type != "cpu"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.pays = self.graph or weights <= LARGEST
+        spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
+        self.pays = not spread and (self.graph or weights <= LARGEST)
         self._made: set[tuple[Any, ...]] = set()
         self._waited: dict[Shape, float] = defaultdict(float)
         self._key = torch.arange(0)  # [P] of the last pass
@@ -133,12 +133,10 @@ class Compiled:
 
     def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
         """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "parse-engine" / "compiled"))
         numbers, places, key, buffers, keep, _ = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
-        what = "wide passes" if keep is not None else f"decoding steps of {numbers.shape[1]}"
-        print(f"compiling {what} of {name} (kept in {folder}) ...", file=sys.stderr, flush=True)
+        what = "wide passes" if keep is not None else f"decoding steps of {numbers.shape[1]} texts"
+        print(f"compiling {what} of {name} (once: it is kept on disk) ...", file=sys.stderr, flush=True)
         started = perf_counter()
         if self.graph and keep is None:
             for buffer in (part for pair in buffers for part in pair):

@@ -21,7 +21,16 @@ from parse.answer import Answer, Generation, Settings, accept
 from parse.compiled import PATIENCE, Compiled
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import ATTENTION, Messages, encode_prompt, encode_text, eos_ids, load_model, text_of
+from parse.models import (
+    ATTENTION,
+    Messages,
+    encode_continuation,
+    encode_prompt,
+    eos_ids,
+    load_model,
+    text_behind,
+    text_of,
+)
 from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
 from parse.segments import Segmenter, check_segmenter
 from parse.verifiers import Evidence, Verifier, token_evidence
@@ -65,6 +74,8 @@ class Engine:
         attention: str = "auto",
         segments: Segmenter | None = None,
         compile: bool | None = None,
+        target_options: dict[str, Any] | None = None,
+        draft_options: dict[str, Any] | None = None,
     ) -> Engine:
         """Load an engine.
 
@@ -79,6 +90,9 @@ class Engine:
                 else "sentence".
             compile: compile forward passes where that pays, see `parse.compiled`: True at their first use, None once
                 a pass has taken a while over all its uses (short runs never wait for a compiler), False never.
+            target_options, draft_options: more arguments of `transformers`' `from_pretrained` for each, such as
+                `{"device_map": "auto"}`, `{"tp_plan": "auto"}` or a `quantization_config`. Draft and target may
+                sit on different devices.
 
         Raises:
             ValueError: for an architecture whose cache cannot be rolled back, a verifier made for
@@ -87,9 +101,9 @@ class Engine:
         """
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is not known: use one of {', '.join(ATTENTION)}")
-        target_model = load_model(target, device, dtype, ATTENTION[attention])
+        target_model = load_model(target, device, dtype, ATTENTION[attention], target_options)
         check_packing(target_model)
-        draft_model = None if draft is None else load_model(draft, device, dtype)
+        draft_model = None if draft is None else load_model(draft, device, dtype, options=draft_options)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(target_model.config.name_or_path)
         if draft_model is not None and draft_tokenizer is None:
             draft_tokenizer = AutoTokenizer.from_pretrained(draft_model.config.name_or_path)
@@ -289,13 +303,13 @@ class Engine:
         """The draft's tokens as the target's; as text where the vocabularies differ."""
         if self.same_tokens:
             return list(draft_ids)
-        return encode_text(text_of(draft_ids, self.draft_tokenizer), self.tokenizer)
+        return encode_continuation(text_behind(draft_ids, self.draft_tokenizer), self.tokenizer)
 
     def to_draft(self, target_ids: Sequence[int]) -> list[int]:
         """The target's tokens as the draft's; as text where the vocabularies differ."""
         if self.same_tokens:
             return list(target_ids)
-        return encode_text(text_of(target_ids, self.tokenizer), self.draft_tokenizer)
+        return encode_continuation(text_behind(target_ids, self.tokenizer), self.draft_tokenizer)
 
     def need_verifier(self) -> Verifier:
         """The verifier, or ValueError with advice."""

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 Messages = list[dict[str, str]]
+PLACING = {"device_map", "tp_plan", "quantization_config"}  # options that say where a model's weights lie
 
 
 def load_model(
@@ -29,6 +30,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A causal language model ready for inference: from a path, a hub id, or as given.
 
@@ -36,10 +38,15 @@ def load_model(
         device: default: the GPU where there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         attention: `transformers`' name of an implementation; None takes the model's own best.
+        options: more arguments of `transformers`' `from_pretrained`, such as `device_map`, `tp_plan` or
+            `quantization_config`; those that place the model leave no choice to `device`.
 
     Raises:
         ValueError: if the engine cannot run its architecture, or it has no such attention.
     """
+    options = options or {}
+    if device is not None and (placing := sorted(PLACING & options.keys())):
+        raise ValueError(f"device={str(device)!r} and {', '.join(placing)} both place the model: give one of them")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, PreTrainedModel):
         check_architecture(source.config)
@@ -50,9 +57,10 @@ def load_model(
     check_architecture(AutoConfig.from_pretrained(source))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, attn_implementation=attention
+        source, dtype=dtype, use_safetensors=True, attn_implementation=attention, **options
     )
-    return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]
+    placed = PLACING & options.keys()
+    return cast(PreTrainedModel, (model if placed else model.to(device)).eval())  # type: ignore[arg-type]
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -118,9 +126,26 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that go on from another text with these words; what looks like a special token in them is text.
+
+    Tokenizers of SentencePiece's kind put a space before a text, which must not come between two pieces: so the
+    words are encoded behind a line break, which is then left out.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    line, both = (list(tokenizer.encode(words, **options)) for words in ("\n", "\n" + text))
+    return both[len(line) :] if both[: len(line)] == line else list(tokenizer.encode(text, **options))
+
+
 def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of tokens, exactly: special tokens and spaces as they are."""
     return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def text_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that tokens add to another text: some tokenizers drop the space in front of a text that stands alone."""
+    line = encode_text("\n", tokenizer)
+    return text_of([*line, *ids], tokenizer)[len(text_of(line, tokenizer)) :]
 
 
 def eos_ids(model: PreTrainedModel, fallback: int | None = None) -> frozenset[int]:

@@ -13,6 +13,7 @@ from parse.answer import Answer, accept
 from parse.decode import Sampling
 from parse.passes import Reader
 from parse.verifiers import Likelihood, Probe, ProbeHead, Prompt
+from tests.conftest import MODELS
 from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
@@ -379,3 +380,16 @@ def test_generations_are_plain_data(target, draft, tokenizer):
         "verify_passes",
     }
     assert set(record["stats"]["seconds"]) == {"draft", "verify", "target", "other"}
+
+
+def test_options_place_a_model_and_leave_its_answers_alone():
+    pair = MODELS / "ledger-target", MODELS / "ledger-draft"
+    plain = Engine.from_pretrained(*pair, "prompt", device="cpu")
+    placed = Engine.from_pretrained(
+        *pair, "prompt", target_options={"device_map": {"": "cpu"}}, draft_options={"device_map": "cpu"}
+    )
+    assert placed.generate(PROMPT, 40)[0].token_ids == plain.generate(PROMPT, 40)[0].token_ids
+    with pytest.raises(ValueError, match="device='cpu' and device_map both place the model: give one of them"):
+        Engine.from_pretrained(*pair, "prompt", device="cpu", target_options={"device_map": "auto"})
+    with pytest.raises(ValueError, match="attention='x' is not known: use one of auto, sdpa, flex"):
+        Engine.from_pretrained(*pair, "prompt", attention="x")
