@@ -77,6 +77,7 @@ class Reader:
 
     def close(self, row: int) -> None:
         """Give the row of a finished text back."""
+        self.cache.truncate(0, row)
         heappush(self._free, row)
 
     @torch.inference_mode()
