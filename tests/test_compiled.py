@@ -126,13 +126,17 @@ def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu():
 
 
 def test_two_models_with_the_same_code_do_not_take_each_others_graphs():
+    counter = Counter()  # one backend for both, as in earnest
+    readers = []
     for seed in (0, 1):
         model = random_model("llama", 60, seed=seed)
-        mine, plain = Context(compiled_reader(model, Counter())), Context(Reader(model))
+        readers.append(compiled_reader(model, counter))
+        mine, plain = Context(readers[-1]), Context(Reader(model))
         for context in (mine, plain):
             context.read([5, 6, 7])
             context.read([8])
         torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+    assert counter.graphs == 2
 
 
 def test_nothing_is_compiled_before_a_step_has_taken_its_patience():
