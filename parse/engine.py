@@ -261,6 +261,7 @@ class Engine:
         read = range(w + n) if verifier.reads_draft else sorted({*range(w), n - 1 + w, *(end - 1 + w for end in ends)})
         keep = [*read, *layout.last_suffix.tolist()]
         before = target.next_logits
+        assert before is not None or first, "the logits behind this text are neither known nor about to be"
         output = yield Pass(target.reader, target.row, layout.ids, layout, keep, bool(verifier.layers))
         if before is None:
             before = output.logits[w - 1]

