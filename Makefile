@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the librarie
 .PHONY: quickstart test lint clean
 
 quickstart: .venv/run.stamp
-	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
+	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
 	$(BIN)/python -m eval recipes/quickstart.yaml
 
 test: .venv/dev.stamp

@@ -46,8 +46,8 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
 
     quieten()
 
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    if recipe.eval.threads:
+        torch.set_num_threads(recipe.eval.threads)
     task = load_task(recipe.task)
     verifier = recipe.folder / "verifier"
     engine = Engine.from_pretrained(

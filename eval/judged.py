@@ -1,39 +1,105 @@
-"""How well a verifier judges: the target's evidence on labelled drafts, and the figures drawn from it."""
+"""How well verifiers judge: labelled drafts, the evidence of the packed pass over them, and the figures drawn from it.
+
+A confidence counts up to and including a draft's first invalid cut, which is how "first_fail" uses it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
 
+import numpy as np
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from parse import Engine
 from parse.answer import accept
-from parse.verifiers import Evidence, Likelihood, Prompt, Verifier
+from parse.decode import Context
+from parse.passes import Pass, Steps, drive, drive_together
+from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, Verifier
+
+AT_ONCE = 16  # drafts in a pass
+BINS = 10  # of the reliability curve
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft of N tokens, where it may be cut, and which of its K prefixes are valid."""
+
+    context_ids: list[int]  # the prompt and what of the answer stood before the draft
+    ids: list[int]  # N
+    ends: list[int]  # K
+    ended: bool
+    valid: list[bool]  # K
+    target_right: bool = True  # whether the target gets there from where the draft began, so that something can be lost
+    number: int = 0  # of the prompt
+    round: int = 0  # above 0 behind the target's repair of an earlier draft of the prompt
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One draft answer: what the pass told about it, and which of its K prefixes are valid."""
+    """A draft and what the packed pass told about it."""
 
+    draft: Draft
     evidence: Evidence
-    valid: list[bool]  # K
-    target_right: bool = True  # whether the target's own answer is right, so that something can be lost
 
 
-def examine(engine: Engine, prompt_ids: list[int], draft_ids: list[int], ends: list[int], ended: bool) -> Evidence:
-    """The evidence of one packed pass over a draft of N tokens with K prefix ends."""
-    context = engine.context("target")
-    context.read(prompt_ids)
-    return engine.examine(context, draft_ids, ends, ended)[0]
+@dataclass(frozen=True)
+class Scored:
+    """A draft and a verifier's confidence in each prefix."""
+
+    draft: Draft
+    confidences: list[float]  # K
+
+
+def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -> Iterator[Judged]:
+    """A packed pass over each draft, several drafts at a time; in the order in which they finish.
+
+    Args:
+        with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
+    """
+
+    def examining(draft: Draft) -> Steps[Judged]:
+        context = Context(engine.readers["target"])
+        try:
+            yield from context.reading(draft.context_ids)
+            logits = (yield from _draft_logits(engine, draft)) if with_draft and _comparable(engine) else None
+            evidence, _ = yield from engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
+        finally:
+            context.close()
+        return Judged(draft, evidence)
+
+    return (judged for _, judged in drive_together(map(examining, drafts), AT_ONCE))
+
+
+def _comparable(engine: Engine) -> bool:
+    return engine.draft is not None and engine.same_tokens
+
+
+def _draft_logits(engine: Engine, draft: Draft) -> Steps[Tensor]:
+    """The draft model's logits of its own tokens and of the end, where it ended: [M, V]."""
+    context = Context(engine.readers["draft"])
+    try:
+        first = len(draft.context_ids) - 1
+        last = first + len(draft.ids) + draft.ended
+        ids = [*draft.context_ids, *draft.ids]
+        output = yield Pass(context.reader, context.row, ids, keep=range(first, last))
+    finally:
+        context.close()
+    return output.logits
 
 
 def reader(engine: Engine, layers: tuple[int, ...]) -> Verifier:
-    """A verifier that makes the pass yield states and, where the target can be asked, verdicts."""
+    """A verifier that makes one pass yield what every kind but the adapter reads.
+
+    The draft's own positions cannot see the suffixes, so the `prompt` kind's do not touch what the others read.
+    """
     if engine.tokenizer.chat_template:
-        return dataclasses.replace(Prompt.of(engine.tokenizer), layers=layers, reads_draft=True)
-    return dataclasses.replace(Likelihood(), layers=layers)
+        return replace(Prompt.of(engine.tokenizer), layers=layers, reads_draft=True)
+    return replace(Likelihood(), layers=layers)
 
 
 def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
@@ -43,40 +109,113 @@ def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
         for rule in ("mean", "lowest")
         for scope in ("segment", "prefix")
     }
+    if _comparable(engine):
+        kinds |= {f"divergence {rule}": Divergence(rule) for rule in ("mean", "most")}
     if engine.tokenizer.chat_template:
         kinds["prompt"] = Prompt.of(engine.tokenizer)
     return kinds
 
 
-def measure_kind(kind: Verifier, judged: Sequence[Judged], threshold: float, policy: str) -> dict[str, float]:
-    """A verifier's figures over the cuts up to and including each draft's first invalid one."""
-    scores, labels = [], []
-    accepted = oracle = total = lost = 0
-    for item in judged:
-        confidences = kind.confidences(item.evidence).tolist()
-        known = known_cuts(item.valid)
-        scores += confidences[:known]
-        labels += item.valid[:known]
-        ends = [0, *item.evidence.ends]
-        k = accept(confidences, threshold, policy)
-        lost += item.target_right and k > 0 and not item.valid[k - 1]
-        accepted += ends[k]
-        oracle += ends[sum(item.valid)]
-        total += ends[-1]
-    pairs = list(zip(scores, labels, strict=True))
-    invalid = [score for score, ok in pairs if not ok]
-    valid = [score for score, ok in pairs if ok]
-    return {
-        "auc": roc_auc_score(labels, scores) if invalid and valid else float("nan"),
-        "threshold": threshold,
-        "false_accept_rate": sum(s >= threshold for s in invalid) / max(len(invalid), 1),
-        "false_reject_rate": sum(s < threshold for s in valid) / max(len(valid), 1),
-        "accepted_fraction": accepted / max(total, 1),
-        "oracle_accepted_fraction": oracle / max(total, 1),
-        "accuracy_loss": lost / max(len(judged), 1),
-    }
+def score(kind: Verifier, judged: Iterable[Judged]) -> list[Scored]:
+    """A verifier's confidences in drafts whose evidence holds what it reads."""
+    return [Scored(one.draft, kind.confidences(one.evidence).tolist()) for one in judged]
 
 
 def known_cuts(valid: Sequence[bool]) -> int:
     """Cuts up to and including the first invalid one."""
     return min(sum(valid) + 1, len(valid))
+
+
+def judgements(scored: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence and validity of every known cut: float and bool [n]."""
+    pairs = [
+        pair
+        for one in scored
+        for pair in list(zip(one.confidences, one.draft.valid, strict=True))[: known_cuts(one.draft.valid)]
+    ]
+    return np.array([confidence for confidence, _ in pairs]), np.array([valid for _, valid in pairs], dtype=bool)
+
+
+def keeps(one: Scored, threshold: float, policy: str = "first_fail") -> int:
+    """How many cuts of a draft are kept; by "whole" all or none, as the last one is judged."""
+    if policy == "whole":
+        return len(one.confidences) * accept(one.confidences[-1:], threshold, policy)
+    return accept(one.confidences, threshold, policy)
+
+
+def loses(draft: Draft, kept: int) -> bool:
+    """Whether keeping so many cuts of the draft makes an answer wrong that the target had got right."""
+    return draft.target_right and kept > 0 and not draft.valid[kept - 1]
+
+
+def accuracy_loss(scored: Sequence[Scored], threshold: float, policy: str = "first_fail") -> float:
+    """The share of prompts of which any draft is kept up to an invalid cut."""
+    lost = {one.draft.number for one in scored if loses(one.draft, keeps(one, threshold, policy))}
+    return len(lost) / len({one.draft.number for one in scored})
+
+
+def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fail") -> dict[str, float]:
+    """A verifier's figures at a threshold.
+
+    Returns:
+        `auc`; `false_accept_rate` of the invalid and `false_reject_rate` of the valid cuts; `first_error_f1`, the
+        harmonic mean of how often the first invalid cut of a wrong draft is found and how often none is found in a
+        right one (ProcessBench's, arXiv 2412.06559); `accepted_fraction` of the drafts' tokens and
+        `oracle_accepted_fraction`, that of who knows the labels; `accuracy_loss`; `ece`, the expected calibration error
+        of the confidences as probabilities. Not a number where there is nothing to measure.
+    """
+    confidences, valid = judgements(scored)
+    accepted = oracle = total = 0
+    found: dict[bool, list[bool]] = {True: [], False: []}  # by whether the draft is wrong
+    for one in scored:
+        ends, labels = [0, *one.draft.ends], one.draft.valid
+        found[not all(labels)].append(accept(one.confidences, threshold) == sum(labels))
+        accepted += ends[keeps(one, threshold, policy)]
+        oracle += ends[sum(labels)]
+        total += ends[-1]
+    located, spared = _mean(found[True]), _mean(found[False])
+    return {
+        "auc": float(roc_auc_score(valid, confidences)) if 0 < valid.sum() < len(valid) else float("nan"),
+        "threshold": threshold,
+        "false_accept_rate": _mean(confidences[~valid] >= threshold),
+        "false_reject_rate": _mean(confidences[valid] < threshold),
+        "first_error_f1": 2 * located * spared / (located + spared) if located + spared else 0.0,
+        "accepted_fraction": accepted / total,
+        "oracle_accepted_fraction": oracle / total,
+        "accuracy_loss": accuracy_loss(scored, threshold, policy),
+        "ece": sum(share * abs(stated - true) for share, stated, true in reliability(confidences, valid)),
+    }
+
+
+def reliability(confidences: np.ndarray, valid: np.ndarray) -> list[tuple[float, float, float]]:
+    """For each bin of confidence that holds any of the n cuts: their share, mean confidence and share of valid ones."""
+    edges = np.linspace(0, 1, BINS + 1)
+    bins = np.clip(np.digitize(confidences, edges) - 1, 0, BINS - 1)  # [n]
+    groups = [bins == index for index in range(BINS) if (bins == index).any()]
+    return [(float(g.mean()), float(confidences[g].mean()), float(valid[g].mean())) for g in groups]
+
+
+def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Sequence[Draft]) -> dict[str, float]:
+    """The median over drafts of a pass's milliseconds by each kind, the verdicts included, over the draft's cuts.
+
+    The kinds take turns on each draft; the first is a warm-up. What the passes read of the draft itself is included.
+    """
+    mine = engine.verifier
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for draft in drafts:
+        proposed = drive(_draft_logits(engine, draft)) if _comparable(engine) else None
+        for name, kind in kinds.items():
+            engine.verifier = kind
+            context = engine.context("target")
+            context.read(draft.context_ids)
+            logits = proposed if isinstance(kind, Divergence) else None
+            started = perf_counter()
+            evidence, _ = drive(engine.examining(context, draft.ids, draft.ends, draft.ended, logits))
+            kind.confidences(evidence).tolist()
+            seconds[name].append((perf_counter() - started) / len(draft.ends))
+    engine.verifier = mine
+    return {name: 1000 * median(values[1:] or values) for name, values in seconds.items()}
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

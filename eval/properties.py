@@ -13,29 +13,28 @@ from typing import Any
 
 import torch
 
-from eval.judged import Judged, examine, measure_kind, reader, untrained_kinds
+from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds
 from eval.methods import Outcome
 from eval.tasks import Task
 from parse import Engine
+from parse.passes import Reader
 from parse.segments import cut
 from train.generation import write_all
 
 
 def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:
     """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
-    mine, engine.verifier = engine.verifier, reader(engine, layers)
-    judged = []
-    for outcome in outcomes:
-        generation, ended = outcome.generation, outcome.generation.finish_reason == "stop"
-        ids = generation.token_ids
-        if not ids:
-            continue
+    drafts = []
+    for number, outcome in enumerate(outcomes):
+        ids, ended = outcome.generation.token_ids, outcome.generation.finish_reason == "stop"
         ends = cut(ids, engine.tokenizer, engine.segments)
         prefixes = [engine.tokenizer.decode(ids[:end]) for end in ends]
         valid = [task.first_wrong(outcome.prompt, prefix) is None for prefix in prefixes]
-        valid[-1] = outcome.right if ended else valid[-1]
-        evidence = examine(engine, engine.encode(outcome.prompt), ids, ends, ended)
-        judged.append(Judged(evidence, valid))
+        if ids:
+            valid[-1] = outcome.right if ended else valid[-1]
+            drafts.append(Draft(engine.encode(outcome.prompt), ids, ends, ended, valid, number=number))
+    mine, engine.verifier = engine.verifier, reader(engine, layers)
+    judged = list(examine(engine, drafts, with_draft=True))
     engine.verifier = mine
     return judged
 
@@ -45,7 +44,7 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
     judged = judge_drafts(engine, task, draft)
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
-    oracle = sum([0, *item.evidence.ends][sum(item.valid)] for item in judged)
+    oracle = sum([0, *one.draft.ends][sum(one.draft.valid)] for one in judged)
     seconds = [
         sum(o.seconds for o in side) / sum(len(o.generation.token_ids) for o in side) for side in (target, draft)
     ]
@@ -55,9 +54,9 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
         "target_accuracy": sum(o.right for o in target) / len(target),
         "target_accuracy_after_foreign_prefix": foreign_accuracy(engine, task, [o.prompt for o in target]),
         "draft_accuracy": sum(o.right for o in draft) / len(draft),
-        "auc": {name: measure_kind(kind, judged, 0.5, "first_fail")["auc"] for name, kind in kinds.items()},
+        "auc": {name: measure(score(kind, judged), 0.5)["auc"] for name, kind in kinds.items()},
         "oracle_tokens": oracle / len(judged),
-        "lossless_tokens": sum(_agreeing(item) for item in judged) / len(judged),
+        "lossless_tokens": sum(_agreeing(one) for one in judged) / len(judged),
         "target_layers": engine.target.config.num_hidden_layers,
         "draft_layers": draft_layers,
         "cost_ratio": seconds[0] / seconds[1],
@@ -94,7 +93,8 @@ def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[str]) -> floa
         [*engine.encode(prompt), *encode(prefix, add_special_tokens=False)]
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
-    written = write_all(engine.target, engine.tokenizer, ids, 256, 50, "foreign prefixes")
+    plain = Reader(engine.target, engine.readers["target"].eos_ids)  # not worth compiling for
+    written = write_all(plain, ids, 256, 50, "foreign prefixes")
     return sum(
         answer.ended and task.check(prompt, f"{prefix} {engine.tokenizer.decode(answer.ids)}")
         for prompt, prefix, answer in zip(prompts, prefixes, written, strict=True)

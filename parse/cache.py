@@ -68,15 +68,19 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         read = -(-stop // window.multiple) * window.multiple
         self.grow(window.rows, read)
         ragged = min(window.starts) < window.start
-        rows = torch.arange(window.rows, device=self.device)[window.chosen][:, None] if ragged else None  # [B, 1]
+        adjacent = isinstance(window.chosen, slice)
+        rows = None if adjacent and not ragged else torch.arange(window.rows, device=self.device)[window.chosen]  # [B]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            if rows is None:
-                buffer[window.chosen, :, window.start : stop] = states
-            else:
+            if ragged:
                 starts = torch.tensor(window.starts, device=self.device)  # [B]
                 at = starts[:, None] + torch.arange(length, device=self.device)  # [B, T]
-                buffer[rows, :, at] = states.transpose(1, 2)  # [B, T, heads, D]
-        keys, values = (buffer[window.chosen, :, :read] for buffer in self.buffers)
+                buffer[cast(Tensor, rows)[:, None], :, at] = states.transpose(1, 2)  # [B, T, heads, D]
+            else:
+                buffer[window.chosen, :, window.start : stop] = states
+        keys, values = (
+            buffer[window.chosen, :, :read] if adjacent else buffer[:, :, :read].index_select(0, cast(Tensor, rows))
+            for buffer in self.buffers  # index_select copies whole runs, several times faster than an index
+        )
         return keys, values
 
     def grow(self, rows: int, tokens: int) -> None:

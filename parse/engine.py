@@ -33,8 +33,8 @@ from parse.models import (
 )
 from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
 from parse.segments import Segmenter, check_segmenter
-from parse.verifiers import Evidence, Verifier, token_evidence
-from parse.verifiers import load as load_verifier
+from parse.trained import load as load_verifier
+from parse.verifiers import Evidence, Verifier, token_divergence, token_evidence
 
 
 class Engine:
@@ -178,7 +178,7 @@ class Engine:
         many = cast(Sequence[str | Messages], prompts)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        steps = (self._steps(self._start(self.encode(p), settings, self._draft_prompt(p))) for p in many)
+        steps = (self._steps(self._start(self.encode(p), settings, self.encode_for_draft(p))) for p in many)
         finished = dict(drive_together(steps, batch_size))
         return [finished[i] for i in range(len(many))]
 
@@ -189,7 +189,7 @@ class Engine:
         target's own words token by token. A character that is not complete yet waits for its other bytes.
         """
         settings = self.settings(**options)
-        answer = self._start(self.encode(prompt), settings, self._draft_prompt(prompt))
+        answer = self._start(self.encode(prompt), settings, self.encode_for_draft(prompt))
         shown = ""
         for _ in growing(self._steps(answer)):
             text = text_of(answer.ids, self.tokenizer)
@@ -233,23 +233,25 @@ class Engine:
         """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K]."""
         target = self.context("target")
         target.read(prompt_ids)
-        evidence, _ = self.examine(target, draft_ids, ends, ended=False)
+        evidence, _ = drive(self.examining(target, draft_ids, ends, ended=False))
         with torch.inference_mode():
             return self.need_verifier().confidences(evidence).float().cpu()
 
-    def examine(
-        self, target: Context, draft_ids: Sequence[int], ends: Sequence[int], ended: bool
-    ) -> tuple[Evidence, Tensor]:
-        """`examining`, alone."""
-        return drive(self.examining(target, draft_ids, ends, ended))
-
     def examining(
-        self, target: Context, draft_ids: Sequence[int], ends: Sequence[int], ended: bool
+        self,
+        target: Context,
+        draft_ids: Sequence[int],
+        ends: Sequence[int],
+        ended: bool,
+        draft_logits: Tensor | None = None,
     ) -> Steps[tuple[Evidence, Tensor]]:
         """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
 
         A token of the text that was not read yet goes first in the pass. Afterwards the cache holds the text and the
         whole draft; the suffixes are dropped.
+
+        Args:
+            draft_logits: [M, V], those that the draft's tokens were drawn from, where they are at hand.
 
         Returns:
             the evidence for the verifier, and the target's logits behind the text and behind each end, [K + 1, V].
@@ -259,10 +261,12 @@ class Engine:
         w, n = len(first), len(draft_ids)
         layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
         read = range(w + n) if verifier.reads_draft else sorted({*range(w), n - 1 + w, *(end - 1 + w for end in ends)})
-        keep = [*read, *layout.last_suffix.tolist()]
+        verdicts = layout.last_suffix.tolist() if verifier.suffix_ids else []
+        keep = [*read, *verdicts] if verifier.adapted is None else list(read)
         before = target.next_logits
         assert before is not None or first, "the logits behind this text are neither known nor about to be"
-        output = yield Pass(target.reader, target.row, layout.ids, layout, keep, bool(verifier.layers))
+        with_states = bool(verifier.layers) or verifier.adapted is not None
+        output = yield Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
         if before is None:
             before = output.logits[w - 1]
         drafted, suffix_logits = output.logits[w : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
@@ -275,11 +279,16 @@ class Engine:
         log_prob = entropy = margin = torch.empty(0, device=device)
         if verifier.reads_draft:
             log_prob, entropy, margin = token_evidence(before, drafted, torch.tensor(tokens, device=device))
-        states = None
+        states = suffix_states = divergence = None
         if verifier.layers:
             chosen = [output.states[layer][w : w + n] for layer in verifier.layers]  # [N, D] each
             states = torch.cat(chosen, dim=-1)  # [N, D * layers]
-        evidence = Evidence(ends, log_prob, entropy, margin, states, suffix_logits if verifier.suffix_ids else None)
+        if verifier.adapted is not None:
+            suffix_states = output.states[-1][verdicts]  # [K, D]
+        if draft_logits is not None:
+            divergence = token_divergence(torch.cat([before[None], drafted])[: len(tokens)], draft_logits)
+        logits = suffix_logits if verifier.suffix_ids and verifier.adapted is None else None
+        evidence = Evidence(ends, log_prob, entropy, margin, states, logits, suffix_states, divergence)
         return evidence, following[:-1]
 
     def context(self, role: str) -> Context:
@@ -297,8 +306,9 @@ class Engine:
         """The target's tokens of a prompt, up to where the answer begins."""
         return encode_prompt(prompt, self.tokenizer)
 
-    def _draft_prompt(self, prompt: str | Messages) -> list[int] | None:
-        return None if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer)
+    def encode_for_draft(self, prompt: str | Messages) -> list[int]:
+        """The draft's tokens of a prompt, up to where the answer begins; the target's where it has the same words."""
+        return self.encode(prompt) if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer)
 
     def to_target(self, draft_ids: Sequence[int]) -> list[int]:
         """The draft's tokens as the target's; as text where the vocabularies differ."""

@@ -14,12 +14,13 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
-from parse.layout import Layout, pack
+from parse.layout import Layout, pack, row_numbers, stack
 from parse.models import FLEX
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
@@ -37,6 +38,7 @@ class Pass:
     layout: Layout | None = None  # a packed verification pass; None reads the tokens as they follow
     keep: Sequence[int] | None = None  # increasing indices of tokens whose logits are needed; None: the last one
     with_states: bool = False
+    adapted: PeftModel | None = None  # the reader's model under a LoRA that acts on the layout's suffixes alone
 
     @property
     def kept(self) -> Sequence[int]:
@@ -109,7 +111,8 @@ class Reader:
         self, passes: Sequence[Pass], rows: list[int], width: int, kept: Sequence[int], with_states: bool
     ) -> tuple[Sequence[int], Read]:
         """The model's output, compiled where that pays, and where in it each text stands."""
-        if self.compiled is None or not self.cache.layers:  # the first pass tells what a layer keeps
+        adapted = any(one.adapted for one in passes)
+        if self.compiled is None or adapted or not self.cache.layers:  # the first pass tells what a layer keeps
             return range(len(rows)), self._eager(passes, rows, width, kept, with_states)
         longest = max(self.cache.lengths) + width
         shape = self.compiled.shape(max(rows) + 1, width, longest)
@@ -138,8 +141,13 @@ class Reader:
         keys = -(-(max(starts) + padded) // block) * block
         plain = len(passes) == 1 and passes[0].layout is None and block == 1
         last = len(kept) == 1 and kept[0] == padded - 1
+        model: Any = self.model
+        options: dict[str, Any] = {}
+        if adapted := next((one.adapted for one in passes if one.adapted), None):
+            # the tokens at the end of each row on which the LoRA acts: the suffixes, and what is padding behind them
+            model, options = adapted, {"alora_offsets": [padded - _suffixes_start(one) for one in passes]}
         with self.cache.reading(rows):
-            output = self.model(
+            output = model(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=None if plain else masks(self.model, *rest, positions, keys=keys),
@@ -147,13 +155,15 @@ class Reader:
                 use_cache=True,
                 output_hidden_states=with_states,
                 logits_to_keep=1 if last else torch.tensor(list(kept), device=device),
+                **options,
             )
         return output.logits, output.hidden_states or ()
 
     def _numbers(self, passes: Sequence[Pass], rows: list[int], width: int) -> Tensor:
         """The numbers of the texts that take part: int64 [5, B, T], see `parse.compiled.forward`."""
         lengths = self.cache.lengths
-        return _tensor([_numbers(one, lengths[row], width) for one, row in zip(passes, rows, strict=True)])
+        texts = zip(passes, rows, strict=True)
+        return stack([row_numbers(one.ids, one.layout, lengths[row], width) for one, row in texts])
 
     def _step_numbers(self, passes: Sequence[Pass], texts: int) -> Tensor:
         """The same for a decoding step of the first so many texts, [5, texts, 1].
@@ -167,26 +177,9 @@ class Reader:
         return torch.tensor([*ids, *positions, *limit, *starts, *starts]).view(5, texts, 1)
 
 
-def _numbers(one: Pass, start: int, width: int) -> list[int]:
-    """Ids, positions, limit, own and at of a text's tokens, 5 * T in a row; see `parse.layout.sight`.
-
-    Right-padded to T: a padding token sees only itself.
-    """
-    at, used = list(range(start, start + width)), len(one.ids)
-    if one.layout is None:
-        positions = own = at[:used]
-        limit = [position + 1 for position in positions]
-    else:
-        positions, limit, own = (row.tolist() for row in (one.layout.position_ids, one.layout.limit, one.layout.own))
-    padding = [0] * (width - used)
-    return [*one.ids, *padding, *positions, *padding, *limit, *padding, *own, *at[used:], *at]
-
-
-def _tensor(texts: list[list[int]]) -> Tensor:
-    """The numbers of B texts, a list of 5 * T each: int64 [5, B, T]."""
-    width = len(texts[0]) // 5
-    flat = [n for field in range(0, 5 * width, width) for text in texts for n in text[field : field + width]]
-    return torch.tensor(flat).view(5, len(texts), width)  # much faster than from nested lists
+def _suffixes_start(one: Pass) -> int:
+    """The index in the pass of the first suffix token."""
+    return one.layout.draft_length if one.adapted and one.layout else len(one.ids)
 
 
 def _of_like_width(passes: Sequence[Pass]) -> list[list[int]]:

@@ -1,24 +1,19 @@
 """Verifiers: which suffix to append, and how confident to be in each prefix of a draft.
 
-A verifier turns the `Evidence` of one packed pass into K confidences in [0, 1]. `Likelihood` and
-`Probe` append no suffix, `Prompt` asks the target a question. What is trained is saved beside a
-`verifier.json` that names the base model, the segmenter and the calibrated threshold, and is
-refused for another base.
+A verifier turns the `Evidence` of one packed pass into K confidences in [0, 1]. Those that need no training are here:
+`Likelihood` appends no suffix, `Prompt` asks the target a question. Those that are trained are in `parse.trained`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from parse.models import encode_text, render
 
@@ -39,6 +34,8 @@ class Evidence:
     margin: Tensor  # [M] float32: log-probability of the target's first choice less the token's, nats
     states: Tensor | None  # [N, D * layers]: the target's hidden states, where the verifier reads them
     suffix_logits: Tensor | None  # [K, V]: behind each suffix copy, where there is a suffix
+    suffix_states: Tensor | None = None  # [K, D]: the target's last hidden states there, where the verifier adapts it
+    divergence: Tensor | None = None  # [M] float32: of the draft's distribution from the target's, where it is at hand
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -74,6 +71,15 @@ def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tens
     return log_prob, entropy, margin
 
 
+def token_divergence(target: Tensor, draft: Tensor) -> Tensor:
+    """KL divergence in nats of the draft's distribution from the target's, from logits [M, V] each: float32 [M]."""
+    parts = []
+    for ours, theirs in zip(torch.split(target, _ROWS), torch.split(draft, _ROWS), strict=True):
+        log_q = theirs.float().log_softmax(-1)  # [rows, V]
+        parts.append((log_q.exp() * (log_q - ours.float().log_softmax(-1))).sum(-1))
+    return torch.cat(parts)
+
+
 class Verifier(Protocol):
     """What the engine asks of a verifier."""
 
@@ -82,6 +88,11 @@ class Verifier(Protocol):
     reads_draft: bool  # whether it reads the evidence of the draft's own tokens, which takes the target's logits there
     layers: tuple[int, ...]  # indices into the model's `hidden_states` that `Evidence.states` joins
     threshold: float  # confidences at or above it accept
+
+    @property
+    def adapted(self) -> PeftModel | None:
+        """The target under a LoRA that acts on the suffixes alone, where the verifier has one."""
+        ...
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """Confidence that each prefix is right: float32 [K] in [0, 1]."""
@@ -99,6 +110,7 @@ class Likelihood:
     suffix_ids: list[int] = field(default_factory=list)
     reads_draft: bool = True
     layers: tuple[int, ...] = ()
+    adapted: None = None
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """The probability that the rule gives for each prefix or segment: float32 [K]."""
@@ -107,6 +119,32 @@ class Likelihood:
             span = evidence.log_prob[0 if self.scope == "prefix" else start : stop]
             values.append(span.mean() if self.rule == "mean" else span.min())
         return torch.stack(values).exp()  # [K]
+
+
+@dataclass
+class Divergence:
+    """Free baseline: how far the draft's distribution is from the target's, at most or in the mean of the segment.
+
+    The rule of "Revisiting Judge Decoding" (arXiv 2601.04766), for prefixes. It needs the draft's probabilities.
+    """
+
+    rule: str = "most"  # "mean" or "most"
+    threshold: float = 0.5
+    kind: str = "divergence"
+    suffix_ids: list[int] = field(default_factory=list)
+    reads_draft: bool = True
+    layers: tuple[int, ...] = ()
+    adapted: None = None
+
+    def confidences(self, evidence: Evidence) -> Tensor:
+        """exp(-KL) of each prefix ("most") or segment ("mean"): float32 [K]."""
+        assert evidence.divergence is not None
+        values = []
+        for start, stop in evidence.bounds:
+            mean = self.rule == "mean"
+            span = evidence.divergence[start if mean else 0 : stop]
+            values.append(span.mean() if mean else span.max())
+        return torch.exp(-torch.stack(values))  # [K]
 
 
 @dataclass
@@ -120,6 +158,7 @@ class Prompt:
     kind: str = "prompt"
     layers: tuple[int, ...] = ()
     reads_draft: bool = False
+    adapted: None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, threshold: float = 0.5) -> Prompt:
@@ -144,8 +183,11 @@ class Prompt:
     def confidences(self, evidence: Evidence) -> Tensor:
         """P(yes) against P(no) behind each suffix copy: float32 [K]."""
         assert evidence.suffix_logits is not None
-        logits = evidence.suffix_logits.float()  # [K, V]
-        yes, no = logits[:, self.yes_ids].logsumexp(-1), logits[:, self.no_ids].logsumexp(-1)  # [K] each
+        return self.weigh(evidence.suffix_logits)
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """P(yes) against P(no) of logits [..., V]: float32 [...]."""
+        yes, no = (logits[..., ids].float().logsumexp(-1) for ids in (self.yes_ids, self.no_ids))  # [...] each
         return torch.sigmoid(yes - no)
 
 
@@ -157,151 +199,3 @@ def _single_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     if not found:
         raise ValueError(f'verifier="prompt" needs "{word}" as one token, and the tokenizer has none')
     return found
-
-
-class ProbeHead(nn.Module):
-    """Reads every token of a draft and gives the hazard that the answer goes wrong there.
-
-    The confidence of prefix k is the chance to have survived every token up to its end,
-    exp(-sum softplus(hazard)): a discrete-time survival model, so confidences never rise.
-    """
-
-    EVIDENCE = 4  # log-probability, entropy, margin, and whether it is the end-of-sequence token
-
-    def __init__(self, width: int, hidden: int = 128, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.body = nn.Sequential(
-            nn.Linear(width + self.EVIDENCE, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, 1),
-        )
-        nn.init.constant_(cast(nn.Linear, self.body[-1]).bias, -5.0)  # most tokens are right
-
-    def forward(self, states: Tensor, evidence: Tensor) -> Tensor:
-        """States [..., M, width] and evidence [..., M, 4] to hazards [..., M]."""
-        joined = torch.cat([self.norm(states.float()), evidence], dim=-1)  # [..., M, width + 4]
-        return self.body(joined).squeeze(-1)  # type: ignore[no-any-return]
-
-
-def probe_inputs(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """The probe's inputs: states [M, width] and evidence [M, 4], both float32.
-
-    The end-of-sequence token was never read, so it borrows the state that predicted it.
-    """
-    assert evidence.states is not None
-    states = evidence.states.float()  # [N, width]
-    missing = len(evidence.log_prob) - len(states)  # 1 where the draft ended
-    states = torch.cat([states, states[len(states) - 1 :].expand(missing, -1)])  # [M, width]
-    is_end = torch.zeros_like(evidence.log_prob)
-    is_end[len(evidence.log_prob) - missing :] = 1
-    columns = [evidence.log_prob, evidence.entropy, evidence.margin, is_end]
-    return states, torch.stack(columns, dim=-1)
-
-
-@dataclass
-class Probe:
-    """A trained head on the target's states at the draft's own tokens; needs no suffix and no mask."""
-
-    head: ProbeHead
-    layers: tuple[int, ...]
-    threshold: float = 0.5
-    kind: str = "probe"
-    suffix_ids: list[int] = field(default_factory=list)
-    reads_draft: bool = True
-
-    @torch.inference_mode()
-    def confidences(self, evidence: Evidence) -> Tensor:
-        """The chance that nothing went wrong up to each end: float32 [K]."""
-        hazards = nn.functional.softplus(self.head(*probe_inputs(evidence)))  # [M]
-        stops = torch.tensor([stop - 1 for _, stop in evidence.bounds], device=hazards.device)  # [K]
-        return torch.exp(-hazards.cumsum(0)[stops])  # [K]
-
-
-def save(folder: Path, verifier: Verifier, target: PreTrainedModel, facts: dict[str, Any]) -> None:
-    """Write `verifier.json`, and the head where there is one.
-
-    Args:
-        facts: what else to record: segmenter, tokenizer hash, calibration.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "kind": verifier.kind,
-        "base": fingerprint(target),
-        "base_name": target.config.name_or_path,
-        "layers": list(verifier.layers),
-        "suffix_ids": verifier.suffix_ids,
-        "threshold": verifier.threshold,
-        **facts,
-    }
-    if isinstance(verifier, Likelihood):
-        record |= {"rule": verifier.rule, "scope": verifier.scope}
-    if isinstance(verifier, Probe):
-        width = verifier.head.norm.normalized_shape[0]
-        record |= {"width": width, "hidden": verifier.head.body[0].out_features}
-        tensors = {name: value.contiguous() for name, value in verifier.head.state_dict().items()}
-        save_file(tensors, folder / "head.safetensors")
-    (folder / "verifier.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def load(
-    name: str | Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Verifier, dict[str, Any]]:
-    """Load a saved verifier, or make an untrained one: "prompt" or "likelihood".
-
-    Returns:
-        the verifier and its record (empty for untrained kinds).
-
-    Raises:
-        FileNotFoundError: if the folder holds no `verifier.json`.
-        ValueError: if the verifier was made for another target or another tokenizer.
-    """
-    if name == "prompt":
-        return Prompt.of(tokenizer), {}
-    if name == "likelihood":
-        return Likelihood(), {}
-    path = Path(name) / "verifier.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'verifier={str(name)!r}: no such verifier; use "prompt", "likelihood", or a folder that holds '
-            "verifier.json (the `verifier` stage of `python -m train` writes one)"
-        )
-    record = json.loads(path.read_text())
-    if record["base"] != fingerprint(target):
-        raise ValueError(
-            f"the verifier in {path.parent} was trained on {record['base_name']!r} (weights {record['base'][:12]}), "
-            f"and the target is {target.config.name_or_path!r} (weights {fingerprint(target)[:12]}): "
-            "train a verifier for this target or load that one"
-        )
-    if record["tokenizer"] != tokenizer_hash(tokenizer):
-        raise ValueError(
-            f"the verifier in {path.parent} was trained with another tokenizer or chat template "
-            f"({record['tokenizer'][:12]}, the target's is {tokenizer_hash(tokenizer)[:12]}): train it again"
-        )
-    threshold = float(record["threshold"])
-    if record["kind"] == "prompt":
-        return Prompt.of(tokenizer, threshold), record
-    if record["kind"] == "likelihood":
-        return Likelihood(record["rule"], record["scope"], threshold), record
-    head = ProbeHead(record["width"], record["hidden"])
-    head.load_state_dict(load_file(path.parent / "head.safetensors"))
-    return Probe(head.to(target.device).eval(), tuple(record["layers"]), threshold), record
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """The identity of a model's weights, whatever the path and the floating-point type: hex sha256.
-
-    Hashes names, shapes and the first eight values of each parameter, rounded to bfloat16.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()[:8].to(torch.bfloat16).float().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
-    return digest.hexdigest()
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The identity of a vocabulary and its chat template: hex sha256."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

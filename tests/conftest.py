@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from eval.bench import load_smollm2
+from parse.trained import SEGMENT_EVIDENCE, Adapter, HazardHead, adapt
 from train.lessons import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,17 @@ def random_model(kind: str, vocabulary: int, layers: int = 2, seed: int = 0) -> 
         pad_token_id=0,
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def random_adapter(target: PreTrainedModel, suffix_ids: list[int], layers: int | None = None) -> Adapter:
+    """An adapter whose LoRA does something, though nobody trained it."""
+    torch.manual_seed(2)
+    adapted = adapt(target, suffix_ids, 4, layers).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    head = HazardHead(target.config.hidden_size, SEGMENT_EVIDENCE).eval()
+    return Adapter(adapted, head, suffix_ids)
 
 
 @pytest.fixture(scope="session")

@@ -8,88 +8,136 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.judged import Judged, known_cuts, measure_kind
-from parse.answer import accept
-from parse.verifiers import Evidence, Likelihood, ProbeHead
-from train.verifier import NEVER, calibrate, survival_loss
+from eval.judged import Draft, Scored, accuracy_loss, keeps, known_cuts, measure, reliability
+from train.calibration import NEVER, calibrate, empirical, prompts_needed, thresholds
+from train.hazards import survival_loss
 
 
-def drafts(rng, n, skill=1.5):
-    """Simulated verdicts: validity is lost once; confidences follow it with noise."""
-    scores, labels = [], []
-    for _ in range(n):
-        k = rng.integers(3, 9)
-        first = rng.integers(0, k) if rng.random() < 0.4 else k
-        ok = np.arange(k) < first
-        labels.append(ok.tolist())
-        scores.append((1 / (1 + np.exp(-(skill * (2 * ok - 1) + rng.normal(size=k))))).tolist())
-    return scores, labels
+def scored(confidences, valid, number=0, round=0, target_right=True):
+    k = len(valid)
+    draft = Draft([1], list(range(k)), list(range(1, k + 1)), True, list(valid), target_right, number, round)
+    return Scored(draft, [float(torch.tensor(c)) for c in confidences])
 
 
-def lost(scores, labels, threshold):
-    ends = [accept(s, threshold) for s in scores]
-    return [k > 0 and not ok[k - 1] for k, ok in zip(ends, labels, strict=True)]
+def simulated(rng, prompts, skill=1.5, rounds=3):
+    """Verdicts on the drafts of some prompts: validity is lost once; confidences follow it with noise.
+
+    Behind a draft that goes wrong comes another one, so that a prompt takes several risks.
+    """
+    found = []
+    for number in range(prompts):
+        for index in range(rounds):
+            k = rng.integers(3, 9)
+            first = rng.integers(0, k) if rng.random() < 0.4 else k
+            ok = np.arange(k) < first
+            noisy = 1 / (1 + np.exp(-(skill * (2 * ok - 1) + rng.normal(size=k))))
+            found.append(scored(noisy.tolist(), ok.tolist(), number, index))
+            if first == k:
+                break
+    return found
 
 
-def test_the_expected_loss_stays_under_the_promise():
-    """Conformal risk control bounds the mean over calibration sets of the loss on fresh prompts."""
+@pytest.mark.parametrize("policy", ["first_fail", "longest", "whole"])
+def test_the_expected_loss_stays_under_the_promise(policy):
+    """Conformal risk control bounds the mean over calibration sets of the loss of a fresh prompt."""
     rng = np.random.default_rng(0)
     promise, realised = 0.05, []
-    for _ in range(300):
-        scores, labels = drafts(rng, 120)
-        threshold = calibrate(scores, labels, promise)
-        realised.append(np.mean(lost(*drafts(rng, 200), threshold)))
-    assert np.mean(realised) <= promise + 2 * np.std(realised) / math.sqrt(len(realised))
+    for _ in range(200):
+        threshold = calibrate(simulated(rng, 100), promise, policy)
+        realised.append(accuracy_loss(simulated(rng, 150), threshold, policy))
+    error = np.std(realised) / math.sqrt(len(realised))
+    assert np.mean(realised) <= promise + 2 * error
     assert np.mean(realised) > promise / 3  # and it is not kept by accepting nothing
+
+
+def test_drafts_of_one_prompt_are_one_risk():
+    """Counted draft by draft, the same data would promise more than they keep."""
+    rng = np.random.default_rng(1)
+    promise, realised = 0.05, []
+    for _ in range(100):
+        data = simulated(rng, 100)
+        apart = [
+            scored(one.confidences, one.draft.valid, number=i) for i, one in enumerate(data)
+        ]  # each draft as if it were a prompt
+        realised.append(accuracy_loss(simulated(rng, 150), calibrate(apart, promise)))
+    assert np.mean(realised) > promise + 2 * np.std(realised) / math.sqrt(len(realised))
 
 
 @given(
     seed=st.integers(0, 10**6),
     promise=st.floats(0.02, 0.5),
-    policy=st.sampled_from(["first_fail", "longest"]),
+    policy=st.sampled_from(["first_fail", "longest", "whole"]),
 )
 def test_the_threshold_is_the_smallest_that_keeps_the_promise_on_its_data(seed, promise, policy):
-    scores, labels = drafts(np.random.default_rng(seed), 60)
-    threshold = calibrate(scores, labels, promise, policy)
-
-    def bound(t):
-        ends = [accept(s, t, policy) for s in scores]
-        losses = sum(k > 0 and not ok[k - 1] for k, ok in zip(ends, labels, strict=True))
-        return (losses + 1) / (len(scores) + 1)
-
+    data = simulated(np.random.default_rng(seed), 50)
+    threshold = calibrate(data, promise, policy)
+    bound = lambda t: (accuracy_loss(data, t, policy) * 50 + 1) / 51
     if threshold <= 1:
         assert bound(threshold) <= promise + 1e-9
     if policy == "first_fail" and 0 < threshold <= 1:
         assert bound(threshold - 1e-6) > promise
+    if policy == "first_fail":
+        assert accuracy_loss(data, empirical(data, promise)) <= promise + 1e-9
 
 
 def test_too_few_prompts_accept_nothing():
-    assert calibrate([[0.99]] * 50, [[True]] * 50, 0.01) == NEVER
-    assert calibrate([[0.99]] * 99, [[True]] * 99, 0.01) == 0.0
-    assert calibrate([[1.0]] * 200, [[False]] * 200, 0.01) == NEVER
+    right = lambda n: [scored([0.99], [True], number=i) for i in range(n)]
+    assert calibrate(right(98), 0.01) == NEVER
+    assert calibrate(right(99), 0.01) == 0.0
+    assert prompts_needed(0.01) == 99
+    assert calibrate([scored([1.0], [False], number=i) for i in range(200)], 0.01) == NEVER
 
 
-def judged(log_probs, ends, valid):
-    zeros = torch.zeros(len(log_probs))
-    states = torch.zeros(ends[-1], 2)
-    return Judged(Evidence(ends, torch.tensor(log_probs), zeros, zeros, states, None), valid)
+def test_nothing_is_lost_where_the_target_is_wrong_by_itself():
+    data = [scored([0.9], [False], number=i, target_right=False) for i in range(200)]
+    assert calibrate(data, 0.01) == 0.0
+
+
+def test_the_policies_meet_the_drafts_that_they_will_meet():
+    """The whole draft or nothing is asked once a prompt; so is every draft that the target does not hand back."""
+    data = [scored([0.9], [True], number=i) for i in range(99)]
+    data += [scored([0.8], [False], number=i, round=1) for i in range(99)]
+    assert thresholds(data, 0.01, "segment")["first_fail"] > 0.8
+    assert thresholds(data, 0.01, "segment")["whole"] == 0.0
+    assert thresholds(data, 0.01, "never")["first_fail"] == 0.0
 
 
 def test_figures_count_cuts_up_to_the_first_invalid_one():
     data = [
-        judged([-0.1, -0.1, -3.0, -0.1], [1, 2, 3, 4], [True, True, False, False]),
-        judged([-0.1, -2.0], [1, 2], [True, True]),
+        scored([0.9, 0.9, 0.05, 0.9], [True, True, False, False], number=0),
+        scored([0.9, 0.15], [True, True], number=1),
     ]
-    figures = measure_kind(Likelihood("lowest", "segment"), data, 0.5, "first_fail")
+    figures = measure(data, 0.5)
     assert figures["false_accept_rate"] == 0
     assert figures["false_reject_rate"] == pytest.approx(1 / 4)
     assert figures["auc"] == 1
     assert figures["accepted_fraction"] == pytest.approx(3 / 6)
     assert figures["oracle_accepted_fraction"] == pytest.approx(4 / 6)
     assert figures["accuracy_loss"] == 0
-    everything = measure_kind(Likelihood("lowest", "segment"), data, 0.0, "first_fail")
+    assert figures["first_error_f1"] == 0  # the wrong draft's error is found, the right draft is suspected
+    assert measure(data, 0.1)["first_error_f1"] == 1
+    everything = measure(data, 0.0)
     assert everything["accuracy_loss"] == 0.5
     assert everything["false_accept_rate"] == 1
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_truth():
+    data = [scored([0.95] * 4, [True] * 4, number=i) for i in range(3)]
+    data += [scored([0.95], [False], number=9)]
+    figures = measure(data, 0.5)
+    assert figures["ece"] == pytest.approx(0.95 - 12 / 13)
+    sure = np.array([0.05, 0.15, 0.15, 1.0])
+    bins = reliability(sure, np.array([False, True, False, True]))
+    assert [share for share, _, _ in bins] == [0.25, 0.5, 0.25]
+    assert [true for _, _, true in bins] == [0, 0.5, 1]
+
+
+def test_the_whole_draft_is_kept_by_its_last_cut():
+    one = scored([0.1, 0.9], [True, True])
+    assert keeps(one, 0.5, "whole") == 2
+    assert keeps(one, 0.95, "whole") == 0
+    assert keeps(one, 0.5) == 0
+    assert keeps(one, 0.5, "longest") == 2
 
 
 @pytest.mark.parametrize(("valid", "known"), [([True, True], 2), ([True, False, False], 2), ([False], 1)])
@@ -98,13 +146,10 @@ def test_known_cuts(valid, known):
 
 
 def test_the_loss_is_the_likelihood_of_where_the_draft_fails():
-    torch.manual_seed(0)
-    head = ProbeHead(2).eval()
-    item = judged([-0.1, -0.2, -0.3, -0.4], [1, 2, 4], [True, False, False])
-    columns = torch.stack([item.evidence.log_prob, torch.zeros(4), torch.zeros(4), torch.zeros(4)], -1)
-    chance = torch.sigmoid(-head(torch.zeros(4, 2), columns))
-    expected = -torch.log(chance[0]) - torch.log(1 - chance[1])
-    torch.testing.assert_close(survival_loss(head, item), expected, rtol=1e-4, atol=1e-5)
-    right = judged([-0.1, -0.2], [1, 2], [True, True])
-    chance = torch.sigmoid(-head(torch.zeros(2, 2), columns[:2]))
-    torch.testing.assert_close(survival_loss(head, right), -torch.log(chance).sum(), rtol=1e-4, atol=1e-5)
+    hazards = torch.tensor([0.1, 0.5, 2.0])
+    survive = torch.exp(-hazards)
+    expected = -torch.log(survive[0]) - torch.log(1 - survive[1])
+    torch.testing.assert_close(survival_loss(hazards, [True, False, False]), expected)
+    torch.testing.assert_close(survival_loss(hazards, [True, True, True]), -torch.log(survive).sum())
+    doubled = -torch.log(survive[0]) - 2 * torch.log(1 - survive[1])
+    torch.testing.assert_close(survival_loss(hazards, [True, False, False], 2.0), doubled)

@@ -11,20 +11,22 @@ from scipy.stats import chi2
 from parse import Engine
 from parse.answer import Answer, accept
 from parse.decode import Sampling
-from parse.passes import Reader
-from parse.verifiers import Likelihood, Probe, ProbeHead, Prompt
-from tests.conftest import MODELS
+from parse.passes import Reader, drive
+from parse.trained import HazardHead, Probe
+from parse.verifiers import Likelihood, Prompt
+from tests.conftest import MODELS, random_adapter
 from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
 
 
-@pytest.fixture(scope="module", params=["prompt", "likelihood", "probe"])
+@pytest.fixture(scope="module", params=["prompt", "likelihood", "probe", "adapter"])
 def engine(request, target, draft, tokenizer) -> Engine:
     verifier = {
         "prompt": lambda: Prompt.of(tokenizer),
         "likelihood": Likelihood,
-        "probe": lambda: Probe(ProbeHead(2 * 48).eval(), (2, 3)),
+        "probe": lambda: Probe(HazardHead(2 * 48, 4).eval(), (2, 3)),
+        "adapter": lambda: random_adapter(target, [7, 8]),
     }[request.param]()
     return Engine(target, tokenizer, draft, tokenizer, verifier, segments=4)
 
@@ -81,7 +83,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     end = data.draw(st.integers(1, len(drafted)))
     context = engine.context("target")
     context.read(prompt)
-    _, logits = engine.examine(context, drafted, [end], ended=False)
+    _, logits = drive(engine.examining(context, drafted, [end], ended=False))
     context.rollback(len(prompt) + end, logits[1])
     plain = engine.context("target")
     plain.read([*prompt, *drafted[:end]])
@@ -217,7 +219,7 @@ def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, d
     context = engine.context("target")
     context.read(engine.encode(PROMPT))
     drafted = [9, 30, 51, 72]
-    logits = engine.examine(context, drafted, [2, 4], ended=False)[1][1]  # [V] behind the first end
+    logits = drive(engine.examining(context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
     logits = logits / logits.std() * 1.5
     temperature = 0.8
     plain = torch.softmax(logits / temperature, -1)
@@ -363,7 +365,7 @@ def test_invariants_on_a_real_chat_model(smollm, question):
             assert confidence == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-4)
     context, plain = engine.context("target"), engine.context("target")
     context.read(ids)
-    engine.examine(context, expected, ends, ended=False)
+    drive(engine.examining(context, expected, ends, ended=False))
     plain.read([*ids, *expected])
     assert_same_cache(context, plain, tolerance=1e-3)
 

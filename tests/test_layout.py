@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parse.layout import pack, stack
+from parse.layout import pack, stack_layouts, visible
 from parse.passes import Pass, Reader
 from tests.conftest import random_model
 
@@ -58,18 +58,19 @@ def test_packed_pass_equals_separate_passes(kind, case, past, suffix, data):
 def test_stacked_rows_equal_rows_alone():
     model = MODELS["llama"]
     rows = [pack([1, 2, 3, 4, 5], [2, 5], [7, 8]), pack([9, 8, 7], [3], [7, 8])]
-    ids, positions, mask = stack(rows, pad_id=0)
+    ids, positions, *numbers = stack_layouts(rows)
+    mask = visible(*numbers, positions, keys=ids.shape[1])[:, None]
     with torch.inference_mode():
         logits = model(ids, position_ids=positions, attention_mask=mask).logits
         for b, row in enumerate(rows):
-            alone, _, own = stack([row], pad_id=0)
-            single = model(alone, position_ids=row.position_ids[None], attention_mask=own).logits[0]
+            own = row.mask()[None, None]
+            single = model(row.input_ids[None], position_ids=row.position_ids[None], attention_mask=own).logits[0]
             torch.testing.assert_close(logits[b, : single.shape[0]], single, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_over_a_cache_cannot_be_stacked():
     with pytest.raises(ValueError, match="without a cache"):
-        stack([pack([1], [1], [2], past=3)], pad_id=0)
+        stack_layouts([pack([1], [1], [2], past=3)])
 
 
 MODELS = {kind: random_model(kind, 60) for kind in ("llama", "gpt2")}

@@ -1,8 +1,13 @@
 """The whole chain on the shipped pair: stages, resume, evaluation, and the properties of the pair."""
 
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from datasets import load_from_disk
 from safetensors import safe_open
 
 from eval.__main__ import main as evaluate
-from eval.judged import measure_kind, untrained_kinds
+from eval.judged import measure, score, untrained_kinds
 from eval.methods import Outcome, compare, settings_of
 from eval.properties import foreign_accuracy, judge_drafts, measure_pair
 from eval.tasks import draw_prompts, ledger
@@ -23,13 +28,33 @@ from train.recipe import load_recipe
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/quickstart.yaml"
 SMALL = [
-    "rollouts.train=150",
-    "rollouts.calibration=150",
+    "rollouts.train=120",
+    "rollouts.calibration=120",
+    "rollouts.test=60",
+    "rollouts.recheck=10",
+    "verifier.adapter.epochs=1",
     "eval.prompts=12",
     "eval.sweep_prompts=4",
     "eval.warmup=1",
     "engine.compile=false",
 ]
+
+
+def launch(topology, *words):
+    """Two processes, in a group of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["tests/two_processes.py", topology, *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, process, seconds=200):
+    started = time.time()
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() - started < seconds
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
@@ -112,10 +137,11 @@ def test_the_splits_of_the_stages_do_not_overlap(recipe):
     rollouts = load_from_disk(recipe.folder / "rollouts").to_list()
     fitted = {r["prompt"] for r in rollouts if r["split"] == "train"}
     calibrated = {r["prompt"] for r in rollouts if r["split"] == "calibration"}
+    measured = {r["prompt"] for r in rollouts if r["split"] == "test"}
     tested = set(draw_prompts(ledger, "test", 200, recipe.seed))
-    assert not (answers | fitted) & calibrated
-    assert not (answers | fitted | calibrated) & tested
-    assert not answers & fitted
+    splits = [answers, fitted, calibrated, measured, tested]
+    assert all(splits)
+    assert sum(map(len, splits)) == len(set().union(*splits))
 
 
 def test_answers_hold_ids_and_masks(recipe, engine):
@@ -134,12 +160,18 @@ def test_labels_agree_with_the_tasks_program(recipe, engine):
     agree = total = 0
     for row in rollouts:
         for end, valid in zip(row["ends"], row["valid"], strict=True):
-            prefix = engine.tokenizer.decode(row["draft_ids"][:end])
+            prefix = engine.tokenizer.decode([*row["prefix_ids"], *row["draft_ids"][:end]])
             by_program = ledger.first_wrong(row["prompt"], prefix) is None
             agree += by_program == valid
             total += 1
         assert row["valid"] == sorted(row["valid"], reverse=True)
     assert agree / total >= 0.98
+    summary = json.loads((recipe.folder / "rollouts" / "labels.json").read_text())
+    assert summary["prefixes"] == total
+    assert summary["prompts"] == {"train": 120, "calibration": 120, "test": 60}
+    assert summary["asked_again"] == 10
+    assert summary["other_label"] <= 0.1
+    assert summary["seconds_per_label"] > 0
 
 
 def test_a_second_start_does_nothing(words, capsys):
@@ -150,9 +182,107 @@ def test_a_second_start_does_nothing(words, capsys):
 def test_the_verifier_is_saved_with_what_it_was_made_for(recipe):
     record = json.loads((recipe.folder / "verifier" / "verifier.json").read_text())
     assert record["segments"] == "sentence"
-    assert record["calibration"]["prompts"] >= 140
+    assert record["calibration"]["prompts"] == 120
+    assert set(record["thresholds"]) == {"first_fail", "longest", "whole"}
+
+
+def test_the_report_compares_every_kind(recipe):
     report = json.loads((recipe.folder / "verifier" / "report.json").read_text())
-    assert set(report["kinds"]["probe"]) >= {"auc", "threshold", "false_accept_rate", "accepted_fraction"}
+    kinds = report["kinds"]
+    assert {"prompt", "probe", "adapter", "divergence mean", "divergence most"} < set(kinds)
+    assert sum(name.startswith("likelihood") for name in kinds) == 4
+    figures = {
+        "auc",
+        "threshold",
+        "false_accept_rate",
+        "false_reject_rate",
+        "first_error_f1",
+        "accepted_fraction",
+        "oracle_accepted_fraction",
+        "ece",
+        "milliseconds_per_cut",
+    }
+    assert all(figures <= set(row) for row in kinds.values())
+    assert report["n_prompts"] == 60
+    assert report["n_prefixes"] > 400
+    assert report["max_accuracy_loss"] == recipe.verifier.max_accuracy_loss
+    assert report["realised_accuracy_loss"] == kinds[report["chosen"]]["accuracy_loss"]
+    page = (recipe.folder / "verifier" / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert page.count("<polyline") == 3 * len(kinds)
+
+
+def test_the_winner_beats_the_free_rules_and_the_prompt(recipe):
+    """By what the promise of the whole quickstart is, with a third of its rollouts."""
+    report = json.loads((recipe.folder / "verifier" / "report.json").read_text())
+    error = {name: 1 - row["auc"] for name, row in report["kinds"].items()}
+    best = error[report["chosen"]]
+    assert best <= 0.04
+    assert all(best <= error[name] / 3 for name in error if name.startswith(("likelihood", "divergence")))
+    assert best <= error["prompt"] / 2
+    chosen = report["kinds"][report["chosen"]]
+    assert chosen["accepted_fraction"] >= 0.8 * chosen["oracle_accepted_fraction"]
+
+
+def test_too_few_prompts_promise_nothing(words, recipe, tmp_path, capsys):
+    """The stage says how many more it takes, and the engine accepts nothing."""
+    folder = tmp_path / "quickstart"
+    for part in ("draft", "rollouts"):
+        shutil.copytree(recipe.folder / part, folder / part)
+    options = [w for w in words if not w.startswith("runs=")]
+    options += [f"runs={tmp_path}", "verifier.kind=likelihood", "verifier.max_accuracy_loss=0.001"]
+    assert train([RECIPE, "verifier", *options]) == 0
+    assert "It takes at least 879 more (rollouts.calibration: 999)" in capsys.readouterr().out
+    engine = Engine.from_pretrained(recipe.target, folder / "draft", folder / "verifier", compile=False)
+    prompt = draw_prompts(ledger, "test", 1, seed=6)[0]
+    assert engine.generate(prompt, 60)[0].stats.accepted_tokens == 0
+
+
+def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
+    """Killed for good in the middle, on two processes, and gone on with by one."""
+    folder, kept = tmp_path / "quickstart", tmp_path / "quickstart" / ".rollouts.part" / ".kept" / "rollouts"
+    shutil.copytree(recipe.folder / "draft", folder / "draft")
+    options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}"]
+    options += [f"rollouts.{split}=20" for split in ("train", "calibration", "test")]
+    options += ["rollouts.recheck=4", "rollouts.batch_size=8"]
+    process = launch("ddp", RECIPE, "rollouts", *options)
+    lines = lambda: sum(file.read_text().count("\n") for file in kept.glob("*.jsonl")) if kept.is_dir() else 0
+    wait_for(lambda: lines() >= 10, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    made = lines()
+    assert made < 60
+    assert not (folder / "rollouts").exists()
+    assert train([RECIPE, "rollouts", *options]) == 0
+    interrupted = load_from_disk(folder / "rollouts").to_list()
+    shutil.rmtree(folder / "rollouts")
+    assert train([RECIPE, "rollouts", *options]) == 0
+    assert load_from_disk(folder / "rollouts").to_list() == interrupted
+
+
+@pytest.mark.parametrize("topology", ["ddp", "fsdp2"])
+def test_two_processes_train_and_calibrate_as_one(topology, words, recipe, tmp_path):
+    """Each reads and learns from its own half; the verifier loads in one process and judges as well."""
+    folder = tmp_path / "quickstart"
+    for part in ("draft", "rollouts"):
+        shutil.copytree(recipe.folder / part, folder / part)
+    options = [*(w for w in words if not w.startswith("runs=")), f"runs={tmp_path}", "verifier.probe.epochs=20"]
+    process = launch(topology, RECIPE, "verifier", *options)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    wrapped = {"ddp": {"DistributedDataParallel"}, "fsdp2": {"FSDPProbeModule", "FSDPAdapterModule"}}
+    assert set(re.findall(r"prepared: (\w+)", output)) == wrapped[topology]
+    one, two = (json.loads((run / "verifier" / "report.json").read_text()) for run in (recipe.folder, folder))
+    assert (two["n_prompts"], two["n_prefixes"]) == (one["n_prompts"], one["n_prefixes"])
+    for name, row in one["kinds"].items():
+        if name not in ("probe", "adapter"):
+            assert two["kinds"][name]["auc"] == pytest.approx(row["auc"], abs=1e-3)
+            assert two["kinds"][name]["threshold"] == pytest.approx(row["threshold"], rel=0.01, abs=1e-4)
+    assert two["kinds"]["probe"]["auc"] > 0.95
+    assert two["kinds"]["adapter"]["auc"] > 0.5
+    for kind in ("probe", "adapter"):
+        assert 0 < two["kinds"][kind]["ece"] < 1
+    Engine.from_pretrained(recipe.target, folder / "draft", folder / "verifier", compile=False)
 
 
 def test_the_trained_verifier_beats_every_free_rule(engine, recipe):
@@ -161,7 +291,7 @@ def test_the_trained_verifier_beats_every_free_rule(engine, recipe):
     judged = judge_drafts(engine, ledger, drafts, engine.verifier.layers)
     free = untrained_kinds(engine)
     free.pop("prompt")
-    auc = lambda kind: measure_kind(kind, judged, 0.5, "first_fail")["auc"]
+    auc = lambda kind: measure(score(kind, judged), 0.5)["auc"]
     assert auc(engine.verifier) > max(map(auc, free.values()))
 
 

@@ -45,6 +45,13 @@ def test_every_shipped_recipe_loads():
         ({"eval": {"methods": ["parse"]}}, "eval.methods lacks 'target'"),
         ({"verifier": {"max_accuracy_loss": 2}}, "max_accuracy_loss is 2.0: give a fraction"),
         ({"verifier": ["probe"]}, "section 'verifier' must hold keys and values"),
+        (
+            {"verifier": {"probe": {"layer": [3]}}},
+            "unknown key 'layer' in section 'verifier.probe'; did you mean 'layers'",
+        ),
+        ({"verifier": {"adapter": {"suffix": 0}}}, "verifier.adapter.suffix is 0: give a positive number"),
+        ({"rollouts": {"labels": "bisection"}}, "rollouts.labels names 'bisection'; did you mean 'bisect'"),
+        ({"rollouts": {"labeller": "judge"}}, "rollouts.labeller names 'judge'"),
         ({"stages": ["answer"]}, "stages names 'answer'; did you mean 'answers'"),
         ({"engine": {"policy": "first"}}, "engine.policy names 'first'"),
         ({"pretrain": {"target": {"output": "o"}}}, "lacks the key 'speaker'"),

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from train.recipe import load_recipe
-from train.run import Run, progress_bar, write_text
+from train.run import KEPT, Run, progress_bar, write_text
 
 
 @pytest.fixture
@@ -63,6 +63,24 @@ def test_a_killed_stage_leaves_the_old_one_whole(recipe_of):
     finish(run, "answers", "new")
     assert [p.name for p in run.path("answers").iterdir()] == ["file"]
     assert (run.path("answers") / "file").read_text() == "new"
+
+
+def test_a_killed_stage_keeps_what_it_kept_for_the_same_recipe(recipe_of):
+    def killed(run):
+        with run.stage("answers") as folder:
+            (folder / KEPT / "rows").write_text("some")
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed(Run(recipe_of()))
+    with Run(recipe_of()).stage("answers") as folder:
+        assert (folder / KEPT / "rows").read_text() == "some"
+        assert not (folder / "file").exists()
+    with pytest.raises(KeyboardInterrupt):
+        killed(Run(recipe_of()))
+    with Run(recipe_of("seed=3")).stage("answers") as folder:
+        assert not (folder / KEPT / "rows").exists()
 
 
 def test_files_are_written_whole(tmp_path):

@@ -1,25 +1,17 @@
 """Verifiers: what each kind reads, what is saved, and what is refused."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 
+from eval.judged import Draft, examine
 from parse import Engine
-from parse.verifiers import (
-    Evidence,
-    Likelihood,
-    Probe,
-    ProbeHead,
-    Prompt,
-    fingerprint,
-    load,
-    probe_inputs,
-    save,
-    token_evidence,
-    tokenizer_hash,
-)
+from parse.passes import drive
+from parse.trained import HazardHead, Probe, fingerprint, load, save, token_inputs, tokenizer_hash
+from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
 from tests.conftest import random_model
 
 
@@ -62,6 +54,31 @@ def test_lowest_so_far_never_rises():
     assert Likelihood("lowest", "segment").confidences(given)[1] > confidences[1]
 
 
+def test_divergence_is_how_far_the_draft_is_from_the_target():
+    target, draft = torch.randn(70, 30) * 2, torch.randn(70, 30) * 2
+    own = torch.nn.functional.kl_div(target.log_softmax(-1), draft.log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(token_divergence(target, draft), own.sum(-1))
+    assert token_divergence(target, target).abs().max() < 1e-5
+    given = dataclasses.replace(evidence(), divergence=torch.tensor([0.5, 0.1, 2.0, 1.0, 0.0, 0.0, 3.0]))
+    torch.testing.assert_close(Divergence("mean").confidences(given), torch.tensor([-0.3, -1.5, -1.0]).exp())
+    torch.testing.assert_close(Divergence("most").confidences(given), torch.tensor([-0.5, -2.0, -3.0]).exp())
+
+
+def test_the_engine_reads_the_drafts_distribution_where_the_tokens_are_the_same(target, draft, tokenizer):
+    """The divergence of each token, the end of sequence among them, from separate plain passes."""
+    engine = Engine(target, tokenizer, target, tokenizer, Divergence(), compile=False)
+    one = Draft(list(range(5, 12)), list(range(20, 26)), [2, 6], True, [True, True])
+    same = next(examine(engine, [one], with_draft=True)).evidence
+    assert same.divergence.shape == (7,)
+    assert same.divergence.abs().max() < 1e-4
+    engine = Engine(target, tokenizer, draft, tokenizer, Divergence(), compile=False)
+    evidence = next(examine(engine, [one], with_draft=True)).evidence
+    ids = torch.tensor([[*one.context_ids, *one.ids]])
+    with torch.inference_mode():
+        expected = token_divergence(target(ids).logits[0, 6:], draft(ids).logits[0, 6:])
+    torch.testing.assert_close(evidence.divergence, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_prompt_weighs_yes_against_no():
     given = evidence()
     verifier = Prompt([1], yes_ids=[3, 4], no_ids=[5])
@@ -94,14 +111,14 @@ def test_prompt_on_a_real_chat_model(smollm):
 
 def test_the_probe_is_a_chance_of_survival():
     torch.manual_seed(0)
-    head = ProbeHead(4).eval()
+    head = HazardHead(4, 4).eval()
     given = evidence()
     confidences = Probe(head, (1,)).confidences(given)
-    states, columns = probe_inputs(given)
+    states, columns = token_inputs(given)
     assert states.shape == (7, 4)
     assert columns[:, 3].tolist() == [0] * 6 + [1]
     torch.testing.assert_close(states[6], states[5])
-    chances = torch.sigmoid(-head(states, columns))  # of getting past each token
+    chances = torch.exp(-head(states, columns))  # of getting past each token
     torch.testing.assert_close(confidences, chances.cumprod(0)[[1, 3, 6]])
     assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
 
@@ -109,7 +126,7 @@ def test_the_probe_is_a_chance_of_survival():
 @pytest.fixture
 def saved(tmp_path, target, tokenizer):
     torch.manual_seed(1)
-    probe = Probe(ProbeHead(96).eval(), (2, 3), threshold=0.7)
+    probe = Probe(HazardHead(96, 4).eval(), (2, 3), threshold=0.7)
     save(tmp_path, probe, target, {"tokenizer": tokenizer_hash(tokenizer), "segments": "sentence"})
     return tmp_path, probe
 
@@ -184,7 +201,7 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, tokenizer):
     context = engine.context("target")
     context.read(list(range(5, 25)))
     with torch.profiler.profile(profile_memory=True) as profile:
-        engine.examine(context, list(range(30, 330)), [100, 200, 290], ended=False)
+        drive(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False))
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

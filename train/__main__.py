@@ -47,22 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(recipe, chosen) -> None:  # type: ignore[no-untyped-def]
     import importlib
 
-    import torch
     from transformers import set_seed
 
     from train.run import Run
 
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     run = Run(recipe)
     for stage in chosen:
         if stage != "pretrain" and run.is_done(stage):
-            print(f"{stage}: done before, skipped")
+            if run.is_main:
+                print(f"{stage}: done before, skipped")
             continue
         started = time.time()
         set_seed(recipe.seed)
         importlib.import_module(f"train.{stage}").run(recipe, run)
-        print(f"{stage}: {time.time() - started:.0f} s", flush=True)
+        if run.is_main:
+            print(f"{stage}: {time.time() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

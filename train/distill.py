@@ -29,8 +29,9 @@ def run(recipe: Recipe, run: Run) -> None:
         )
         result = trainer.train()
         trainer.save_model(str(folder))
-        tokenizer.save_pretrained(folder)
-        print(f"distill: {result.global_step} steps, training loss {result.training_loss:.4f}")
+        if run.is_main:
+            tokenizer.save_pretrained(folder)
+            print(f"distill: {result.global_step} steps, training loss {result.training_loss:.4f}")
 
 
 def trainer_config(recipe: Recipe) -> SFTConfig:

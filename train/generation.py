@@ -1,65 +1,87 @@
-"""Greedy answers to many prompts at once, for making data."""
+"""Texts that models write for data: many at once, shared out over processes, each kept as it is finished.
+
+A stage that is killed goes on behind what it has kept: every finished text is a line of a file in the stage's
+scratch folder, whichever process wrote it and however many there are at the next start.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from parse.decode import Written
-from parse.models import eos_ids
+from parse.decode import Context, Sampler, Written, greedy
+from parse.passes import Reader, Steps, drive_together
 from train.run import progress_bar
 
+T = TypeVar("T")
+Row = dict[str, Any]  # what JSON can hold
 
-def write_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    what: str,
-) -> list[Written]:
-    """Answer every prompt, in batches of like length; the order is kept.
+
+def finish_all(
+    folder: Path, items: Sequence[T], steps: Callable[[T], Steps[Row]], at_once: int, what: str
+) -> list[Row]:
+    """The rows that the steps of every item give, in the order of the items, on every process.
 
     Args:
-        prompts: token ids, one list a prompt.
+        folder: where finished rows are kept; what an earlier start left there is not made again.
+        items: the same on every process.
+        steps: makes an item's row; what passes the items want at a moment run together.
+        at_once: how many items a process works on at a time.
         what: the name on the progress bar.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    state = PartialState()
+    folder.mkdir(parents=True, exist_ok=True)
+    done = [_read(folder)] if state.is_main_process else [{}]
+    if state.num_processes > 1:
+        broadcast_object_list(done)
+    left = [i for i in range(len(items)) if i not in done[0]]
+    mine = left[state.process_index :: state.num_processes]
+    finished = drive_together((steps(items[i]) for i in mine), at_once)
+    with (
+        (folder / f"{time.time_ns()}-{state.process_index}.jsonl").open("w") as file,
+        progress_bar(what, total=len(mine)) as bar,
+    ):
+        for position, row in finished:
+            file.write(json.dumps([mine[position], row]) + "\n")
+            file.flush()
+            bar.update()
+    state.wait_for_everyone()
+    rows = _read(folder)
+    return [rows[i] for i in range(len(items))]
+
+
+def _read(folder: Path) -> dict[int, Row]:
+    """Rows that are kept, by the index of their item; a line that a kill cut short is none."""
+    rows = {}
+    for file in folder.glob("*.jsonl"):
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                index, row = json.loads(line)
+                rows[index] = row
+    return rows
+
+
+def write_all(reader: Reader, prompts: Sequence[Sequence[int]], limit: int, at_once: int, what: str) -> list[Written]:
+    """A model's greedy answer of at most `limit` tokens to every prompt (token ids), so many at once."""
     written: dict[int, Written] = {}
     with progress_bar(what, total=len(prompts)) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = [prompts[i] for i in chosen]
-            written.update(zip(chosen, _write_batch(model, tokenizer, batch, max_new_tokens), strict=True))
-            bar.update(len(chosen))
+        for index, answer in drive_together((going_on(reader, ids, limit) for ids in prompts), at_once):
+            written[index] = answer
+            bar.update()
     return [written[i] for i in range(len(prompts))]
 
 
-@torch.inference_mode()
-def _write_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-) -> list[Written]:
-    """`transformers` generate over a left-padded batch of B prompts."""
-    ends = eos_ids(model, tokenizer.eos_token_id)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    length = max(len(ids) for ids in prompts)
-    rows = [[pad] * (length - len(ids)) + list(ids) for ids in prompts]
-    masks = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
-    output = model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(rows, device=model.device),  # [B, L]
-        attention_mask=torch.tensor(masks, device=model.device),  # [B, L]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
-    )
-    answers = []
-    for row in output[:, length:].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        answers.append(Written(row[:stop], ended=stop is not None))
-    return answers
+def going_on(reader: Reader, ids: Iterable[int], limit: int, sample: Sampler = greedy) -> Steps[Written]:
+    """What a model writes behind a text of its own."""
+    context = Context(reader)
+    try:
+        yield from context.reading(list(ids))
+        return (yield from context.writing(limit, sample))
+    finally:
+        context.close()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eval.tasks import ledger
-from parse.layout import Layout, pack, stack
+from parse.layout import Layout, pack, stack_layouts, visible
 from parse.verifiers import Prompt
 from train.lessons import IGNORE, Lesson, LessonBook, Phase
 from train.recipe import Pretrain
@@ -77,7 +77,8 @@ class Packed:
     def of(cls, lessons: list[Lesson], suffix_ids: Sequence[int] = ()) -> Packed:
         """Pack lessons, with a judging turn at each asked end where a suffix is given."""
         layouts = [pack(lesson.ids, list(lesson.asked) if suffix_ids else [], suffix_ids) for lesson in lessons]
-        ids, positions, mask = stack(layouts, pad_id=0)
+        ids, positions, *rows = stack_layouts(layouts)  # [B, T] each
+        mask = visible(*rows, positions, keys=ids.shape[1])[:, None]  # [B, 1, T, T]
         labels = torch.full_like(ids, IGNORE)
         for row, lesson in zip(labels, lessons, strict=True):
             row[: len(lesson.labels)] = torch.tensor(lesson.labels)

@@ -63,6 +63,8 @@ def _train(
 ) -> PreTrainedModel:
     """A model that tells, and in `judge_minutes` learns to judge."""
     torch.manual_seed(seed)
+    if section.threads:
+        torch.set_num_threads(section.threads)
     ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(**section.architecture, vocab_size=len(tokenizer), **ends)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -93,7 +95,7 @@ def _train(
 
 def _identity(section: Pretrain, seed: int) -> str:
     """What the telling depends on, as a short hash."""
-    content = {**to_dict(section), "seed": seed, "judge_minutes": None, "output": None}
+    content = {**to_dict(section), "seed": seed, "judge_minutes": None, "output": None, "threads": None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+VERIFIERS = ("best", "probe", "adapter", "prompt", "likelihood")
 STAGES = ("pretrain", "answers", "distill", "rollouts", "verifier")
 
 
@@ -36,6 +37,7 @@ class Pretrain:
     learning_rate: float = 1e-3
     judge_minutes: float = 0  # then, for the layers above the exit to learn judging turns too
     exit_layer: int | None = None  # the answer is learnt at this layer too (Llama only)
+    threads: int | None = None  # CPU threads; None leaves torch's default
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,57 @@ class Distill:
 class Rollouts:
     """What the draft answers, and which of its prefixes the target can still finish rightly."""
 
-    train: int = 400
+    train: int = 400  # prompts
     calibration: int = 400
+    test: int = 400  # on which the verifier is measured
+    rounds: int = 8  # drafts a prompt at most, each behind the target's repair of the one before
+    labels: str = "bisect"  # or "all": ask the target about every prefix
+    labeller: str = "task"  # its checker, or "agreement": the target compares with its own answer
+    samples: int = 1  # ways on from a prefix, of which the most decide; 1 is greedy
+    recheck: int = 100  # labels to ask again, to know their noise
     batch_size: int = 48
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a trained verifier learns."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 16  # drafts, over all processes
+    error_weight: float = 1.0  # of a draft's first invalid cut beside its valid ones
+    hidden: int = 128  # units of the head
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProbeSection(Fit):
+    """The head on the target's states at the draft's own tokens."""
+
+    epochs: int = 40
+    learning_rate: float = 2e-3
+    layers: list[int] = field(default_factory=lambda: [-1])  # hidden states that it reads, 0 is the embedding
+
+
+@dataclass(frozen=True)
+class AdapterSection(Fit):
+    """The activated LoRA on short suffixes, and its head."""
+
+    epochs: int = 6
+    learning_rate: float = 1e-3
+    suffix: int = 2  # tokens
+    rank: int = 16
+    layers: int | None = None  # so many of the last ones are adapted; None for all
 
 
 @dataclass(frozen=True)
 class VerifierSection:
     """The verifier and its threshold."""
 
-    kind: str = "probe"  # "probe", "prompt" or "likelihood"
-    layers: list[int] = field(default_factory=lambda: [-1])  # hidden states that the probe reads
-    hidden: int = 128
-    epochs: int = 40
-    learning_rate: float = 2e-3
+    kind: str = "best"  # "probe", "adapter", "prompt" or "likelihood"; or the "best" of all on held-out prompts
     max_accuracy_loss: float = 0.01
+    probe: ProbeSection = field(default_factory=ProbeSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
 
 
 @dataclass(frozen=True)
@@ -93,6 +131,7 @@ class Eval:
     prompts: int = 200
     methods: list[str] = field(default_factory=lambda: ["target", "draft", "cascade", "sequential", "parse"])
     warmup: int = 3
+    threads: int | None = None  # CPU threads; None leaves torch's default
     sweep_prompts: int = 20  # on which PARSE is run at other thresholds too; 0 for none
 
 
@@ -106,7 +145,6 @@ class Recipe:
     task: str
     segments: str | int = "sentence"
     seed: int = 0
-    threads: int | None = None  # CPU threads; None leaves torch's default
     runs: str = "runs"
     stages: list[str] = field(default_factory=lambda: list(STAGES[1:]))
     pretrain: dict[str, Pretrain] = field(default_factory=dict)
@@ -207,7 +245,9 @@ def _value(hint: Any, value: Any, key: str) -> Any:
 def _check(recipe: Recipe) -> None:
     """What types cannot say."""
     _check_choices("stages", recipe.stages, STAGES)
-    _check_choices("verifier.kind", [recipe.verifier.kind], ("probe", "prompt", "likelihood"))
+    _check_choices("verifier.kind", [recipe.verifier.kind], VERIFIERS)
+    _check_choices("rollouts.labels", [recipe.rollouts.labels], ("bisect", "all"))
+    _check_choices("rollouts.labeller", [recipe.rollouts.labeller], ("task", "agreement"))
     _check_choices("engine.policy", [recipe.engine.policy], ("first_fail", "longest", "whole"))
     _check_choices("engine.handback", [recipe.engine.handback], ("segment", "never"))
     methods = ("target", "speculation", "draft", "cascade", "sequential", "parse")
@@ -223,6 +263,13 @@ def _check(recipe: Recipe) -> None:
         "answers.prompts": recipe.answers.prompts,
         "rollouts.train": recipe.rollouts.train,
         "rollouts.calibration": recipe.rollouts.calibration,
+        "rollouts.test": recipe.rollouts.test,
+        "rollouts.rounds": recipe.rollouts.rounds,
+        "rollouts.samples": recipe.rollouts.samples,
+        "verifier.probe.epochs": recipe.verifier.probe.epochs,
+        "verifier.adapter.epochs": recipe.verifier.adapter.epochs,
+        "verifier.adapter.suffix": recipe.verifier.adapter.suffix,
+        "verifier.adapter.rank": recipe.verifier.adapter.rank,
         "eval.prompts": recipe.eval.prompts,
         "engine.max_new_tokens": recipe.engine.max_new_tokens,
     }

@@ -1,134 +1,209 @@
-"""Stage 3: what the draft answers, and which of its prefixes are valid.
+"""Stage 3: what the draft answers, and which of its prefixes are valid; see `train.labels`.
 
-A prefix is valid if the target, going on from it, reaches a right answer; the task's checker says
-what is right. A draft whose own answer is right shows that every prefix of it can be finished, and
-in a wrong one the first invalid prefix is found by bisection: validity is lost once and not regained.
+A prompt's rollout follows the rounds of the engine: where a draft goes wrong, the target's way on from its last valid
+prefix is kept up to the next cut, and the draft drafts again from there. So the verifier learns, and its threshold is
+calibrated, on the drafts that it will meet: those behind a repair as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from eval.tasks import Task, draw_prompts, load_task
-from parse.models import encode_prompt, load_model, text_of
-from parse.segments import cut
-from train.generation import write_all
+from parse import Engine
+from parse.decode import Context, Written
+from parse.models import text_of
+from parse.passes import Steps, drive_together
+from parse.segments import cut, ends_segment
+from train.generation import Row, finish_all
+from train.labels import Agreement, Checked, Labeller, controls
 from train.recipe import Recipe
-from train.run import Run
+from train.run import KEPT, Run, write_text
 
-
-@dataclass
-class Rollout:
-    """One draft answer and the search for its last valid prefix."""
-
-    split: str
-    prompt: str
-    prompt_ids: list[int]
-    draft_ids: list[int]  # N
-    ended: bool
-    ends: list[int]  # K
-    right: bool
-    target_right: bool = True  # whether the target's own answer is right; asked where the draft's is not
-    valid: int = 0  # the first `valid` prefixes are known to be valid
-    invalid: int = 0  # prefix `invalid` (counted from 1) is known to be invalid; K + 1 for a right draft
-    continuation_ids: list[int] = field(default_factory=list)  # the target's, behind the last valid prefix
-
-    @property
-    def probe(self) -> int:
-        """The prefix to ask next, between what is known."""
-        return (self.valid + self.invalid) // 2
+SPLITS = ("train", "calibration", "test")
+SAMPLED = 2  # ways on by which a label is asked again
+CONTROLS = 24  # prompts whose answers measure the noise of agreement
 
 
 def run(recipe: Recipe, run: Run) -> None:
-    """Write `rollouts/`: split, prompt_ids, draft_ids, ended, ends, valid (one a cut), target_right."""
+    """Write `rollouts/`, a row a draft, and `labels.json`, what the labels cost and how far they can be trusted.
+
+    Columns: split, number (of the prompt), round, prompt, prompt_ids, prefix_ids (the answer so far), draft_ids, ended,
+    ends, valid (one a cut), target_right, continuation_ids (the target's, behind the last valid prefix).
+    """
     with run.stage("rollouts") as folder:
         task, section = load_task(recipe.task), recipe.rollouts
-        rollouts = _draft(recipe, run, task)
-        _search(recipe, task, rollouts)
+        engine = Engine.from_pretrained(recipe.target, run.path("distill"), compile=False, segments=recipe.segments)
+        prompts = _prompts(recipe, task)
+        labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
+
+        def rolling(item: tuple[str, str]) -> Steps[Row]:
+            split, prompt = item
+            rounds = yield from rolling_out(labeller, prompt, section.rounds, every=section.labels == "all")
+            return {"split": split, "prompt": prompt, "rounds": rounds}
+
+        found = finish_all(folder / KEPT / "rollouts", prompts, rolling, section.batch_size, "rollouts")
         rows = [
-            {
-                "split": r.split,
-                "prompt": r.prompt,
-                "prompt_ids": r.prompt_ids,
-                "draft_ids": r.draft_ids,
-                "ended": r.ended,
-                "ends": r.ends,
-                "valid": [k + 1 < r.invalid for k in range(len(r.ends))],
-                "target_right": r.target_right,
-                "continuation_ids": r.continuation_ids,
-            }
-            for r in rollouts
+            {"split": row["split"], "number": number, "round": index, "prompt": row["prompt"], **drafted}
+            for number, row in enumerate(found)
+            for index, drafted in enumerate(row["rounds"])
         ]
-        Dataset.from_list(rows).save_to_disk(folder)
-        right = sum(r.right for r in rollouts) / len(rollouts)
-        prefixes = sum(len(r.ends) for r in rollouts)
-        valid = sum(min(r.invalid - 1, len(r.ends)) for r in rollouts)
-        print(
-            f"rollouts: {section.train} for training and {section.calibration} for calibration; the draft is "
-            f"right in {right:.1%}, {valid} of {prefixes} prefixes are valid"
-        )
+        again = _ask_again(folder / KEPT / "again", labeller, rows, section.recheck, section.batch_size, recipe.seed)
+        if run.is_main:
+            Dataset.from_list(rows).save_to_disk(folder)
+            summary = {**_balance(rows), "labels": section.labels, **again, **noise}
+            write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
+            _explain(summary)
 
 
-def _draft(recipe: Recipe, run: Run, task: Task) -> list[Rollout]:
-    """The draft's answers, cut by the engine's segmenter."""
-    section, target_tokenizer = recipe.rollouts, AutoTokenizer.from_pretrained(recipe.target)
-    folder = run.path("distill")
-    model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder)
-    # a seed of their own: the draft must not be judged on prompts that it was distilled on
-    prompts = [
-        *((p, "train") for p in draw_prompts(task, "train", section.train, recipe.seed + 1)),
-        *((p, "calibration") for p in draw_prompts(task, "calibration", section.calibration, recipe.seed)),
-    ]
-    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt, _ in prompts]
-    limit = recipe.engine.max_new_tokens
-    written = write_all(model, tokenizer, prompt_ids, limit, section.batch_size, "draft answers")
-    rollouts = []
-    for (prompt, split), answer in zip(prompts, written, strict=True):
-        text = text_of(answer.ids, tokenizer)
-        ids = answer.ids
-        if tokenizer.get_vocab() != target_tokenizer.get_vocab():
-            ids = target_tokenizer.encode(text, add_special_tokens=False)
-        right = answer.ended and task.check(prompt, text)
-        ends = cut(ids, target_tokenizer, recipe.segments)
-        rollouts.append(
-            Rollout(
-                split,
-                prompt,
-                encode_prompt(prompt, target_tokenizer),
-                ids,
-                answer.ended,
-                ends,
-                right,
-                valid=len(ends) if right else 0,
-                invalid=len(ends) + 1 if right else len(ends),
+def rolling_out(labeller: Labeller, prompt: str, rounds: int, every: bool) -> Steps[list[Row]]:
+    """The drafts of one prompt, each behind the target's repair of the one before, with their labels."""
+    engine = labeller.engine
+    target, draft = Context(engine.readers["target"]), Context(engine.readers["draft"])
+    prompt_ids = engine.encode(prompt)
+    found: list[Row] = []
+    prefix: list[int] = []
+    try:
+        while len(found) < rounds and len(prefix) < labeller.limit:
+            written = yield from drafting(engine, draft, prompt, prefix, labeller.limit)
+            answer = text_of([*prefix, *written.ids], engine.tokenizer)
+            right = written.ended and (yield from labeller.judge.judging(prompt, answer))
+            ends = cut(written.ids, engine.tokenizer, engine.segments)
+            if not ends:  # the engine lets the target write the rest
+                break
+            labels = yield from labeller.labelling(target, prompt, prefix, written, ends, right, every)
+            found.append(
+                {
+                    "prompt_ids": prompt_ids,
+                    "prefix_ids": prefix,
+                    "draft_ids": written.ids,
+                    "ended": written.ended,
+                    "ends": ends,
+                    "valid": labels.valid,
+                    "target_right": labels.target_right,
+                    "continuation_ids": labels.continuation_ids,
+                }
             )
+            if all(labels.valid) or not labels.target_right:
+                break
+            repair = first_segment(engine, labels.continuation_ids)
+            if labels.continuation_ended and len(repair) == len(labels.continuation_ids):
+                break
+            prefix = [*prefix, *written.ids[: [0, *ends][labels.valid.index(False)]], *repair]
+    finally:
+        target.close()
+        draft.close()
+    return found
+
+
+def drafting(engine: Engine, draft: Context, prompt: str, prefix: list[int], limit: int) -> Steps[Written]:
+    """What the draft writes behind the start of an answer, to its end, in the target's tokens."""
+    start = engine.encode_for_draft(prompt)
+    yield from draft.becoming([*start, *engine.to_draft(prefix)])
+    written = yield from draft.writing(limit - len(prefix))
+    return Written(engine.to_target(written.ids), written.ended)
+
+
+def first_segment(engine: Engine, ids: list[int]) -> list[int]:
+    """The tokens up to the first cut, as the engine stops the target there."""
+    for length in range(1, len(ids)):
+        if ends_segment(ids[:length], engine.tokenizer, engine.segments):
+            return ids[:length]
+    return ids
+
+
+def _prompts(recipe: Recipe, task: Task) -> list[tuple[str, str]]:
+    """Split and prompt; seeds of their own, so that nothing is judged on prompts that the draft learnt from."""
+    section = recipe.rollouts
+    counts = {"train": section.train, "calibration": section.calibration, "test": section.test}
+    return [(split, prompt) for split in SPLITS for prompt in draw_prompts(task, split, counts[split], recipe.seed + 1)]
+
+
+def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[str]) -> tuple[Labeller, dict[str, Any]]:
+    """The recipe's labeller, and what is known of its noise beforehand."""
+    section, limit = recipe.rollouts, recipe.engine.max_new_tokens
+    if section.labeller == "task":
+        return Labeller(engine, Checked(task), limit, section.samples, recipe.seed), {"labeller": "task"}
+    agreement = Agreement(engine, limit)
+
+    def together(many: Any) -> list[float]:
+        finished = dict(drive_together(many, section.batch_size))
+        return [finished[i] for i in range(len(finished))]
+
+    noise = controls(agreement, prompts[:CONTROLS], together)
+    return Labeller(engine, agreement, limit, section.samples, recipe.seed), {"labeller": "agreement", **noise}
+
+
+def _ask_again(
+    folder: Path, labeller: Labeller, rows: list[Row], count: int, at_once: int, seed: int
+) -> dict[str, Any]:
+    """Ask about some labelled prefixes by themselves: how often the label is another, and how often by sampled ways on.
+
+    The first is how often bisection and asking about every prefix disagree. The last prefix of a draft is not among
+    them: its label is the draft's own outcome.
+    """
+    places = [(i, k) for i, row in enumerate(rows) for k in range(len(row["ends"]) - 1) if row["target_right"]]
+    chosen = random.Random(seed).sample(places, min(count, len(places)))
+
+    def asking(place: tuple[int, int]) -> Steps[Row]:
+        row, k = rows[place[0]], place[1]
+        start = [*row["prefix_ids"], *row["draft_ids"][: row["ends"][k]]]
+        context = Context(labeller.engine.readers["target"])
+        try:
+            direct, _ = yield from labeller.finishing(context, row["prompt"], start)
+            others = 0
+            for sample in range(SAMPLED):
+                right, _ = yield from labeller.finishing(context, row["prompt"], start, sample)
+                others += right != row["valid"][k]
+        finally:
+            context.close()
+        return {"direct": direct != row["valid"][k], "sampled": others / SAMPLED}
+
+    started = time.perf_counter()
+    asked = finish_all(folder, chosen, asking, at_once, "labels again")
+    seconds = time.perf_counter() - started
+    share = lambda key: sum(row[key] for row in asked) / len(asked) if asked else None
+    return {
+        "asked_again": len(asked),
+        "other_label": share("direct"),
+        "other_label_sampled": share("sampled"),
+        "seconds_per_label": seconds / ((1 + SAMPLED) * len(asked)) if asked else None,
+    }
+
+
+def _balance(rows: list[Row]) -> dict[str, Any]:
+    """How many of what there are."""
+    firsts = [row for row in rows if row["round"] == 0]
+    known = [(sum(row["valid"]), row["valid"].count(False)) for row in rows]
+    return {
+        "prompts": dict(Counter(row["split"] for row in firsts)),
+        "drafts": len(rows),
+        "drafts_right": sum(all(row["valid"]) for row in firsts) / len(firsts),
+        "prefixes": sum(valid + invalid for valid, invalid in known),
+        "valid_prefixes": sum(valid for valid, _ in known),
+    }
+
+
+def _explain(summary: dict[str, Any]) -> None:
+    share = summary["valid_prefixes"] / summary["prefixes"]
+    print(
+        f"rollouts: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those behind repairs, "
+        f"the first one right in {summary['drafts_right']:.1%}; {share:.1%} of {summary['prefixes']} prefixes valid"
+    )
+    if summary["asked_again"]:
+        print(
+            f"  labels: {summary['other_label']:.1%} of {summary['asked_again']} are others when asked by themselves, "
+            f"{summary['other_label_sampled']:.1%} by sampled ways on; {summary['seconds_per_label']:.2f} s a label"
         )
-    return rollouts
-
-
-def _search(recipe: Recipe, task: Task, rollouts: list[Rollout]) -> None:
-    """Bisect every wrong draft at once, a batch of continuations a step; the empty prefix comes first."""
-    model, tokenizer = load_model(recipe.target), AutoTokenizer.from_pretrained(recipe.target)
-
-    def go_on(some: list[Rollout], starts: list[list[int]]) -> list[tuple[list[int], bool]]:
-        """The target's continuations, and whether each ends in a right answer."""
-        prompts = [[*r.prompt_ids, *start] for r, start in zip(some, starts, strict=True)]
-        limit, batch_size = recipe.engine.max_new_tokens, recipe.rollouts.batch_size
-        written = write_all(model, tokenizer, prompts, limit, batch_size, "target continuations")
-        texts = [text_of([*s, *w.ids], tokenizer) for s, w in zip(starts, written, strict=True)]
-        return [(w.ids, w.ended and task.check(r.prompt, t)) for r, w, t in zip(some, written, texts, strict=True)]
-
-    wrong = [r for r in rollouts if not r.right and r.ends]
-    if wrong:
-        for r, (ids, right) in zip(wrong, go_on(wrong, [[] for _ in wrong]), strict=True):
-            r.target_right, r.continuation_ids = right, ids
-    while open_ones := [r for r in rollouts if r.invalid - r.valid > 1]:
-        starts = [r.draft_ids[: r.ends[r.probe - 1]] for r in open_ones]
-        for r, (ids, right) in zip(open_ones, go_on(open_ones, starts), strict=True):
-            if right:
-                r.valid, r.continuation_ids = r.probe, ids
-            else:
-                r.invalid = r.probe
+    if "same_called_different" in summary:
+        print(
+            f"  agreement: calls {summary['same_called_different']:.1%} of pairs different that say the same, and "
+            f"{summary['different_called_same']:.1%} the same that do not"
+        )

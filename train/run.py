@@ -1,8 +1,9 @@
 """The run folder: resolved recipe, provenance, which stages are done, progress.
 
 A stage writes into a temporary folder that takes its final name when it is whole, so a stage killed
-at any moment leaves nothing half-written, and the next start runs it again. A stage is skipped
-where its recipe section and everything before it are unchanged.
+at any moment leaves nothing half-written; the next start of the same recipe finds what it kept there and
+goes on. A stage is skipped where its recipe section and everything before it are unchanged. Where there are
+several processes they share the folder, and one of them names and records.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -33,6 +35,7 @@ from train.recipe import STAGES, Recipe, to_dict
 
 SHARED = ("target", "draft", "task", "segments", "seed")  # keys that every stage depends on
 FOLDERS = {"answers": "answers", "distill": "draft", "rollouts": "rollouts", "verifier": "verifier"}
+KEPT = ".kept"  # in a stage's scratch folder: what it goes on from where it was killed
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
@@ -41,8 +44,12 @@ class Run:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.folder = recipe, recipe.folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self.is_main = self._state.is_main_process
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+        self._state.wait_for_everyone()
 
     def path(self, stage: str) -> Path:
         """The folder that a stage writes."""
@@ -55,15 +62,34 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, stage: str) -> Iterator[Path]:
-        """Run a stage's body with the folder to write; it takes its name when the body ends."""
+        """Run a stage's body with the folder to write; it takes its name when the body ends, on every process.
+
+        What a killed start of the same stage and recipe kept under `KEPT` is still there.
+        """
         started = time.time()
         scratch = self.folder / f".{FOLDERS[stage]}.part"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        if self.is_main:
+            self._claim(scratch, self._hash(stage))
+        self._state.wait_for_everyone()
         yield scratch
-        shutil.rmtree(self.path(stage), ignore_errors=True)
-        scratch.rename(self.path(stage))
-        self._record(stage, time.time() - started)
+        self._state.wait_for_everyone()
+        if self.is_main:
+            shutil.rmtree(scratch / KEPT)
+            shutil.rmtree(self.path(stage), ignore_errors=True)
+            scratch.rename(self.path(stage))
+            self._record(stage, time.time() - started)
+        self._state.wait_for_everyone()
+
+    def _claim(self, scratch: Path, content: str) -> None:
+        """Make the scratch folder, with what is kept there where it is for the same content and nothing else."""
+        kept, stamp = scratch / KEPT, scratch / KEPT / "recipe.sha256"
+        if not (stamp.is_file() and stamp.read_text() == content):
+            shutil.rmtree(scratch, ignore_errors=True)
+        for path in scratch.iterdir() if scratch.is_dir() else ():
+            if path != kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kept.mkdir(parents=True, exist_ok=True)
+        write_text(stamp, content)
 
     def _hash(self, stage: str) -> str:
         """The content that a stage's outcome depends on: its section and all earlier ones."""

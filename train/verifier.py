@@ -1,214 +1,249 @@
 """Stage 5: the verifier, then its threshold.
 
-The head learns from the target's own verdicts on the draft's answers, read through the same packed
-pass that the engine runs. The threshold is not guessed: conformal risk control on the calibration
-split picks the smallest one that keeps the expected accuracy loss under the recipe's promise.
+Trained kinds learn from the target's own verdicts on the draft's answers, read through the same packed pass that the
+engine runs. The kind is chosen on held-out prompts, the threshold is set on the calibration prompts, and what both are
+worth is measured on the test prompts: no number vouches for a choice that it has decided itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
-from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from eval.judged import Judged, examine, known_cuts, measure_kind, reader, untrained_kinds
+from eval.judged import (
+    Draft,
+    Judged,
+    Scored,
+    examine,
+    known_cuts,
+    measure,
+    milliseconds_per_cut,
+    reader,
+    untrained_kinds,
+)
+from eval.verdicts import console_table, html_report
 from parse import Engine
-from parse.answer import accept
-from parse.models import load_model
-from parse.verifiers import Probe, ProbeHead, Verifier, probe_inputs, save, tokenizer_hash
-from train.recipe import Recipe
+from parse.trained import (
+    SEGMENT_EVIDENCE,
+    TOKEN_EVIDENCE,
+    Adapter,
+    HazardHead,
+    Probe,
+    adapt,
+    save,
+    suffix_of,
+    tokenizer_hash,
+)
+from parse.verifiers import Evidence, Likelihood, Verifier
+from train.calibration import NEVER, prompts_needed, thresholds
+from train.hazards import AdapterModule, ProbeModule, acceptable, fit
+from train.recipe import AdapterSection, ProbeSection, Recipe
 from train.run import Run, progress_bar, write_text
 
-NEVER = 1.01  # a threshold that no confidence reaches: accept nothing
+HELD_OUT = 6  # every so manieth training prompt decides on epochs and kinds
+TIMED = 20  # drafts on which a verdict's cost is measured
+
+Scores = dict[str, list[Scored]]  # by split, of all processes
 
 
 def run(recipe: Recipe, run: Run) -> None:
-    """Write `verifier/`: the head, verifier.json, report.json."""
+    """Write `verifier/`: verifier.json, head and LoRA; report.json and report.html."""
     with run.stage("verifier") as folder:
-        target, tokenizer = load_model(recipe.target), AutoTokenizer.from_pretrained(recipe.target)
-        engine = Engine(target, tokenizer, segments=recipe.segments)
-        layers = _layers(recipe.verifier.layers, target.config.num_hidden_layers)
+        promise, policy = recipe.verifier.max_accuracy_loss, recipe.engine.policy
+        engine = Engine.from_pretrained(recipe.target, run.path("distill"), compile=False, segments=recipe.segments)
         rollouts = load_from_disk(run.path("rollouts"))
         assert isinstance(rollouts, Dataset)
-        judged = {split: gather(engine, rollouts, split, layers) for split in ("train", "calibration")}
-        kinds: dict[str, Verifier] = untrained_kinds(engine)
-        if recipe.verifier.kind == "probe":
-            kinds["probe"] = train_probe(judged["train"], layers, recipe)
-        report = {name: _calibrated(kind, judged["calibration"], recipe) for name, kind in kinds.items()}
-        name = recipe.verifier.kind if recipe.verifier.kind != "likelihood" else _best_rule(report)
-        _explain(name, report, len(judged["calibration"]), recipe.verifier.max_accuracy_loss)
-        facts: dict[str, Any] = {
-            "tokenizer": tokenizer_hash(tokenizer),
-            "segments": recipe.segments,
-            "thresholds": _thresholds(kinds[name], judged["calibration"], recipe),
-            "calibration": {
-                "max_accuracy_loss": recipe.verifier.max_accuracy_loss,
-                "prompts": len(judged["calibration"]),
-                "policy": recipe.engine.policy,
-            },
-        }
-        save(folder, kinds[name], target, facts)
-        content = {"kinds": report, "n_prompts": len(judged["calibration"]), **facts["calibration"]}
-        write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
+        drafts = labelled(rollouts)
+        kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe)}
+        scores = score_all(engine, kinds, drafts)
+        name = choose(recipe.verifier.kind, scores, promise)
+        limits = {kind: thresholds(scores[kind]["calibration"], promise, recipe.engine.handback) for kind in kinds}
+        for kind, verifier in kinds.items():
+            verifier.threshold = limits[kind][policy]
+        costs = milliseconds_per_cut(engine, kinds, drafts["test"][:TIMED])
+        if run.is_main:
+            n = len({one.draft.number for one in scores[name]["calibration"]})
+            facts = {
+                "tokenizer": tokenizer_hash(engine.tokenizer),
+                "segments": recipe.segments,
+                "thresholds": limits[name],
+                "calibration": {"max_accuracy_loss": promise, "prompts": n, "policy": policy},
+            }
+            save(folder, kinds[name], engine.target, facts)
+            report = report_of(name, kinds, scores, costs, recipe)
+            write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+            tested = {kind: found["test"] for kind, found in scores.items()}
+            write_text(folder / "report.html", html_report(recipe.name, report, tested))
+            print(f"verifier: {n} calibration prompts, at most {promise:.1%} accuracy loss promised")
+            print(console_table(report))
+            if kinds[name].threshold >= NEVER:
+                print(_advice(kinds[name].kind, n, promise))
 
 
-def gather(engine: Engine, rollouts: Dataset, split: str, layers: tuple[int, ...]) -> list[Judged]:
-    """Run the packed pass over every draft of a split and keep its evidence.
+def labelled(rollouts: Dataset) -> dict[str, list[Draft]]:
+    """This process's share of the labelled drafts, by split; of the training prompts some are `held_out`."""
+    state = PartialState()
+    drafts: dict[str, list[Draft]] = {"train": [], "held_out": [], "calibration": [], "test": []}
+    for row in rollouts:
+        if row["number"] % state.num_processes == state.process_index:
+            held_out = row["split"] == "train" and row["number"] // state.num_processes % HELD_OUT == 0
+            drafts["held_out" if held_out else row["split"]].append(
+                Draft(
+                    [*row["prompt_ids"], *row["prefix_ids"]],
+                    row["draft_ids"],
+                    row["ends"],
+                    row["ended"],
+                    row["valid"],
+                    row["target_right"],
+                    row["number"],
+                    row["round"],
+                )
+            )
+    return drafts
 
-    The pass carries the `prompt` kind's suffixes where the target has a chat template; the draft's own
-    positions cannot see them, so one pass serves every kind.
-    """
-    engine.verifier = reader(engine, layers)
-    rows = rollouts.filter(lambda row: row["split"] == split and len(row["draft_ids"]) > 0)
-    judged = []
-    with progress_bar(f"evidence, {split}", total=len(rows)) as bar:
-        for row in rows:
-            evidence = examine(engine, row["prompt_ids"], row["draft_ids"], row["ends"], row["ended"])
-            judged.append(Judged(evidence, row["valid"], row["target_right"]))
+
+def train_kinds(engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe) -> dict[str, Verifier]:
+    """The trained kinds that the recipe asks for."""
+    section, promise = recipe.verifier, recipe.verifier.max_accuracy_loss
+    wanted = {"probe", "adapter"} & ({"probe", "adapter"} if section.kind == "best" else {section.kind})
+    if not wanted:
+        return {}
+    layers = _layers(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
+    engine.verifier = replace(Likelihood(), layers=layers)
+    # where the target is wrong by itself, the labels say nothing of the draft
+    usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
+    fitted, held_out = (gather(engine, map(up_to_first_invalid, some), split) for split, some in usable.items())
+    kinds: dict[str, Verifier] = {}
+    if "probe" in wanted:
+        kinds["probe"] = train_probe(fitted, held_out, layers, section.probe, promise)
+    if "adapter" in wanted:
+        kinds["adapter"] = train_adapter(engine, fitted, held_out, section.adapter, promise)
+    return kinds
+
+
+def up_to_first_invalid(draft: Draft) -> Draft:
+    """The draft without what comes behind its first invalid cut: nobody asks there."""
+    known = known_cuts(draft.valid)
+    end = draft.ends[known - 1]
+    ended = draft.ended and known == len(draft.ends)
+    return replace(draft, ids=draft.ids[:end], ends=draft.ends[:known], valid=draft.valid[:known], ended=ended)
+
+
+def gather(engine: Engine, drafts: Iterable[Draft], split: str) -> list[Judged]:
+    """The evidence of a packed pass over every draft, in the computer's memory."""
+    judged, drafts = [], list(drafts)
+    with progress_bar(f"evidence, {split.replace('_', ' ')}", total=len(drafts)) as bar:
+        for one in examine(engine, drafts):
+            judged.append(replace(one, evidence=_kept(one.evidence)))
             bar.update()
     return judged
 
 
-def train_probe(judged: Sequence[Judged], layers: tuple[int, ...], recipe: Recipe) -> Probe:
-    """Fit the probe's head by the likelihood of where each draft first goes wrong.
+def train_probe(
+    fitted: Sequence[Judged], held_out: Sequence[Judged], layers: tuple[int, ...], section: ProbeSection, promise: float
+) -> Probe:
+    """Fit a head to the states of the draft's own tokens."""
+    states = fitted[0].evidence.states if fitted else None
+    width = 1 if states is None else states.shape[-1]
 
-    Every sixth draft is held out; the weights of the best epoch on those are kept.
-    """
-    section = recipe.verifier
-    torch.manual_seed(recipe.seed)
-    usable = [item for item in judged if item.target_right]  # elsewhere the labels say nothing of the draft
-    held_out, fitted = usable[::6], [item for i, item in enumerate(usable) if i % 6]
-    width = _states(judged[0]).shape[-1]
-    head = ProbeHead(width, section.hidden)
-    steps = section.epochs * -(-len(fitted) // 16)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=section.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, section.learning_rate, total_steps=steps)
-    best, kept = float("inf"), head.state_dict()
-    with progress_bar("verifier", total=section.epochs) as bar:
-        for _ in range(section.epochs):
-            head.train()
-            for chunk in torch.randperm(len(fitted)).split(16):
-                loss = torch.stack([survival_loss(head, fitted[i]) for i in chunk.tolist()]).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            head.eval()
-            with torch.no_grad():
-                loss_held_out = torch.stack([survival_loss(head, item) for item in held_out]).mean().item()
-            if loss_held_out < best:
-                best, kept = loss_held_out, {k: v.clone() for k, v in head.state_dict().items()}
-            bar.set_postfix(held_out=f"{loss_held_out:.3f}", best=f"{best:.3f}", refresh=False)
-            bar.update()
-    head.load_state_dict(kept)
-    return Probe(head.eval(), layers)
+    def make() -> ProbeModule:
+        return ProbeModule(HazardHead(width, TOKEN_EVIDENCE, section.hidden, section.dropout))
+
+    module = fit(make, fitted, held_out, section, promise, "probe")
+    return Probe(module.head, layers)
 
 
-def survival_loss(head: ProbeHead, judged: Judged) -> Tensor:
-    """Negative log-likelihood, in nats, of surviving each valid segment and failing in the first invalid one."""
-    hazards = nn.functional.softplus(head(*probe_inputs(judged.evidence)))  # [M]
-    sums = torch.stack([hazards[start:stop].sum() for start, stop in judged.evidence.bounds])  # [K]
-    known = known_cuts(judged.valid)
-    survived = sums[: sum(judged.valid[:known])].sum()
-    if all(judged.valid):
-        return survived
-    return survived - torch.log(-torch.expm1(-sums[known - 1].clamp(min=1e-6)))
+def train_adapter(
+    engine: Engine, fitted: Sequence[Judged], held_out: Sequence[Judged], section: AdapterSection, promise: float
+) -> Adapter:
+    """Fit a LoRA on suffixes and a head behind them."""
+    suffix = suffix_of(engine.tokenizer, section.suffix)
+
+    def make() -> AdapterModule:
+        head = HazardHead(engine.target.config.hidden_size, SEGMENT_EVIDENCE, section.hidden, section.dropout)
+        adapted = adapt(engine.target, suffix, section.rank, section.layers)
+        return AdapterModule(adapted, engine.target, head.to(engine.target.device), suffix)
+
+    module = fit(make, fitted, held_out, section, promise, "adapter")
+    assert isinstance(module, AdapterModule)
+    return Adapter(module.adapted, module.head, suffix)
 
 
-def calibrate(
-    confidences: Sequence[Sequence[float]],
-    valid: Sequence[Sequence[bool]],
-    max_accuracy_loss: float,
-    policy: str = "first_fail",
-) -> float:
-    """The smallest threshold whose expected accuracy loss is bounded, by conformal risk control.
-
-    The loss of a prompt is 1 where the accepted prefix is invalid. With n prompts the threshold is the
-    smallest one with (losses + 1) / (n + 1) <= max_accuracy_loss (Angelopoulos et al., arXiv 2208.02814,
-    for losses in [0, 1] that never rise with the threshold).
-
-    Args:
-        confidences, valid: K values for each of the n prompts.
-
-    Returns:
-        the threshold, or `NEVER` where the data cannot support the promise.
-    """
-    fatal = []  # the highest threshold at which each prompt would still be lost
-    for scores, labels in zip(confidences, valid, strict=True):
-        candidates = [s for s in scores if _loses(scores, labels, s, policy)]
-        if candidates:
-            fatal.append(max(candidates))
-    allowed = int(max_accuracy_loss * (len(confidences) + 1) + 1e-9) - 1
-    if allowed < 0:
-        return NEVER
-    fatal.sort(reverse=True)
-    if len(fatal) <= allowed:
-        return 0.0
-    above = float(torch.nextafter(torch.tensor(fatal[allowed]), torch.tensor(2.0)))
-    return above if above <= 1 else NEVER
+def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list[Draft]]) -> dict[str, Scores]:
+    """Every kind's confidences in the drafts of all processes that none of them has learnt from."""
+    layers = next((kind.layers for kind in kinds.values() if kind.layers), ())
+    adapters = {name: kind for name, kind in kinds.items() if kind.adapted}
+    passes = [(reader(engine, layers), {name: kind for name, kind in kinds.items() if not kind.adapted})]
+    passes += [(kind, {name: kind}) for name, kind in adapters.items()]
+    scores: dict[str, Scores] = {name: {} for name in kinds}
+    for split in ("held_out", "calibration", "test"):
+        with progress_bar(f"verdicts, {split.replace('_', ' ')}", total=len(passes) * len(drafts[split])) as bar:
+            for verifier, judges in passes:
+                engine.verifier = verifier
+                found: dict[str, list[Scored]] = {name: [] for name in judges}
+                for one in examine(engine, drafts[split], with_draft=not verifier.adapted):
+                    for name, kind in judges.items():
+                        found[name].append(Scored(one.draft, kind.confidences(one.evidence).tolist()))
+                    bar.update()
+                for name in judges:
+                    scores[name][split] = gather_object(found[name])
+    return scores
 
 
-def _loses(scores: Sequence[float], labels: Sequence[bool], threshold: float, policy: str) -> bool:
-    k = accept(scores, threshold, policy)
-    return k > 0 and not labels[k - 1]
+def choose(kind: str, scores: dict[str, Scores], promise: float) -> str:
+    """The kind's name in the report; among several the one that may accept most of the held-out drafts."""
+    among = [name for name in scores if kind in ("best", name) or name.split()[0] == kind]
+    return max(among, key=lambda name: acceptable(scores[name]["held_out"], promise))
 
 
-def _calibrated(kind: Verifier, judged: Sequence[Judged], recipe: Recipe) -> dict[str, float]:
-    """Set a kind's threshold and measure it on the calibration prompts."""
-    policy = recipe.engine.policy
-    kind.threshold = _thresholds(kind, judged, recipe)[policy]
-    return measure_kind(kind, judged, kind.threshold, policy)
+def report_of(
+    name: str, kinds: dict[str, Verifier], scores: dict[str, Scores], costs: dict[str, float], recipe: Recipe
+) -> dict[str, Any]:
+    """What `report.json` holds: every kind at its calibrated threshold on the test prompts."""
+    tested = scores[name]["test"]
+    figures = {
+        kind: measure(scores[kind]["test"], verifier.threshold, recipe.engine.policy)
+        | {"milliseconds_per_cut": costs[kind]}
+        for kind, verifier in kinds.items()
+    }
+    return {
+        "kinds": figures,
+        "chosen": name,
+        "n_prompts": len({one.draft.number for one in tested}),
+        "n_prefixes": sum(len(one.draft.ends) for one in tested),
+        "max_accuracy_loss": recipe.verifier.max_accuracy_loss,
+        "realised_accuracy_loss": figures[name]["accuracy_loss"],
+    }
 
 
-def _thresholds(kind: Verifier, judged: Sequence[Judged], recipe: Recipe) -> dict[str, float]:
-    """The calibrated threshold of each acceptance policy; "whole" judges the last cut alone."""
-    confidences = [kind.confidences(item.evidence).tolist() for item in judged]
-    # where the target alone is wrong there is nothing to lose, whatever is accepted
-    valid = [item.valid if item.target_right else [True] * len(item.valid) for item in judged]
-    promise = recipe.verifier.max_accuracy_loss
-    whole = calibrate([c[-1:] for c in confidences], [v[-1:] for v in valid], promise)
-    rounds = {p: calibrate(confidences, valid, promise, p) for p in ("first_fail", "longest")}
-    return {**rounds, "whole": whole}
-
-
-def _best_rule(report: dict[str, dict[str, float]]) -> str:
-    rules = [name for name in report if name.startswith("likelihood")]
-    return max(rules, key=lambda name: report[name]["accepted_fraction"])
-
-
-def _explain(name: str, report: dict[str, dict[str, float]], n: int, promise: float) -> None:
-    print(f"verifier: {n} calibration prompts, at most {promise:.1%} accuracy loss promised")
-    print(
-        f"  {'kind':28s}{'AUC':>7s}{'threshold':>11s}{'accepted':>10s}   (an oracle accepts "
-        f"{report[name]['oracle_accepted_fraction']:.1%})"
+def _advice(kind: str, n: int, promise: float) -> str:
+    """What to do where nothing can be accepted."""
+    if n < (needed := prompts_needed(promise)):
+        remedy = f"at least {needed - n} more (rollouts.calibration: {needed}), and still more with a weak verifier"
+    else:
+        remedy = f"a verifier that is less sure of wrong prefixes than this {kind}: more rollouts.train, another kind"
+    return (
+        f"  No threshold keeps the promise with these {n} prompts, so nothing will be accepted. It takes {remedy}; "
+        "or a larger verifier.max_accuracy_loss."
     )
-    for kind, figures in report.items():
-        chosen = "   <- saved" if kind == name else ""
-        print(
-            f"  {kind:28s}{figures['auc']:7.3f}{figures['threshold']:11.4f}{figures['accepted_fraction']:10.1%}{chosen}"
-        )
-    if report[name]["threshold"] >= 1:
-        needed = int(1 / promise)
-        print(
-            f"  No threshold keeps the promise with these {n} prompts, so nothing will be accepted. It takes at "
-            f"least {needed} prompts (rollouts.calibration), more with a weak verifier, or a larger "
-            "verifier.max_accuracy_loss."
-        )
+
+
+def _kept(evidence: Evidence) -> Evidence:
+    """What training reads of the evidence, in the computer's memory."""
+    tensors = {name: getattr(evidence, name) for name in ("log_prob", "entropy", "margin", "states")}
+    moved = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
+    return replace(evidence, **moved)
 
 
 def _layers(chosen: Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices into `hidden_states` (0 is the embedding, `depth` the last), from the end where negative."""
     layers = tuple(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
     if any(not 0 <= layer <= depth for layer in layers):
-        raise ValueError(f"verifier.layers={list(chosen)}: the target has hidden states 0 to {depth}")
+        raise ValueError(f"verifier.probe.layers={list(chosen)}: the target has hidden states 0 to {depth}")
     return layers
-
-
-def _states(judged: Judged) -> Tensor:
-    assert judged.evidence.states is not None
-    return judged.evidence.states

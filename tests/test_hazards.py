@@ -1,0 +1,281 @@
+"""Trained verifiers: what learns, what is saved and loaded, and what stays as it was."""
+
+import dataclasses
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval.judged import Draft, Judged, Scored, examine, measure
+from eval.tasks import draw_prompts, ledger
+from parse import Engine
+from parse.passes import drive
+from parse.segments import cut
+from parse.trained import (
+    Adapter,
+    HazardHead,
+    Probe,
+    adapt,
+    fingerprint,
+    load,
+    save,
+    segment_evidence,
+    suffix_of,
+    survival,
+    tokenizer_hash,
+)
+from parse.verifiers import Evidence, Likelihood, Prompt
+from tests.conftest import MODELS, random_adapter, random_model
+from tests.test_architectures import ARCHITECTURES, make
+from train.hazards import AdapterModule, ProbeModule, fit
+from train.recipe import AdapterSection, ProbeSection
+from train.verifier import gather, train_adapter, train_probe, up_to_first_invalid
+
+
+def test_segment_evidence_is_of_the_segment_and_so_far():
+    log_prob = torch.tensor([-1.0, -5.0, -2.0, -4.0])
+    evidence = Evidence([2, 3], log_prob, -log_prob, 2 - log_prob, None, None)  # the end of sequence is the fourth
+    first, second = segment_evidence(evidence)
+    assert first.tolist() == [0, *[-5, -3, 5, 3, 7, 5] * 2]
+    assert second.tolist() == [1, -4, -3, 4, 3, 6, 5, -5, -3, 5, 3, 7, 5]
+
+
+def test_survival_never_rises():
+    torch.testing.assert_close(survival(torch.tensor([0.0, 0.5, 0.1])), torch.tensor([0.0, 0.5, 0.6]).neg().exp())
+
+
+def test_the_suffix_is_the_start_of_the_next_turn(tokenizer, smollm):
+    assert tokenizer.decode(suffix_of(tokenizer, 2)) == "<|end|> <|user|>"
+    assert smollm[1].decode(suffix_of(smollm[1], 4)) == "<|im_end|>\n<|im_start|>user"
+    assert suffix_of(tokenizer, 1) == suffix_of(tokenizer, 2)[:1]
+
+
+def test_training_asks_up_to_the_first_invalid_cut():
+    draft = Draft([1], list(range(9)), [2, 5, 9], True, [True, False, False])
+    assert up_to_first_invalid(draft) == dataclasses.replace(
+        draft, ids=[0, 1, 2, 3, 4], ends=[2, 5], ended=False, valid=[True, False]
+    )
+    right = Draft([1], [5, 6], [1, 2], True, [True, True])
+    assert up_to_first_invalid(right) == right
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_adapter_leaves_what_was_read_bit_by_bit(name, tokenizer):
+    """The same packed pass, with the LoRA on its suffixes and without: the same keys and values, other verdicts."""
+    model = make(name)
+    prompt, draft, ends, suffix = list(range(5, 17)), list(range(20, 33)), [4, 9, 13], [7, 8]
+    caches, logits, states = [], [], []
+    for verifier in (
+        random_adapter(model, suffix),
+        Prompt(suffix, [9], [10], layers=(model.config.num_hidden_layers,)),
+    ):
+        engine = Engine(model, tokenizer, verifier=dataclasses.replace(verifier, reads_draft=True), compile=False)
+        context = engine.context("target")
+        context.read(prompt)
+        evidence, behind = drive(engine.examining(context, draft, ends, ended=False))
+        caches.append([part for layer in context.reader.cache.states(context.row) for part in layer])
+        logits.append(behind)
+        states.append(evidence.suffix_states)
+    # where suffixes choose other experts, these multiply other rows at a time: equal but for rounding
+    same = torch.equal if name not in ("qwen3 moe", "deepseek v3") else partial(torch.allclose, atol=1e-5)
+    assert all(same(mine, plain) for mine, plain in zip(*caches, strict=True))
+    assert same(*logits)
+    assert states[0].shape == (3, model.config.hidden_size)
+
+
+def test_one_packed_pass_gives_each_prefix_the_adapters_verdict_on_it_alone(target, tokenizer):
+    engine = Engine(target, tokenizer, verifier=random_adapter(target, [7, 8]), compile=False)
+    prompt, draft, ends = list(range(5, 17)), list(range(20, 33)), [4, 9, 13]
+    together = engine.verify(prompt, draft, ends)
+    hazards = []
+    for k, end in enumerate(ends):  # each prefix as a draft of its own; the hazard of its last segment
+        context = engine.context("target")
+        context.read(prompt)
+        evidence, _ = drive(engine.examining(context, draft[:end], ends[: k + 1], ended=False))
+        hazards.append(engine.verifier.hazards(evidence)[-1])
+    torch.testing.assert_close(together, survival(torch.stack(hazards)), atol=1e-4, rtol=1e-4)
+
+
+def test_training_runs_what_the_engine_runs(target, tokenizer):
+    """The module's hazards of packed rows without a cache are the engine's, behind a prompt in the cache."""
+    adapter = random_adapter(target, [7, 8])
+    engine = Engine(target, tokenizer, verifier=adapter, compile=False)
+    drafts = [
+        Draft(list(range(5, 17)), list(range(20, 33)), [4, 9, 13], False, [True] * 3),
+        Draft(list(range(8, 13)), list(range(40, 47)), [3, 7], True, [True] * 2),
+    ]
+    judged = list(examine(engine, drafts))
+    module = AdapterModule(adapter.adapted, target, adapter.head, [7, 8])
+    with torch.no_grad():
+        trained = module(*module.collate(judged))
+    mine = torch.cat([adapter.hazards(one.evidence) for one in judged])
+    torch.testing.assert_close(trained, mine, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_probes_is_each_probe_alone():
+    torch.manual_seed(0)
+    head = HazardHead(4, 4)
+    judged = []
+    for n, ends in ((6, [2, 6]), (3, [3])):
+        free = torch.randn(3, n + 1)
+        evidence = Evidence(ends, *free, torch.randn(n, 4), None)
+        judged.append(Judged(Draft([1], list(range(n)), ends, True, [True] * len(ends)), evidence))
+    module = ProbeModule(head)
+    alone = torch.cat([Probe(head, (1,)).hazards(one.evidence) for one in judged])
+    torch.testing.assert_close(module(*module.collate(judged)), alone)
+
+
+def planted(n, seed):
+    """Drafts of which the states say, with some noise, where they go wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    judged = []
+    for number in range(n):
+        ends = [3, 6, 9]
+        first = int(torch.randint(0, 8, (), generator=generator))
+        states = torch.randn(9, 16, generator=generator)
+        if first < 3:
+            states[first * 3 + 1, 0] += 9
+        valid = [k < first for k in range(3)]
+        draft = Draft([1], list(range(9)), ends, False, valid, number=number)
+        judged.append(Judged(draft, Evidence(ends, *torch.zeros(3, 9), states, None)))
+    return judged
+
+
+def test_a_probe_learns_where_drafts_go_wrong():
+    torch.manual_seed(0)
+    section = ProbeSection(epochs=8, learning_rate=1e-2)
+    probe = train_probe(planted(120, 1), planted(30, 2), (1,), section, 0.01)
+    fresh = planted(100, 3)
+    scored = [Scored(one.draft, probe.confidences(one.evidence).tolist()) for one in fresh]
+    assert measure(scored, 0.5)["auc"] > 0.97
+
+
+def test_the_best_epoch_is_kept_by_what_may_be_accepted():
+    """A rate so high that later epochs are worse than the first ones."""
+    torch.manual_seed(0)
+    fitted, held_out = planted(60, 1), planted(30, 2)
+    probe_module = lambda: ProbeModule(HazardHead(16, 4))
+    accepted = []
+    for epochs in (1, 4):
+        torch.manual_seed(0)
+        module = fit(probe_module, fitted, held_out, ProbeSection(epochs=epochs, learning_rate=3e-2), 0.01, "probe")
+        probe = Probe(module.head, (1,))
+        accepted.append([Scored(one.draft, probe.confidences(one.evidence).tolist()) for one in held_out])
+    assert all(not parameter.requires_grad or torch.isfinite(parameter).all() for parameter in module.parameters())
+    assert measure(accepted[1], 0.5)["auc"] > 0.9
+
+
+def test_nothing_to_learn_from_is_said():
+    with pytest.raises(ValueError, match=r"no labelled drafts to learn from .*raise rollouts\.train"):
+        train_probe([], planted(3, 1), (1,), ProbeSection(), 0.01)
+
+
+def test_only_the_last_layers_are_adapted(target):
+    adapted = adapt(target, [7, 8], 4, 1)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".layers.2." in name for name in trained)
+    assert not any("lora" in name for name, _ in target.named_parameters())
+    weight = target.model.layers[0].self_attn.q_proj.weight
+    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.weight is weight  # no second copy
+
+
+@pytest.mark.parametrize("other", ["weights", "tokenizer", "segments"])
+def test_an_adapter_for_something_else_is_refused(tmp_path, target, draft, tokenizer, other):
+    facts = {"tokenizer": tokenizer_hash(tokenizer), "segments": "sentence"}
+    save(tmp_path, random_adapter(target, [7, 8]), target, facts)
+    assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "verifier.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    load_with = lambda model, **options: Engine.from_pretrained(model, None, tmp_path, tokenizer=tokenizer, **options)
+    assert isinstance(load_with(target).verifier, Adapter)
+    record = json.loads((tmp_path / "verifier.json").read_text())
+    if other == "weights":
+        changed = random_model("llama", len(tokenizer), layers=3, seed=5)
+        with pytest.raises(ValueError, match=f"{record['base'][:12]}.*{fingerprint(changed)[:12]}"):
+            load_with(changed)
+    elif other == "tokenizer":
+        (tmp_path / "verifier.json").write_text(json.dumps({**record, "tokenizer": "0" * 64}))
+        with pytest.raises(ValueError, match=f"000000000000, the target's is {tokenizer_hash(tokenizer)[:12]}"):
+            load_with(target)
+    else:
+        with pytest.raises(ValueError, match="segments=4, but .* was trained on 'sentence'"):
+            load_with(target, segments=4)
+
+
+def check_training(engine, drafts, folder, section):
+    """Train on labelled drafts, save, load, and judge in the packed pass as the trained one does."""
+    engine.verifier = Likelihood()
+    judged = gather(engine, map(up_to_first_invalid, drafts), "train")
+    before = fingerprint(engine.target)
+    adapter = train_adapter(engine, judged, judged, section, 0.01)
+    assert fingerprint(engine.target) == before
+    weights = [p for name, p in adapter.adapted.named_parameters() if "lora_B" in name]
+    assert any(weight.abs().max() > 0 for weight in weights)
+    save(folder, adapter, engine.target, {"tokenizer": tokenizer_hash(engine.tokenizer), "segments": engine.segments})
+    assert set(load_file(folder / "head.safetensors")) == set(adapter.head.state_dict())
+    loaded, _ = load(folder, engine.target, engine.tokenizer)
+    one = drafts[0]
+    verdicts = []
+    for verifier in (adapter, loaded):
+        engine.verifier = verifier
+        verdicts.append(engine.verify(one.context_ids, one.ids, one.ends))
+    torch.testing.assert_close(*verdicts)
+    return adapter
+
+
+def assert_base_is_untouched(engine, adapter, draft):
+    """After the packed pass the cache holds, bit by bit, what the same pass leaves without the LoRA."""
+    plain = Prompt(adapter.suffix_ids, [1], [2], layers=(1,), reads_draft=True)
+    states = []
+    for verifier in (adapter, plain):
+        engine.verifier = verifier
+        context = engine.context("target")
+        context.read(draft.context_ids)
+        drive(engine.examining(context, draft.ids, draft.ends, draft.ended))
+        states.append([part for layer in context.reader.cache.states(context.row) for part in layer])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*states, strict=True))
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_real_chat_model(smollm, tmp_path):
+    """Right answers to small questions, and the same with another question's answer in the second sentence."""
+    engine = Engine(*smollm, compile=False)
+    things = {"the sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
+    drafts = []
+    for number, (thing, colour) in enumerate(things.items()):
+        for wrong in (False, True):
+            named = list(things.values())[(number + 2) % len(things)] if wrong else colour
+            text = f"Let me think. The colour of {thing} is {named}. That is all."
+            ids = engine.tokenizer.encode(text, add_special_tokens=False)
+            ends = cut(ids, engine.tokenizer, "sentence")
+            valid = [True] + [not wrong] * (len(ends) - 1)
+            context = engine.encode(f"What colour has {thing}?")
+            drafts.append(Draft(context, ids, ends, True, valid, number=len(drafts)))
+    section = AdapterSection(epochs=8, learning_rate=5e-3, batch_size=1, rank=8, layers=2)
+    adapter = check_training(engine, drafts, tmp_path, section)
+    assert_base_is_untouched(engine, adapter, drafts[0])
+    engine.verifier = adapter
+    scored = [Scored(one.draft, adapter.confidences(one.evidence).tolist()) for one in examine(engine, drafts)]
+    assert measure(scored, 0.5)["auc"] > 0.8  # it has learnt these by heart at least
+
+
+@pytest.mark.slow
+def test_an_adapter_on_the_shipped_target(tmp_path):
+    engine = Engine.from_pretrained(MODELS / "ledger-target", compile=False)
+    drafts = []
+    prompts = draw_prompts(ledger, "train", 24, seed=4)
+    for number, answer in enumerate(engine.generate(prompts, 200, method="target", batch_size=24)):
+        prompt, ids = prompts[number], answer.token_ids
+        ends = cut(ids, engine.tokenizer, "sentence")
+        if number % 2:  # the second sentence tells of something else
+            start, stop = ends[0], ends[1]
+            ids = [*ids[:start], *reversed(ids[start : stop - 1]), *ids[stop - 1 :]]
+        valid = [True] + [number % 2 == 0] * (len(ends) - 1)
+        drafts.append(Draft(engine.encode(prompt), ids, ends, True, valid, number=number))
+    section = AdapterSection(epochs=2, learning_rate=5e-3, batch_size=4, layers=2)
+    adapter = check_training(engine, drafts, tmp_path, section)
+    assert_base_is_untouched(engine, adapter, drafts[0])
+    assert isinstance(engine.verifier, Prompt)

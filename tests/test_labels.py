@@ -1,0 +1,84 @@
+"""Labels: found by bisection as by asking for every prefix; judged by the task, or by the target itself."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.tasks import draw_prompts, ledger
+from parse import Engine
+from parse.passes import drive, drive_together
+from tests.conftest import MODELS
+from train.labels import Agreement, Checked, Labeller, bisecting, controls
+from train.rollouts import first_segment, rolling_out
+
+
+@given(k=st.integers(1, 40), data=st.data())
+def test_bisection_finds_the_first_invalid_prefix(k, data):
+    first, asked = data.draw(st.integers(1, k)), []
+
+    def ask(cut):
+        asked.append(cut)
+        return cut < first
+        yield
+
+    assert drive(bisecting(k, ask)) == first
+    assert len(asked) == len(set(asked)) <= math.ceil(math.log2(k)) if k > 1 else not asked
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", compile=False)
+
+
+def rollouts(engine, labeller, every, prompts):
+    steps = (rolling_out(labeller, prompt, rounds=4, every=every) for prompt in prompts)
+    finished = dict(drive_together(steps, 40))
+    return [finished[i] for i in range(len(prompts))]
+
+
+@pytest.mark.slow
+def test_bisection_and_asking_about_every_prefix_agree(engine):
+    """Validity is lost once; where the two differ, the target has mended an error by chance."""
+    prompts = draw_prompts(ledger, "train", 30, seed=12)
+    labeller = Labeller(engine, Checked(ledger), 200)
+    bisected, every = (rollouts(engine, labeller, every, prompts) for every in (False, True))
+    firsts = [(a[0], b[0]) for a, b in zip(bisected, every, strict=True)]
+    assert all(a["draft_ids"] == b["draft_ids"] and a["ends"] == b["ends"] for a, b in firsts)
+    assert sum(a["valid"] == b["valid"] for a, b in firsts) >= 0.95 * len(firsts)
+    wrong = [found for found in bisected if not all(found[0]["valid"])]
+    assert len(wrong) > 3
+    for first, *later in wrong:
+        kept = first["draft_ids"][: [0, *first["ends"]][sum(first["valid"])]]
+        assert later
+        repair = first_segment(engine, first["continuation_ids"])
+        assert later[0]["prefix_ids"] == [*kept, *repair]  # the draft goes on behind the target's repair
+        assert ledger.first_wrong(prompts[bisected.index([first, *later])], engine.tokenizer.decode(kept)) is None
+
+
+@pytest.mark.slow
+def test_several_ways_on_decide_together(engine):
+    prompts = draw_prompts(ledger, "train", 6, seed=13)
+    once = rollouts(engine, Labeller(engine, Checked(ledger), 200), False, prompts)
+    most = rollouts(engine, Labeller(engine, Checked(ledger), 200, samples=3), False, prompts)
+    labels = [[row["valid"] for row in found[:1]] for found in once], [[r["valid"] for r in f[:1]] for f in most]
+    assert sum(a == b for a, b in zip(*labels, strict=True)) >= 5
+
+
+@pytest.mark.slow
+def test_a_target_compares_answers_where_there_is_no_checker(smollm):
+    engine = Engine(*smollm, compile=False)
+    agreement = Agreement(engine, limit=12)
+    prompts = [f"Name a {thing}." for thing in ("colour", "river", "bird", "metal", "planet", "tree", "fruit", "city")]
+
+    def run(many):
+        finished = dict(drive_together(many, 8))
+        return [finished[i] for i in range(len(finished))]
+
+    noise = controls(agreement, prompts, run)
+    assert set(noise) == {"same_called_different", "different_called_same", "threshold"}
+    assert all(0 <= value <= 1 for value in noise.values())
+    assert noise["same_called_different"] + noise["different_called_same"] < 1  # better than a guess
+    assert drive(agreement.judging(prompts[0], "Blue, blue and blue again")) in (True, False)
+    assert drive(agreement.judging(prompts[0], agreement.references[prompts[0]]))  # its own words

@@ -1,0 +1,70 @@
+"""The threshold, from the labels alone: conformal risk control.
+
+The loss of a prompt is 1 where a verifier that is let loose on its drafts keeps any of them up to an invalid cut. With
+n prompts the threshold is the smallest one with (losses + 1) / (n + 1) <= promise, which bounds the expected loss of a
+fresh prompt by the promise (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the
+threshold).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from eval.judged import Scored, keeps, loses
+
+NEVER = 1.01  # a threshold that no confidence reaches: accept nothing
+
+
+def calibrate(scored: Sequence[Scored], promise: float, policy: str = "first_fail") -> float:
+    """The smallest threshold whose expected accuracy loss is bounded.
+
+    Args:
+        scored: the drafts of n prompts.
+        promise: the accuracy that may be lost, a fraction.
+
+    Returns:
+        the threshold, or `NEVER` where the data cannot support the promise.
+    """
+    n = len({one.draft.number for one in scored})
+    return _threshold(scored, math.floor(promise * (n + 1) + 1e-9) - 1, policy)
+
+
+def empirical(scored: Sequence[Scored], promise: float) -> float:
+    """The smallest threshold that loses at most so much of these very prompts; no promise for others."""
+    n = len({one.draft.number for one in scored})
+    return _threshold(scored, math.floor(promise * n + 1e-9), "first_fail")
+
+
+def thresholds(scored: Sequence[Scored], promise: float, handback: str) -> dict[str, float]:
+    """The calibrated threshold of each acceptance policy, on the drafts that it meets.
+
+    "whole" judges the last cut of the first draft alone. With handback "never" there is one draft a prompt.
+    """
+    firsts = [one for one in scored if one.draft.round == 0]
+    met = scored if handback == "segment" else firsts
+    rounds = {policy: calibrate(met, promise, policy) for policy in ("first_fail", "longest")}
+    return {**rounds, "whole": calibrate(firsts, promise, "whole")}
+
+
+def prompts_needed(promise: float) -> int:
+    """The prompts below which no verifier can support the promise."""
+    return math.ceil(1 / promise - 1e-9) - 1
+
+
+def _threshold(scored: Sequence[Scored], allowed: int, policy: str) -> float:
+    """The smallest threshold at which at most so many prompts are lost."""
+    if allowed < 0:
+        return NEVER
+    fatal: dict[int, float] = {}  # the highest threshold at which each prompt would still be lost
+    for one in scored:
+        for threshold in one.confidences:
+            if loses(one.draft, keeps(one, threshold, policy)):
+                fatal[one.draft.number] = max(fatal.get(one.draft.number, 0.0), threshold)
+    highest = sorted(fatal.values(), reverse=True)
+    if len(highest) <= allowed:
+        return 0.0
+    above = float(torch.nextafter(torch.tensor(highest[allowed]), torch.tensor(2.0)))
+    return above if above <= 1 else NEVER

@@ -1,0 +1,224 @@
+"""Fitting what gives hazards: a probe's head, or an adapter's head and LoRA, on labelled drafts.
+
+The loss is the likelihood of where each draft first goes wrong. After every epoch the verdicts on held-out prompts
+decide whether these weights are the best so far, by the end metric: what may be accepted within the promise. Under DDP
+and FSDP2 each process learns from its own share of the drafts, in equally many steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from eval.judged import Judged, Scored, known_cuts, measure
+from parse.compiled import masks
+from parse.layout import pack, stack_layouts
+from parse.trained import HazardHead, segment_evidence, survival, token_inputs
+from train.calibration import empirical
+from train.recipe import Fit
+from train.run import progress_bar
+
+T = TypeVar("T")
+WARM_UP = 0.1  # of the steps
+WEIGHT_DECAY = 0.05
+LIKE_LENGTH = 8  # tokens
+
+
+class ProbeModule(nn.Module):
+    """What a probe trains: the head, on states and evidence that were gathered before."""
+
+    def __init__(self, head: HazardHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
+        """States [M, width], evidence [M, 4] and the segment of each of the batch's M tokens, int64 [M]."""
+        states, evidence = zip(*(token_inputs(one.evidence) for one in judged), strict=True)
+        lengths = [stop - start for one in judged for start, stop in one.evidence.bounds]
+        segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return torch.cat(states), torch.cat(evidence), segments
+
+    def forward(self, states: Tensor, evidence: Tensor, segments: Tensor) -> Tensor:
+        """The hazard of each of the batch's segments."""
+        hazards = self.head(states, evidence)  # [M]
+        return hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)
+
+
+class AdapterModule(nn.Module):
+    """What an adapter trains: a LoRA on the suffixes of the packed layout, and the head behind each of them."""
+
+    def __init__(self, adapted: nn.Module, base: PreTrainedModel, head: HazardHead, suffix_ids: list[int]) -> None:
+        super().__init__()
+        self.adapted, self.head, self.suffix_ids = adapted, head, suffix_ids
+        self._masks = lambda *rows, keys: masks(base, *rows, keys=keys)
+        self._no_split_modules = base._no_split_modules  # what FSDP keeps whole
+
+    def train(self, mode: bool = True) -> AdapterModule:
+        """The base is read as the engine reads it, without dropout."""
+        super().train(mode)
+        self.adapted.eval()
+        return self
+
+    def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
+        """The packed rows [5, B, T], see `stack_layouts`, the suffixes' last tokens [3, sum K], and the evidence.
+
+        Each row is a whole text: what stands before the draft, the draft, and a suffix behind every cut of it.
+        """
+        layouts, places = [], []
+        for row, one in enumerate(judged):
+            before = one.draft.context_ids
+            ends = [len(before) + end for end in one.draft.ends]
+            layout = pack([*before, *one.draft.ids], ends, self.suffix_ids)
+            layouts.append(layout)
+            places += [(row, index) for index in layout.last_suffix.tolist()]
+        starts = torch.tensor([layout.draft_length for layout in layouts])  # [B]
+        evidence = torch.cat([segment_evidence(one.evidence) for one in judged])  # [sum K, 13]
+        return stack_layouts(layouts), torch.tensor(places), starts, evidence
+
+    def forward(self, numbers: Tensor, places: Tensor, starts: Tensor, evidence: Tensor) -> Tensor:
+        """The hazard of each of the batch's segments."""
+        ids, positions, *rest = numbers  # [B, T] each
+        width = ids.shape[1]
+        output = self.adapted(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._masks(*rest, positions, keys=width),
+            use_cache=False,
+            output_hidden_states=True,
+            logits_to_keep=1,
+            alora_offsets=(width - starts).tolist(),
+        )
+        states = output.hidden_states[-1][places[:, 0], places[:, 1]]  # [sum K, D]
+        return self.head(states, evidence)
+
+
+Module = ProbeModule | AdapterModule
+
+
+def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 1.0) -> Tensor:
+    """Negative log-likelihood, in nats, of surviving each valid segment and failing in the first invalid one.
+
+    Args:
+        hazards: [K], of the draft's segments.
+        error_weight: of the failure's term; errors are rare, and to miss one costs an answer.
+    """
+    survived = hazards[: sum(valid)].sum()
+    if all(valid):
+        return survived
+    failed = -torch.expm1(-hazards[known_cuts(valid) - 1].clamp(min=1e-6))
+    return survived - error_weight * torch.log(failed)
+
+
+def fit(
+    make: Callable[[], Module],
+    fitted: Sequence[Judged],
+    held_out: Sequence[Judged],
+    plan: Fit,
+    promise: float,
+    what: str,
+) -> Module:
+    """Train what `make` makes and return it with its best weights, on every process.
+
+    Args:
+        make: gives a module of the same base and shape at every call.
+        fitted: this process's share of the drafts to learn from.
+        held_out: its share of those that decide which epoch was the best.
+        promise: the accuracy that may be lost.
+        what: the name on the progress bar.
+
+    Raises:
+        ValueError: if there are no drafts for some process.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    sizes = gather_object([(len(fitted), len(held_out))])
+    if min(min(size) for size in sizes) == 0:
+        raise ValueError(
+            f"the {what} has no labelled drafts to learn from or to be tested on (drafts and held-out drafts of each "
+            f"process: {sizes}): raise rollouts.train, or see why no answer of the target is right"
+        )
+    share = -(-plan.batch_size // accelerator.num_processes)
+    steps, tests = (-(-max(column) // share) for column in zip(*sizes, strict=True))  # as many on every process
+    module = make()
+    optimizer = torch.optim.AdamW(_trained(module).values(), lr=plan.learning_rate, weight_decay=WEIGHT_DECAY)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    total = steps * plan.epochs
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(WARM_UP * total), total)
+
+    def hazards(some: Sequence[Judged]) -> list[Tensor]:
+        """The hazards [K] of each draft."""
+        inputs = [tensor.to(accelerator.device) for tensor in module.collate(some)]
+        return list(model(*inputs).split([len(one.draft.ends) for one in some]))
+
+    def loss_of(some: Sequence[Judged], found: Sequence[Tensor]) -> Tensor:
+        pairs = zip(found, some, strict=True)
+        return torch.stack([survival_loss(h, one.draft.valid, plan.error_weight) for h, one in pairs]).mean()
+
+    best, kept = (-1.0, 0.0), dict[str, Tensor]()
+    with progress_bar(what, total=total) as bar:
+        for _ in range(plan.epochs):
+            model.train()
+            for some in _shuffled(_cycled(_by_length(fitted), share, steps)):
+                loss = loss_of(some, hazards(some))
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(_trained(model).values(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+            model.eval()
+            with torch.no_grad():
+                batches = _cycled(held_out, share, tests)
+                found = [pair for some in batches for pair in zip(some, hazards(some), strict=True)][: len(held_out)]
+                loss = loss_of(*zip(*found, strict=True))
+            mine = [Scored(one.draft, survival(h).tolist()) for one, h in found]
+            scored, losses = gather_object(mine), gather_object([loss.item()])
+            score = (acceptable(scored, promise), -sum(losses) / len(losses))
+            if score > best:
+                unwrapped = accelerator.unwrap_model(model)
+                best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}
+            bar.set_postfix_str(f"held out: {score[0]:.1%} acceptable, best {best[0]:.1%}", refresh=False)
+    return _restored(make(), kept)
+
+
+def acceptable(scored: Sequence[Scored], promise: float) -> float:
+    """The share of the drafts' tokens that can be accepted at the promised loss, on these very prompts."""
+    return measure(scored, empirical(scored, promise))["accepted_fraction"]
+
+
+def _by_length(judged: Sequence[Judged]) -> list[Judged]:
+    """Drafts in a random order in which neighbours have about the same length, so that batches hold little padding."""
+    order = torch.randperm(len(judged)).tolist()
+    return [judged[i] for i in sorted(order, key=lambda i: len(judged[i].draft.ids) // LIKE_LENGTH)]
+
+
+def _shuffled(batches: Iterable[T]) -> list[T]:
+    held = list(batches)
+    return [held[i] for i in torch.randperm(len(held)).tolist()]
+
+
+def _cycled(items: Sequence[T], size: int, count: int) -> Iterator[list[T]]:
+    """Exactly so many batches, from the start again where the items run out."""
+    endless = itertools.cycle(items)
+    for index in range(count):
+        left = max(len(items) - index * size, 1)
+        yield list(itertools.islice(endless, min(size, left)))
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _restored(module: Module, weights: dict[str, Tensor]) -> Module:
+    """The module with these weights, whole where they were sharded."""
+    with torch.no_grad():
+        for name, parameter in _trained(module).items():
+            value: Any = weights[name]
+            parameter.copy_(value.full_tensor() if hasattr(value, "full_tensor") else value)
+    return module.eval()
