@@ -63,6 +63,7 @@ class Scripted:
     kind: str = "scripted"
     layers: tuple[int, ...] = ()
     threshold: float = 0.5
+    adapted: None = None
     reads_draft: bool = True
 
     def confidences(self, evidence: Evidence) -> Tensor:

@@ -260,7 +260,8 @@ class Engine:
         first, device = target.waiting, self.target.device
         w, n = len(first), len(draft_ids)
         layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
-        read = range(w + n) if verifier.reads_draft else sorted({*range(w), n - 1 + w, *(end - 1 + w for end in ends)})
+        whole = verifier.reads_draft or draft_logits is not None
+        read = range(w + n) if whole else sorted({*range(w), n - 1 + w, *(end - 1 + w for end in ends)})
         verdicts = layout.last_suffix.tolist() if verifier.suffix_ids else []
         keep = [*read, *verdicts] if verifier.adapted is None else list(read)
         before = target.next_logits
@@ -277,18 +278,22 @@ class Engine:
         target.rollback(length + n, following[-1])
         tokens = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]  # M
         log_prob = entropy = margin = torch.empty(0, device=device)
-        if verifier.reads_draft:
+        if whole:
             log_prob, entropy, margin = token_evidence(before, drafted, torch.tensor(tokens, device=device))
-        states = suffix_states = divergence = None
-        if verifier.layers:
-            chosen = [output.states[layer][w : w + n] for layer in verifier.layers]  # [N, D] each
-            states = torch.cat(chosen, dim=-1)  # [N, D * layers]
-        if verifier.adapted is not None:
-            suffix_states = output.states[-1][verdicts]  # [K, D]
+        divergence = None
         if draft_logits is not None:
             divergence = token_divergence(torch.cat([before[None], drafted])[: len(tokens)], draft_logits)
-        logits = suffix_logits if verifier.suffix_ids and verifier.adapted is None else None
-        evidence = Evidence(ends, log_prob, entropy, margin, states, logits, suffix_states, divergence)
+        read_states = [output.states[layer][w : w + n] for layer in verifier.layers]  # [N, D] each
+        evidence = Evidence(
+            ends,
+            log_prob,
+            entropy,
+            margin,
+            states=torch.cat(read_states, dim=-1) if read_states else None,  # [N, D * layers]
+            suffix_logits=suffix_logits if len(suffix_logits) else None,
+            suffix_states=output.states[-1][verdicts] if verifier.adapted else None,  # [K, D]
+            divergence=divergence,
+        )
         return evidence, following[:-1]
 
     def context(self, role: str) -> Context:

@@ -17,7 +17,7 @@ prepare = Accelerator.prepare
 
 def telling(self: Accelerator, *parts: Any) -> Any:
     prepared = prepare(self, *parts)
-    print(f"prepared: {type(prepared[0]).__name__}", flush=True)
+    print(f"prepared: {type(prepared[0]).__name__}.", flush=True)
     return prepared
 
 
