@@ -18,7 +18,7 @@ from torch import Tensor
 from parse import Engine
 from parse.answer import accept
 from parse.decode import Context
-from parse.passes import Pass, Steps, drive, drive_together
+from parse.passes import Pass, Reader, Steps, drive, drive_together
 from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, Verifier
 
 AT_ONCE = 16  # drafts in a pass
@@ -62,11 +62,13 @@ def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
     """
 
+    readers = {role: Reader(own.model, own.eos_ids) for role, own in engine.readers.items()}  # the engine's stay small
+
     def examining(draft: Draft) -> Steps[Judged]:
-        context = Context(engine.readers["target"])
+        context = Context(readers["target"])
         try:
             yield from context.reading(draft.context_ids)
-            logits = (yield from _draft_logits(engine, draft)) if with_draft and _comparable(engine) else None
+            logits = (yield from _draft_logits(readers["draft"], draft)) if with_draft and _comparable(engine) else None
             evidence, _ = yield from engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
         finally:
             context.close()
@@ -79,9 +81,9 @@ def _comparable(engine: Engine) -> bool:
     return engine.draft is not None and engine.same_tokens
 
 
-def _draft_logits(engine: Engine, draft: Draft) -> Steps[Tensor]:
+def _draft_logits(reader: Reader, draft: Draft) -> Steps[Tensor]:
     """The draft model's logits of its own tokens and of the end, where it ended: [M, V]."""
-    context = Context(engine.readers["draft"])
+    context = Context(reader)
     try:
         first = len(draft.context_ids) - 1
         last = first + len(draft.ids) + draft.ended
@@ -203,7 +205,7 @@ def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Seq
     mine = engine.verifier
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for draft in drafts:
-        proposed = drive(_draft_logits(engine, draft)) if _comparable(engine) else None
+        proposed = drive(_draft_logits(engine.readers["draft"], draft)) if _comparable(engine) else None
         for name, kind in kinds.items():
             engine.verifier = kind
             context = engine.context("target")

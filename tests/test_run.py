@@ -1,10 +1,13 @@
 """The run folder: whole stages or none, skipped when nothing changed, run again when something did."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 
+from train.__main__ import main
 from train.recipe import load_recipe
 from train.run import KEPT, Run, progress_bar, write_text
 
@@ -81,6 +84,23 @@ def test_a_killed_stage_keeps_what_it_kept_for_the_same_recipe(recipe_of):
         killed(Run(recipe_of()))
     with Run(recipe_of("seed=3")).stage("answers") as folder:
         assert not (folder / KEPT / "rows").exists()
+
+
+def test_a_second_start_on_the_same_folder_is_refused(recipe_of, capsys):
+    """A lock that the system lets go of when its holder is killed."""
+    recipe = recipe_of()
+    recipe.folder.mkdir(parents=True)
+    lock = f"FileLock({str(recipe.folder / '.lock')!r})"
+    held = f"from filelock import FileLock; lock = {lock}; lock.acquire(); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    command = ["recipes/quickstart.yaml", "answers", f"runs={recipe.runs}"]
+    assert main(command) == 2
+    assert "is in use by another start: wait for it to end" in capsys.readouterr().err
+    other.kill()
+    other.communicate()
+    with Run(recipe) as run:
+        assert run.folder == recipe.folder
 
 
 def test_files_are_written_whole(tmp_path):

@@ -40,7 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print(f"{options.recipe}: all checks passed; stages: {', '.join(chosen)}; folder: {recipe.folder}")
         return 0
-    _run(recipe, chosen)
+    try:
+        _run(recipe, chosen)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -51,17 +58,15 @@ def _run(recipe, chosen) -> None:  # type: ignore[no-untyped-def]
 
     from train.run import Run
 
-    run = Run(recipe)
-    for stage in chosen:
-        if stage != "pretrain" and run.is_done(stage):
-            if run.is_main:
-                print(f"{stage}: done before, skipped")
-            continue
-        started = time.time()
-        set_seed(recipe.seed)
-        importlib.import_module(f"train.{stage}").run(recipe, run)
-        if run.is_main:
-            print(f"{stage}: {time.time() - started:.0f} s", flush=True)
+    with Run(recipe) as run:
+        for stage in chosen:
+            if stage != "pretrain" and run.is_done(stage):
+                run.say(f"{stage}: done before, skipped")
+                continue
+            started = time.time()
+            set_seed(recipe.seed)
+            importlib.import_module(f"train.{stage}").run(recipe, run)
+            run.say(f"{stage}: {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

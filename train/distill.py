@@ -31,7 +31,7 @@ def run(recipe: Recipe, run: Run) -> None:
         trainer.save_model(str(folder))
         if run.is_main:
             tokenizer.save_pretrained(folder)
-            print(f"distill: {result.global_step} steps, training loss {result.training_loss:.4f}")
+        run.say(f"distill: {result.global_step} steps, training loss {result.training_loss:.4f}")
 
 
 def trainer_config(recipe: Recipe) -> SFTConfig:

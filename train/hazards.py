@@ -166,6 +166,11 @@ def fit(
             model.train()
             for some in _shuffled(_cycled(_by_length(fitted), share, steps)):
                 loss = loss_of(some, hazards(some))
+                if not loss.isfinite():
+                    raise FloatingPointError(
+                        f"the {what}'s loss is {loss.item()} at step {bar.n + 1} of {total}, on drafts of the prompts "
+                        f"{sorted(one.draft.number for one in some)}: lower verifier.{what}.learning_rate"
+                    )
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(_trained(model).values(), 1.0)
                 optimizer.step()

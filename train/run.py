@@ -28,10 +28,11 @@ import datasets
 import torch
 import yaml
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers.utils import logging
 
-from train.recipe import STAGES, Recipe, to_dict
+from train.recipe import STAGES, Recipe, RecipeError, to_dict
 
 SHARED = ("target", "draft", "task", "segments", "seed")  # keys that every stage depends on
 FOLDERS = {"answers": "answers", "distill": "draft", "rollouts": "rollouts", "verifier": "verifier"}
@@ -40,7 +41,11 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
 class Run:
-    """A run folder and what is in it."""
+    """A run folder and what is in it; one start at a time.
+
+    Raises:
+        RecipeError: where another start works in the folder.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.folder = recipe, recipe.folder
@@ -48,8 +53,32 @@ class Run:
         self.is_main = self._state.is_main_process
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_text(self.folder / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
         self._state.wait_for_everyone()
+
+    def _lock(self) -> None:
+        """Keep the folder to this process until it ends, however it ends."""
+        self._held = FileLock(self.folder / ".lock", is_singleton=True)
+        try:
+            self._held.acquire(blocking=False)
+        except Timeout as error:
+            raise RecipeError(
+                f"{self.folder} is in use by another start: wait for it to end, stop it, or give this one a folder of "
+                "its own (runs=OTHER)"
+            ) from error
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_main:
+            self._held.release()
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
 
     def path(self, stage: str) -> Path:
         """The folder that a stage writes."""
