@@ -103,6 +103,18 @@ def test_a_second_start_on_the_same_folder_is_refused(recipe_of, capsys):
         assert run.folder == recipe.folder
 
 
+def test_secrets_are_not_written_down(recipe_of, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "distill.trainer.hub_token=hf_abcdefghijkl", "eval.prompts=3"])
+    run = Run(recipe_of("distill.trainer.hub_token=plain", "distill.trainer.eos_token=<|end|>", "name=hf_0123456789"))
+    finish(run, "answers")
+    written = (run.folder / "recipe.yaml").read_text() + (run.folder / "provenance.json").read_text()
+    assert "hf_abc" not in written
+    assert "plain" not in written
+    assert "hf_0123456789" not in written
+    assert "<|end|>" in written
+    assert "eval.prompts=3" in written
+
+
 def test_files_are_written_whole(tmp_path):
     write_text(tmp_path / "a.json", "1")
     write_text(tmp_path / "a.json", "2")

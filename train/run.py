@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,8 @@ from train.recipe import STAGES, Recipe, RecipeError, to_dict
 SHARED = ("target", "draft", "task", "segments", "seed")  # keys that every stage depends on
 FOLDERS = {"answers": "answers", "distill": "draft", "rollouts": "rollouts", "verifier": "verifier"}
 KEPT = ".kept"  # in a stage's scratch folder: what it goes on from where it was killed
+SECRET_KEY = re.compile(r"(hub|access|auth|api|bearer)_?(token|key)$|secret|password", re.IGNORECASE)
+SECRET = re.compile(r"\b(hf_|sk-|ghp_)[\w-]{8,}")
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
@@ -54,7 +57,7 @@ class Run:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            write_text(self.folder / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+            write_text(self.folder / "recipe.yaml", yaml.safe_dump(without_secrets(to_dict(recipe)), sort_keys=False))
         self._state.wait_for_everyone()
 
     def _lock(self) -> None:
@@ -135,7 +138,7 @@ class Run:
 
     def _record(self, stage: str, seconds: float) -> None:
         provenance = self._provenance() | {
-            "argv": sys.argv,
+            "argv": without_secrets(sys.argv),
             "git_commit": _git_commit(),
             "packages": {name: version(name) for name in PACKAGES},
             "python": platform.python_version(),
@@ -144,6 +147,20 @@ class Run:
         record = {"hash": self._hash(stage), "seconds": round(seconds, 1)}
         provenance["stages"] = provenance.get("stages", {}) | {stage: record}
         write_text(self.folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+
+
+def without_secrets(content: Any) -> Any:
+    """Plain data with what looks like a password or a token blotted out, by its key or by its own look."""
+    if isinstance(content, dict):
+        return {k: "[redacted]" if v and SECRET_KEY.search(k) else without_secrets(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_secrets(item) for item in content]
+    if isinstance(content, str):
+        key, equals, _ = content.partition("=")
+        if equals and SECRET_KEY.search(key):
+            return f"{key}=[redacted]"
+        return SECRET.sub("[redacted]", content)
+    return content
 
 
 def write_text(path: Path, text: str) -> None:
