@@ -42,7 +42,7 @@ def load_model(
             `quantization_config`; those that place the model leave no choice to `device`.
 
     Raises:
-        ValueError: if the engine cannot run its architecture, or it has no such attention.
+        ValueError: if its weights are pickled, the engine cannot run its architecture, or it has no such attention.
     """
     options = options or {}
     if device is not None and (placing := sorted(PLACING & options.keys())):
@@ -54,6 +54,7 @@ def load_model(
         if attention:
             source.set_attn_implementation(attention)
         return source
+    check_weights(source)
     check_architecture(AutoConfig.from_pretrained(source))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(
@@ -61,6 +62,18 @@ def load_model(
     )
     placed = PLACING & options.keys()
     return cast(PreTrainedModel, (model if placed else model.to(device)).eval())  # type: ignore[arg-type]
+
+
+def check_weights(source: str | Path) -> None:
+    """Raise ValueError for a folder that holds pickled weights alone: to load a pickle is to run what it holds."""
+    folder = Path(source)
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
+    if pickled and not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{source} holds pickled weights ({', '.join(pickled[:3])}) and no safetensors: loading a pickle runs "
+            "whatever code is in it. If you trust its origin, load it with transformers once and call "
+            "save_pretrained(FOLDER), which writes safetensors; or use another checkpoint"
+        )
 
 
 def check_architecture(config: PreTrainedConfig) -> None:

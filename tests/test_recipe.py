@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from parse.models import load_model
 from train.__main__ import main
 from train.recipe import Recipe, RecipeError, check_models, load_recipe, to_dict
 
@@ -60,6 +61,17 @@ def test_every_shipped_recipe_loads():
 def test_what_cannot_be_run_is_named(write, changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(**changes))
+
+
+def test_pickled_weights_are_refused(tmp_path, target):
+    target.save_pretrained(tmp_path / "m")
+    recipe = Recipe(**{**BASE, "target": str(tmp_path / "m"), "draft": str(tmp_path / "m")})
+    check_models(recipe)
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=r"target: .* holds pickled weights \(pytorch_model.bin\).*save_pretrained"):
+        check_models(recipe)
+    with pytest.raises(ValueError, match="loading a pickle runs whatever code is in it"):
+        load_model(tmp_path / "m")
 
 
 def test_missing_keys_files_and_broken_yaml(tmp_path):

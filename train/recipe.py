@@ -294,7 +294,7 @@ def check_models(recipe: Recipe) -> None:
     """
     from transformers import AutoConfig
 
-    from parse.models import check_architecture
+    from parse.models import check_architecture, check_weights
 
     for key, source in (("target", recipe.target), ("draft", recipe.draft)):
         looks_local = source.count("/") != 1 or source.startswith((".", "~"))
@@ -307,6 +307,7 @@ def check_models(recipe: Recipe) -> None:
         except (OSError, ValueError) as error:
             raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
         try:
+            check_weights(source)
             check_architecture(config)
         except ValueError as error:
             raise RecipeError(f"{key}: {error}") from error
