@@ -31,7 +31,7 @@ from tests.conftest import MODELS, random_adapter, random_model
 from tests.test_architectures import ARCHITECTURES, make
 from train.hazards import AdapterModule, ProbeModule, fit
 from train.recipe import AdapterSection, ProbeSection
-from train.verifier import gather, train_adapter, train_probe, up_to_first_invalid
+from train.verifier import choose, gather, train_adapter, train_probe, up_to_first_invalid
 
 
 def test_segment_evidence_is_of_the_segment_and_so_far():
@@ -180,6 +180,18 @@ def test_a_loss_that_is_not_finite_stops_with_its_place():
         FloatingPointError, match=r"the probe's loss is nan at step \d+ of 4, on drafts .*7.*learning_rate"
     ):
         train_probe(broken, planted(9, 2), (1,), ProbeSection(epochs=2), 0.01)
+
+
+def test_the_kind_that_may_accept_most_is_chosen_of_those_that_the_engine_can_run():
+    def scores(good):
+        right = Scored(Draft([1], [1, 2], [1, 2], True, [True, True], number=0), [0.9, 0.8 if good else 0.1])
+        wrong = Scored(Draft([1], [1, 2], [1, 2], True, [True, False], number=1), [0.9, 0.3])
+        return {"held_out": [right, wrong]}
+
+    kinds = {"likelihood mean prefix": scores(False), "divergence most": scores(True), "probe": scores(True)}
+    assert choose("best", kinds, 0.01) == "probe"
+    assert choose("likelihood", kinds, 0.01) == "likelihood mean prefix"
+    assert choose("probe", kinds, 0.01) == "probe"
 
 
 def test_nothing_to_learn_from_is_said():

@@ -1,5 +1,6 @@
 """Recipes are strict: what cannot be run is refused at once, with its name and the remedy."""
 
+import copy
 import subprocess
 import sys
 
@@ -72,6 +73,26 @@ def test_pickled_weights_are_refused(tmp_path, target):
         check_models(recipe)
     with pytest.raises(ValueError, match="loading a pickle runs whatever code is in it"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verifier": {"probe": {"layers": [4]}}}, r"probe.layers is \[4\]: the target has hidden states 0 .* to 3"),
+        ({"verifier": {"probe": {"layers": []}}}, r"probe.layers is \[\]"),
+        ({"verifier": {"kind": "prompt"}}, "verifier.kind asks the target in words: .*no chat template"),
+        ({"rollouts": {"labeller": "agreement"}}, "rollouts.labeller asks the target in words: .*no chat template"),
+    ],
+)
+def test_what_the_target_cannot_give_is_refused_before_any_work(write, tmp_path, target, tokenizer, changes, message):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    for part in (target, plain):
+        part.save_pretrained(tmp_path / "m")
+    folders = {"target": str(tmp_path / "m"), "draft": str(tmp_path / "m")}
+    check_models(load_recipe(write(**folders)))
+    with pytest.raises(RecipeError, match=message):
+        check_models(load_recipe(write(**folders, **changes)))
 
 
 def test_missing_keys_files_and_broken_yaml(tmp_path):

@@ -48,6 +48,8 @@ def test_a_changed_section_runs_its_stage_and_those_behind_it(recipe_of):
         False,
     ]
     assert not Run(recipe_of("seed=5")).is_done("answers")
+    assert Run(recipe_of("engine.handback=never")).is_done("rollouts")
+    assert not Run(recipe_of("engine.handback=never")).is_done("verifier")  # its threshold is for other drafts
     assert Run(recipe_of("eval.prompts=7")).is_done("verifier")
 
 

@@ -292,9 +292,10 @@ def check_models(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the key, the model and the remedy.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     from parse.models import check_architecture, check_weights
+    from parse.verifiers import Prompt
 
     for key, source in (("target", recipe.target), ("draft", recipe.draft)):
         looks_local = source.count("/") != 1 or source.startswith((".", "~"))
@@ -311,3 +312,18 @@ def check_models(recipe: Recipe) -> None:
             check_architecture(config)
         except ValueError as error:
             raise RecipeError(f"{key}: {error}") from error
+    asks = {
+        "verifier.kind": recipe.verifier.kind == "prompt",
+        "rollouts.labeller": recipe.rollouts.labeller == "agreement",
+    }
+    for key in (key for key, asked in asks.items() if asked):
+        try:
+            Prompt.of(AutoTokenizer.from_pretrained(recipe.target))
+        except ValueError as error:
+            raise RecipeError(f"{key} asks the target in words: {error}") from error
+    depth, chosen = AutoConfig.from_pretrained(recipe.target).num_hidden_layers, recipe.verifier.probe.layers
+    if not chosen or any(not -depth - 1 <= layer <= depth for layer in chosen):
+        raise RecipeError(
+            f"verifier.probe.layers is {chosen}: the target has hidden states 0 (the embedding) to {depth}, or "
+            f"{-depth - 1} to -1 from the end; name one or more"
+        )

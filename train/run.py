@@ -130,6 +130,8 @@ class Run:
         earlier = order[: order.index(stage) + 1]
         kept = {key: content[key] for key in (*SHARED, *earlier)}
         kept["max_new_tokens"] = content["engine"]["max_new_tokens"]
+        if stage == "verifier":
+            kept |= {key: content["engine"][key] for key in ("policy", "handback")}  # a threshold is for these
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def _provenance(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ Scores = dict[str, list[Scored]]  # by split, of all processes
 def run(recipe: Recipe, run: Run) -> None:
     """Write `verifier/`: verifier.json, head and LoRA; report.json and report.html."""
     with run.stage("verifier") as folder:
-        promise, policy = recipe.verifier.max_accuracy_loss, recipe.engine.policy
+        promise, policy, handback = recipe.verifier.max_accuracy_loss, recipe.engine.policy, recipe.engine.handback
         engine = Engine.from_pretrained(recipe.target, run.path("distill"), compile=False, segments=recipe.segments)
         rollouts = load_from_disk(run.path("rollouts"))
         assert isinstance(rollouts, Dataset)
@@ -63,7 +63,7 @@ def run(recipe: Recipe, run: Run) -> None:
         kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe)}
         scores = score_all(engine, kinds, drafts)
         name = choose(recipe.verifier.kind, scores, promise)
-        limits = {kind: thresholds(scores[kind]["calibration"], promise, recipe.engine.handback) for kind in kinds}
+        limits = {kind: thresholds(scores[kind]["calibration"], promise, handback) for kind in kinds}
         for kind, verifier in kinds.items():
             verifier.threshold = limits[kind][policy]
         costs = milliseconds_per_cut(engine, kinds, drafts["test"][:TIMED])
@@ -73,7 +73,7 @@ def run(recipe: Recipe, run: Run) -> None:
                 "tokenizer": tokenizer_hash(engine.tokenizer),
                 "segments": recipe.segments,
                 "thresholds": limits[name],
-                "calibration": {"max_accuracy_loss": promise, "prompts": n, "policy": policy},
+                "calibration": {"max_accuracy_loss": promise, "prompts": n, "policy": policy, "handback": handback},
             }
             save(folder, kinds[name], engine.target, facts)
             report = report_of(name, kinds, scores, costs, recipe)
@@ -197,8 +197,12 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
 
 
 def choose(kind: str, scores: dict[str, Scores], promise: float) -> str:
-    """The kind's name in the report; among several the one that may accept most of the held-out drafts."""
-    among = [name for name in scores if kind in ("best", name) or name.split()[0] == kind]
+    """The kind's name in the report; among several the one that may accept most of the held-out drafts.
+
+    Divergence stands in the report alone: the engine does not keep the draft's distributions.
+    """
+    usable = [name for name in scores if not name.startswith("divergence")]
+    among = [name for name in usable if kind in ("best", name) or name.split()[0] == kind]
     return max(among, key=lambda name: acceptable(scores[name]["held_out"], promise))
 
 
