@@ -54,6 +54,7 @@ def test_every_shipped_recipe_loads():
         ({"verifier": {"adapter": {"suffix": 0}}}, "verifier.adapter.suffix is 0: give a positive number"),
         ({"rollouts": {"labels": "bisection"}}, "rollouts.labels names 'bisection'; did you mean 'bisect'"),
         ({"rollouts": {"labeller": "judge"}}, "rollouts.labeller names 'judge'"),
+        ({"logging": {"wandb": "on"}}, "logging.wandb names 'on' Allowed: online, offline"),
         ({"stages": ["answer"]}, "stages names 'answer'; did you mean 'answers'"),
         ({"engine": {"policy": "first"}}, "engine.policy names 'first'"),
         ({"pretrain": {"target": {"output": "o"}}}, "lacks the key 'speaker'"),

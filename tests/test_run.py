@@ -105,6 +105,34 @@ def test_a_second_start_on_the_same_folder_is_refused(recipe_of, capsys):
         assert run.folder == recipe.folder
 
 
+def test_a_stop_by_the_user_says_what_is_kept(recipe_of, monkeypatch, capsys):
+    def stopped(recipe, run):
+        with run.stage("answers") as folder:
+            (folder / KEPT / "rows").write_text("some")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.answers.run", stopped)
+    recipe = recipe_of()
+    assert main(["recipes/quickstart.yaml", "answers", f"runs={recipe.runs}"]) == 130
+    assert capsys.readouterr().err == "stopped: what is finished is kept, and the same command goes on from there\n"
+    with Run(recipe) as run, run.stage("answers") as folder:  # nothing holds the folder any more
+        assert (folder / KEPT / "rows").read_text() == "some"
+
+
+def test_all_stages_log_to_one_run_without_a_network(recipe_of):
+    """The real package, offline; started twice, as stages that are run by themselves are."""
+    recipe = recipe_of("logging.wandb=offline", "logging.name=mine")
+    for stage in ("answers", "rollouts"):
+        with Run(recipe) as run:
+            run.log(stage, {"right": 0.5})
+    runs = sorted((recipe.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert runs
+    assert {file.stem.removeprefix("run-") for file in runs} == {(recipe.folder / ".wandb-id").read_text()}
+    written = b"".join(file.read_bytes() for file in runs)
+    assert b"answers/right" in written
+    assert b"rollouts/right" in written
+
+
 def test_secrets_are_not_written_down(recipe_of, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "distill.trainer.hub_token=hf_abcdefghijkl", "eval.prompts=3"])
     run = Run(recipe_of("distill.trainer.hub_token=plain", "distill.trainer.eos_token=<|end|>", "name=hf_0123456789"))

@@ -44,4 +44,5 @@ def run(recipe: Recipe, run: Run) -> None:
             Dataset.from_list(rows).save_to_disk(folder)
             right = sum(row["right"] for row in rows) / len(rows)
             tokens = sum(sum(row["completion_mask"]) for row in rows) / len(rows)
+            run.log("answers", {"right": right, "tokens": tokens})
             run.say(f"answers: {len(rows)} by the target, {right:.1%} right, {tokens:.0f} tokens each")

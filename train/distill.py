@@ -52,7 +52,7 @@ def trainer_config(recipe: Recipe) -> SFTConfig:
         "output_dir": str(recipe.folder / ".distill-checkpoints"),
         "completion_only_loss": True,
         "seed": recipe.seed,
-        "report_to": "none",
+        "report_to": "wandb" if recipe.logging.wandb else "none",  # the run that is open
         "save_strategy": "no",
         "use_cpu": not on_gpu,
         "bf16": on_gpu,

@@ -136,6 +136,15 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Logging:
+    """Where a run's figures go beside the console and its folder."""
+
+    wandb: str | None = None  # "online" or "offline"
+    project: str = "parse"
+    name: str | None = None  # of the run there; None takes the recipe's
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole experiment. Sections are the stages; what is above them is shared."""
 
@@ -154,6 +163,7 @@ class Recipe:
     verifier: VerifierSection = field(default_factory=VerifierSection)
     engine: EngineSection = field(default_factory=EngineSection)
     eval: Eval = field(default_factory=Eval)
+    logging: Logging = field(default_factory=Logging)
 
     @property
     def folder(self) -> Path:
@@ -248,6 +258,8 @@ def _check(recipe: Recipe) -> None:
     _check_choices("verifier.kind", [recipe.verifier.kind], VERIFIERS)
     _check_choices("rollouts.labels", [recipe.rollouts.labels], ("bisect", "all"))
     _check_choices("rollouts.labeller", [recipe.rollouts.labeller], ("task", "agreement"))
+    if recipe.logging.wandb is not None:
+        _check_choices("logging.wandb", [recipe.logging.wandb], ("online", "offline"))
     _check_choices("engine.policy", [recipe.engine.policy], ("first_fail", "longest", "whole"))
     _check_choices("engine.handback", [recipe.engine.handback], ("segment", "never"))
     methods = ("target", "speculation", "draft", "cascade", "sequential", "parse")

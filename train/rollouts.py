@@ -61,6 +61,7 @@ def run(recipe: Recipe, run: Run) -> None:
             summary = {**_balance(rows), "labels": section.labels, **again, **noise}
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
             _explain(summary)
+            run.log("rollouts", {key: value for key, value in summary.items() if isinstance(value, int | float)})
 
 
 def rolling_out(labeller: Labeller, prompt: str, rounds: int, every: bool) -> Steps[list[Row]]:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -72,11 +73,38 @@ class Run:
             ) from error
 
     def __enter__(self) -> Run:
+        section = self.recipe.logging
+        if self.is_main and section.wandb:
+            import wandb
+
+            identity = self.folder / ".wandb-id"  # stages that start by themselves log to the same run
+            if not identity.is_file():
+                write_text(identity, uuid.uuid4().hex[:8])
+            wandb.init(
+                project=section.project,
+                name=section.name or self.recipe.name,
+                mode=section.wandb,
+                id=identity.read_text(),
+                resume="allow",
+                dir=self.folder,
+                config=without_secrets(to_dict(self.recipe)),
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.is_main:
+            if self.recipe.logging.wandb:
+                import wandb
+
+                wandb.finish()
             self._held.release()
+
+    def log(self, stage: str, figures: dict[str, Any]) -> None:
+        """Give figures of a stage to Weights & Biases, where the recipe asks for it."""
+        if self.is_main and self.recipe.logging.wandb:
+            import wandb
+
+            wandb.log({f"{stage}/{name}": value for name, value in figures.items()})
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""

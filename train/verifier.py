@@ -82,6 +82,7 @@ def run(recipe: Recipe, run: Run) -> None:
             write_text(folder / "report.html", html_report(recipe.name, report, tested))
             print(f"verifier: {n} calibration prompts, at most {promise:.1%} accuracy loss promised")
             print(console_table(report))
+            run.log("verifier", {f"{kind}/{key}": v for kind, row in report["kinds"].items() for key, v in row.items()})
             if kinds[name].threshold >= NEVER:
                 print(_advice(kinds[name].kind, n, promise))
 
