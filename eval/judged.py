@@ -5,6 +5,7 @@ A confidence counts up to and including a draft's first invalid cut, which is ho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -61,7 +62,6 @@ def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -
     Args:
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
     """
-
     readers = {role: Reader(own.model, own.eos_ids) for role, own in engine.readers.items()}  # the engine's stay small
 
     def examining(draft: Draft) -> Steps[Judged]:
@@ -81,9 +81,9 @@ def _comparable(engine: Engine) -> bool:
     return engine.draft is not None and engine.same_tokens
 
 
-def _draft_logits(reader: Reader, draft: Draft) -> Steps[Tensor]:
+def _draft_logits(draft_reader: Reader, draft: Draft) -> Steps[Tensor]:
     """The draft model's logits of its own tokens and of the end, where it ended: [M, V]."""
-    context = Context(reader)
+    context = Context(draft_reader)
     try:
         first = len(draft.context_ids) - 1
         last = first + len(draft.ids) + draft.ended
@@ -106,13 +106,10 @@ def reader(engine: Engine, layers: tuple[int, ...]) -> Verifier:
 
 def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
     """Every kind that needs no training, by its name in reports."""
-    kinds: dict[str, Verifier] = {
-        f"likelihood {rule} {scope}": Likelihood(rule, scope)
-        for rule in ("mean", "lowest")
-        for scope in ("segment", "prefix")
-    }
-    if _comparable(engine):
-        kinds |= {f"divergence {rule}": Divergence(rule) for rule in ("mean", "most")}
+    kinds: dict[str, Verifier] = {}
+    for free in (Likelihood, Divergence) if _comparable(engine) else (Likelihood,):
+        for rule, scope in itertools.product(("mean", "lowest"), ("segment", "prefix")):
+            kinds[f"{free.kind} {rule} {scope}"] = free(rule, scope)
     if engine.tokenizer.chat_template:
         kinds["prompt"] = Prompt.of(engine.tokenizer)
     return kinds
@@ -123,9 +120,14 @@ def score(kind: Verifier, judged: Iterable[Judged]) -> list[Scored]:
     return [Scored(one.draft, kind.confidences(one.evidence).tolist()) for one in judged]
 
 
+def valid_cuts(valid: Sequence[bool]) -> int:
+    """Cuts before the first invalid one; what is valid again behind it does not count."""
+    return next((k for k, ok in enumerate(valid) if not ok), len(valid))
+
+
 def known_cuts(valid: Sequence[bool]) -> int:
     """Cuts up to and including the first invalid one."""
-    return min(sum(valid) + 1, len(valid))
+    return min(valid_cuts(valid) + 1, len(valid))
 
 
 def judgements(scored: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
@@ -171,9 +173,9 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
     found: dict[bool, list[bool]] = {True: [], False: []}  # by whether the draft is wrong
     for one in scored:
         ends, labels = [0, *one.draft.ends], one.draft.valid
-        found[not all(labels)].append(accept(one.confidences, threshold) == sum(labels))
+        found[not all(labels)].append(accept(one.confidences, threshold) == valid_cuts(labels))
         accepted += ends[keeps(one, threshold, policy)]
-        oracle += ends[sum(labels)]
+        oracle += ends[valid_cuts(labels)]
         total += ends[-1]
     located, spared = _mean(found[True]), _mean(found[False])
     return {

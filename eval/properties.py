@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds
+from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
 from eval.methods import Outcome
 from eval.tasks import Task
 from parse import Engine
@@ -44,7 +44,7 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
     judged = judge_drafts(engine, task, draft)
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
-    oracle = sum([0, *one.draft.ends][sum(one.draft.valid)] for one in judged)
+    oracle = sum([0, *one.draft.ends][valid_cuts(one.draft.valid)] for one in judged)
     seconds = [
         sum(o.seconds for o in side) / sum(len(o.generation.token_ids) for o in side) for side in (target, draft)
     ]

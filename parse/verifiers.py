@@ -114,37 +114,29 @@ class Likelihood:
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """The probability that the rule gives for each prefix or segment: float32 [K]."""
-        values = []
-        for start, stop in evidence.bounds:
-            span = evidence.log_prob[0 if self.scope == "prefix" else start : stop]
-            values.append(span.mean() if self.rule == "mean" else span.min())
-        return torch.stack(values).exp()  # [K]
+        return self.pool(evidence.log_prob, evidence).exp()
+
+    def pool(self, values: Tensor, evidence: Evidence) -> Tensor:
+        """The mean or the lowest of the tokens' values [M], in each segment or up to its end: [K]."""
+        starts = [0 if self.scope == "prefix" else start for start, _ in evidence.bounds]
+        spans = [values[start:stop] for start, (_, stop) in zip(starts, evidence.bounds, strict=True)]
+        return torch.stack([span.mean() if self.rule == "mean" else span.min() for span in spans])
 
 
 @dataclass
-class Divergence:
-    """Free baseline: how far the draft's distribution is from the target's, at most or in the mean of the segment.
+class Divergence(Likelihood):
+    """Free baseline: the same rules over how near the draft's distribution is to the target's, minus their divergence.
 
-    The rule of "Revisiting Judge Decoding" (arXiv 2601.04766), for prefixes. It needs the draft's probabilities.
+    After "Revisiting Judge Decoding" (arXiv 2601.04766), for prefixes. It needs the draft's probabilities, which the
+    engine does not keep: it is there to compare with.
     """
 
-    rule: str = "most"  # "mean" or "most"
-    threshold: float = 0.5
     kind: str = "divergence"
-    suffix_ids: list[int] = field(default_factory=list)
-    reads_draft: bool = True
-    layers: tuple[int, ...] = ()
-    adapted: None = None
 
     def confidences(self, evidence: Evidence) -> Tensor:
-        """exp(-KL) of each prefix ("most") or segment ("mean"): float32 [K]."""
+        """exp(-KL) by the rule, for each prefix or segment: float32 [K]."""
         assert evidence.divergence is not None
-        values = []
-        for start, stop in evidence.bounds:
-            mean = self.rule == "mean"
-            span = evidence.divergence[start if mean else 0 : stop]
-            values.append(span.mean() if mean else span.max())
-        return torch.exp(-torch.stack(values))  # [K]
+        return self.pool(-evidence.divergence, evidence).exp()
 
 
 @dataclass

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from parse import Engine
 from parse.decode import Context
-from parse.passes import Pass, Reader, drive_together
+from parse.passes import Pass, Reader, drive, drive_together
 from parse.verifiers import Likelihood, Prompt
+from tests.conftest import random_adapter
 
 PROMPTS = [
     "list : #1 fig rome 4 ; #2 apple oslo 7 .",
@@ -32,6 +33,35 @@ WAYS = [
 @pytest.fixture
 def engine(target, draft, tokenizer) -> Engine:
     return Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
+
+
+def test_an_adapter_acts_on_its_own_suffixes_alone(target, tokenizer, forwards):
+    """Packed passes of several widths and a plain one, run as one pass: the same states and caches as each alone."""
+    adapter = random_adapter(target, [7, 8])
+    engine = Engine(target, tokenizer, verifier=adapter, compile=False)
+    reader = engine.context("target").reader
+
+    def reading(draft, ends):
+        context = Context(reader)
+        yield from context.reading([11, 12, 13])
+        if ends:
+            evidence, _ = yield from engine.examining(context, draft, ends, ended=False)
+            states = evidence.suffix_states
+        else:
+            output = yield Pass(reader, context.row, draft)
+            states = output.logits
+            context.has_read(draft)
+        output = yield Pass(reader, context.row, [14])  # shows what the cache holds
+        context.close()
+        return states, output.logits
+
+    texts = [(range(20, 20 + n), ends) for n, ends in ((6, [2, 4, 6]), (9, [3, 9]), (12, []), (8, [8]))]
+    alone = [drive(reading(list(draft), ends)) for draft, ends in texts]
+    together = dict(drive_together((reading(list(draft), ends) for draft, ends in texts), at_once=4))
+    assert forwards[-3:] == [4, 4, 4]
+    for i, results in enumerate(alone):
+        for mine, single in zip(together[i], results, strict=True):
+            torch.testing.assert_close(mine, single, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture

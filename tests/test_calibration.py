@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.judged import Draft, Scored, accuracy_loss, keeps, known_cuts, measure, reliability
+from eval.judged import Draft, Scored, accuracy_loss, keeps, known_cuts, measure, reliability, valid_cuts
 from train.calibration import NEVER, calibrate, empirical, prompts_needed, thresholds
 from train.hazards import survival_loss
 
@@ -140,9 +140,21 @@ def test_the_whole_draft_is_kept_by_its_last_cut():
     assert keeps(one, 0.5, "longest") == 2
 
 
-@pytest.mark.parametrize(("valid", "known"), [([True, True], 2), ([True, False, False], 2), ([False], 1)])
-def test_known_cuts(valid, known):
+@pytest.mark.parametrize(
+    ("valid", "first", "known"),
+    [([True, True], 2, 2), ([True, False, False], 1, 2), ([False], 0, 1), ([True, False, True, True], 1, 2)],
+)
+def test_cuts_are_known_up_to_the_first_invalid_one(valid, first, known):
+    """Whatever is valid again behind it: labels of every prefix may say so, where the target mended an error."""
+    assert valid_cuts(valid) == first
     assert known_cuts(valid) == known
+
+
+def test_what_is_valid_again_behind_an_error_counts_for_nobody():
+    figures = measure([scored([0.9, 0.1, 0.9], [True, False, True])], 0.5)
+    assert figures["oracle_accepted_fraction"] == pytest.approx(1 / 3)
+    assert figures["false_reject_rate"] == 0
+    assert np.isnan(figures["first_error_f1"]) or figures["first_error_f1"] == 0  # no right draft to spare
 
 
 def test_the_loss_is_the_likelihood_of_where_the_draft_fails():
@@ -151,5 +163,6 @@ def test_the_loss_is_the_likelihood_of_where_the_draft_fails():
     expected = -torch.log(survive[0]) - torch.log(1 - survive[1])
     torch.testing.assert_close(survival_loss(hazards, [True, False, False]), expected)
     torch.testing.assert_close(survival_loss(hazards, [True, True, True]), -torch.log(survive).sum())
+    torch.testing.assert_close(survival_loss(hazards, [True, False, True]), expected)
     doubled = -torch.log(survive[0]) - 2 * torch.log(1 - survive[1])
     torch.testing.assert_close(survival_loss(hazards, [True, False, False], 2.0), doubled)

@@ -188,7 +188,7 @@ def test_the_kind_that_may_accept_most_is_chosen_of_those_that_the_engine_can_ru
         wrong = Scored(Draft([1], [1, 2], [1, 2], True, [True, False], number=1), [0.9, 0.3])
         return {"held_out": [right, wrong]}
 
-    kinds = {"likelihood mean prefix": scores(False), "divergence most": scores(True), "probe": scores(True)}
+    kinds = {"likelihood mean prefix": scores(False), "divergence lowest prefix": scores(True), "probe": scores(True)}
     assert choose("best", kinds, 0.01) == "probe"
     assert choose("likelihood", kinds, 0.01) == "likelihood mean prefix"
     assert choose("probe", kinds, 0.01) == "probe"

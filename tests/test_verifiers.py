@@ -60,8 +60,9 @@ def test_divergence_is_how_far_the_draft_is_from_the_target():
     torch.testing.assert_close(token_divergence(target, draft), own.sum(-1))
     assert token_divergence(target, target).abs().max() < 1e-5
     given = dataclasses.replace(evidence(), divergence=torch.tensor([0.5, 0.1, 2.0, 1.0, 0.0, 0.0, 3.0]))
-    torch.testing.assert_close(Divergence("mean").confidences(given), torch.tensor([-0.3, -1.5, -1.0]).exp())
-    torch.testing.assert_close(Divergence("most").confidences(given), torch.tensor([-0.5, -2.0, -3.0]).exp())
+    mean, most = Divergence("mean", "segment"), Divergence("lowest", "prefix")
+    torch.testing.assert_close(mean.confidences(given), torch.tensor([-0.3, -1.5, -1.0]).exp())
+    torch.testing.assert_close(most.confidences(given), torch.tensor([-0.5, -2.0, -3.0]).exp())
 
 
 def test_the_engine_reads_the_drafts_distribution_where_the_tokens_are_the_same(target, draft, tokenizer):

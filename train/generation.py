@@ -37,11 +37,11 @@ def finish_all(
     """
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
-    done = [_read(folder)] if state.is_main_process else [{}]
+    done = _read(folder) if state.is_main_process else {}
+    left = [[i for i in range(len(items)) if i not in done]]
     if state.num_processes > 1:
-        broadcast_object_list(done)
-    left = [i for i in range(len(items)) if i not in done[0]]
-    mine = left[state.process_index :: state.num_processes]
+        broadcast_object_list(left)  # by whoever has looked before any other writes
+    mine = left[0][state.process_index :: state.num_processes]
     finished = drive_together((steps(items[i]) for i in mine), at_once)
     with (
         (folder / f"{time.time_ns()}-{state.process_index}.jsonl").open("w") as file,

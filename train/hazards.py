@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from eval.judged import Judged, Scored, known_cuts, measure
+from eval.judged import Judged, Scored, measure, valid_cuts
 from parse.compiled import masks
 from parse.layout import pack, stack_layouts
 from parse.trained import HazardHead, segment_evidence, survival, token_inputs
@@ -46,7 +46,7 @@ class ProbeModule(nn.Module):
         return torch.cat(states), torch.cat(evidence), segments
 
     def forward(self, states: Tensor, evidence: Tensor, segments: Tensor) -> Tensor:
-        """The hazard of each of the batch's segments."""
+        """The hazard of each of the batch's segments: [sum K]."""
         hazards = self.head(states, evidence)  # [M]
         return hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)
 
@@ -67,9 +67,13 @@ class AdapterModule(nn.Module):
         return self
 
     def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
-        """The packed rows [5, B, T], see `stack_layouts`, the suffixes' last tokens [3, sum K], and the evidence.
+        """What `forward` takes, of packed rows without a cache.
 
         Each row is a whole text: what stands before the draft, the draft, and a suffix behind every cut of it.
+
+        Returns:
+            numbers int64 [5, B, T], see `parse.layout.stack_layouts`; row and index of each suffix's last token, int64
+            [sum K, 2]; the index of each row's first suffix, int64 [B]; evidence float32 [sum K, 13].
         """
         layouts, places = [], []
         for row, one in enumerate(judged):
@@ -83,7 +87,7 @@ class AdapterModule(nn.Module):
         return stack_layouts(layouts), torch.tensor(places), starts, evidence
 
     def forward(self, numbers: Tensor, places: Tensor, starts: Tensor, evidence: Tensor) -> Tensor:
-        """The hazard of each of the batch's segments."""
+        """The hazard of each of the batch's segments: [sum K]."""
         ids, positions, *rest = numbers  # [B, T] each
         width = ids.shape[1]
         output = self.adapted(
@@ -109,10 +113,11 @@ def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 
         hazards: [K], of the draft's segments.
         error_weight: of the failure's term; errors are rare, and to miss one costs an answer.
     """
-    survived = hazards[: sum(valid)].sum()
-    if all(valid):
+    first = valid_cuts(valid)
+    survived = hazards[:first].sum()
+    if first == len(valid):
         return survived
-    failed = -torch.expm1(-hazards[known_cuts(valid) - 1].clamp(min=1e-6))
+    failed = -torch.expm1(-hazards[first].clamp(min=1e-6))
     return survived - error_weight * torch.log(failed)
 
 
@@ -160,7 +165,7 @@ def fit(
         pairs = zip(found, some, strict=True)
         return torch.stack([survival_loss(h, one.draft.valid, plan.error_weight) for h, one in pairs]).mean()
 
-    best, kept = (-1.0, 0.0), dict[str, Tensor]()
+    best, kept = (-1.0, 0.0), dict[str, Tensor]()  # acceptable share and minus the loss on held-out drafts
     with progress_bar(what, total=total) as bar:
         for _ in range(plan.epochs):
             model.train()
@@ -179,12 +184,10 @@ def fit(
                 bar.update()
             model.eval()
             with torch.no_grad():
-                batches = _cycled(held_out, share, tests)
-                found = [pair for some in batches for pair in zip(some, hazards(some), strict=True)][: len(held_out)]
-                loss = loss_of(*zip(*found, strict=True))
-            mine = [Scored(one.draft, survival(h).tolist()) for one, h in found]
-            scored, losses = gather_object(mine), gather_object([loss.item()])
-            score = (acceptable(scored, promise), -sum(losses) / len(losses))
+                found = [h for some in _cycled(held_out, share, tests) for h in hazards(some)][: len(held_out)]
+                losses = gather_object([loss_of(held_out, found).item()])
+            scored = [Scored(one.draft, survival(h).tolist()) for one, h in zip(held_out, found, strict=True)]
+            score = (acceptable(gather_object(scored), promise), -sum(losses) / len(losses))
             if score > best:
                 unwrapped = accelerator.unwrap_model(model)
                 best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}

@@ -333,9 +333,18 @@ def check_models(recipe: Recipe) -> None:
             Prompt.of(AutoTokenizer.from_pretrained(recipe.target))
         except ValueError as error:
             raise RecipeError(f"{key} asks the target in words: {error}") from error
-    depth, chosen = AutoConfig.from_pretrained(recipe.target).num_hidden_layers, recipe.verifier.probe.layers
-    if not chosen or any(not -depth - 1 <= layer <= depth for layer in chosen):
+    hidden_states(recipe.verifier.probe.layers, AutoConfig.from_pretrained(recipe.target).num_hidden_layers)
+
+
+def hidden_states(layers: typing.Sequence[int], depth: int) -> tuple[int, ...]:
+    """The probe's layers as indices into `hidden_states`: 0 is the embedding, `depth` the last; negative from the end.
+
+    Raises:
+        RecipeError: where there is no such state, or none is named.
+    """
+    if not layers or any(not -depth - 1 <= layer <= depth for layer in layers):
         raise RecipeError(
-            f"verifier.probe.layers is {chosen}: the target has hidden states 0 (the embedding) to {depth}, or "
+            f"verifier.probe.layers is {list(layers)}: the target has hidden states 0 (the embedding) to {depth}, or "
             f"{-depth - 1} to -1 from the end; name one or more"
         )
+    return tuple(layer % (depth + 1) for layer in layers)

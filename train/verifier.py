@@ -25,6 +25,7 @@ from eval.judged import (
     measure,
     milliseconds_per_cut,
     reader,
+    score,
     untrained_kinds,
 )
 from eval.verdicts import console_table, html_report
@@ -43,7 +44,7 @@ from parse.trained import (
 from parse.verifiers import Evidence, Likelihood, Verifier
 from train.calibration import NEVER, prompts_needed, thresholds
 from train.hazards import AdapterModule, ProbeModule, acceptable, fit
-from train.recipe import AdapterSection, ProbeSection, Recipe
+from train.recipe import AdapterSection, ProbeSection, Recipe, hidden_states
 from train.run import Run, progress_bar, write_text
 
 HELD_OUT = 6  # every so manieth training prompt decides on epochs and kinds
@@ -66,8 +67,8 @@ def run(recipe: Recipe, run: Run) -> None:
         limits = {kind: thresholds(scores[kind]["calibration"], promise, handback) for kind in kinds}
         for kind, verifier in kinds.items():
             verifier.threshold = limits[kind][policy]
-        costs = milliseconds_per_cut(engine, kinds, drafts["test"][:TIMED])
         if run.is_main:
+            costs = milliseconds_per_cut(engine, kinds, drafts["test"][:TIMED])
             n = len({one.draft.number for one in scores[name]["calibration"]})
             facts = {
                 "tokenizer": tokenizer_hash(engine.tokenizer),
@@ -115,7 +116,7 @@ def train_kinds(engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe) 
     wanted = {"probe", "adapter"} & ({"probe", "adapter"} if section.kind == "best" else {section.kind})
     if not wanted:
         return {}
-    layers = _layers(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
+    layers = hidden_states(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
     engine.verifier = replace(Likelihood(), layers=layers)
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
@@ -190,7 +191,7 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
                 found: dict[str, list[Scored]] = {name: [] for name in judges}
                 for one in examine(engine, drafts[split], with_draft=not verifier.adapted):
                     for name, kind in judges.items():
-                        found[name].append(Scored(one.draft, kind.confidences(one.evidence).tolist()))
+                        found[name] += score(kind, [one])
                     bar.update()
                 for name in judges:
                     scores[name][split] = gather_object(found[name])
@@ -244,11 +245,3 @@ def _kept(evidence: Evidence) -> Evidence:
     tensors = {name: getattr(evidence, name) for name in ("log_prob", "entropy", "margin", "states")}
     moved = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
     return replace(evidence, **moved)
-
-
-def _layers(chosen: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices into `hidden_states` (0 is the embedding, `depth` the last), from the end where negative."""
-    layers = tuple(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
-    if any(not 0 <= layer <= depth for layer in layers):
-        raise ValueError(f"verifier.probe.layers={list(chosen)}: the target has hidden states 0 to {depth}")
-    return layers
