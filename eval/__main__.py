@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`."""
@@ -15,20 +17,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
 
-    from train.recipe import RecipeError, check_models, load_recipe
+    from train.checks import check_models
+    from train.recipe import RecipeError, load_recipe
 
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         check_models(recipe)
-        for part in ("draft", "verifier/verifier.json"):
-            if not (recipe.folder / part).exists():
-                raise RecipeError(
-                    f"{recipe.folder / part} is not there: run `accelerate launch -m train {options.recipe}` first"
-                )
+        for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
+            if not part.exists():
+                raise RecipeError(f"{part} is not there: run `accelerate launch -m train {options.recipe}` first")
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = _evaluate(recipe)
+    from train.run import Run
+
+    with Run(recipe) as run:
+        summary = _evaluate(recipe)
+        figures = {f"{row['name']}/{key}": row[key] for row in summary["methods"] for key in LOGGED}
+        run.log("eval", {key: value for key, value in figures.items() if value is not None})
     print(json.dumps(summary))
     return 0
 
@@ -41,24 +47,25 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table
     from eval.tasks import draw_prompts, load_task
-    from parse import Engine
+    from eval.tasks.rows import Rows
+    from train.models import load_engine
+    from train.recipe import to_dict
     from train.run import hardware, quieten, write_text
 
     quieten()
 
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)
-    task = load_task(recipe.task)
+    task = load_task(recipe.task, to_dict(recipe.data))
     verifier = recipe.folder / "verifier"
-    engine = Engine.from_pretrained(
-        recipe.target, recipe.folder / "draft", verifier, segments=recipe.segments, compile=recipe.engine.compile
-    )
+    engine = load_engine(recipe, recipe.draft_folder, verifier, recipe.engine.compile)
     thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
     prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
     methods = settings_of(recipe, thresholds)
     outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup)
     rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
-    pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"]) if "draft" in outcomes else None
+    known = "draft" in outcomes and not isinstance(task, Rows)  # which sentences of an answer are right
+    pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"]) if known else None
     sweep = _sweep(engine, task, recipe, methods, outcomes) if "parse" in outcomes else []
     summary = {
         "name": recipe.name,

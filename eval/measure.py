@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 
 from eval.methods import Outcome
 from eval.tasks import Task
+from eval.tasks.rows import Rows
 
 RESAMPLES = 2000
 
@@ -53,8 +54,13 @@ def paired(target: Sequence[bool], method: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def verdicts(outcome: Outcome, task: Task) -> Iterator[tuple[float, bool, bool]]:
-    """(confidence, accepted, right) for every judged cut up to and including each draft's first wrong one."""
+def verdicts(outcome: Outcome, task: Task | Rows) -> Iterator[tuple[float, bool, bool]]:
+    """(confidence, accepted, right) for every judged cut up to and including each draft's first wrong one.
+
+    None where the task cannot tell right sentences from wrong ones; the verifier's own report can.
+    """
+    if isinstance(task, Rows):
+        return
     kept = ""
     segments = outcome.generation.segments
     index = 0
@@ -75,7 +81,7 @@ def verdicts(outcome: Outcome, task: Task) -> Iterator[tuple[float, bool, bool]]
             index += 1
 
 
-def summarize(name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task) -> dict[str, Any]:
+def summarize(name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task | Rows) -> dict[str, Any]:
     """One row of the evaluation: the keys of the public JSON, and the paired difference."""
     n = len(outcomes)
     right = [outcome.right for outcome in outcomes]

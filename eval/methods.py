@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
+from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine, Generation
+from parse.passes import Steps, drive_together
 from train.recipe import Recipe
 from train.run import progress_bar
 
+JUDGED_AT_ONCE = 16
 LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
 WHAT = {
     "target": "target alone",
@@ -32,7 +36,7 @@ WHAT = {
 class Outcome:
     """One method's answer to one prompt."""
 
-    prompt: str
+    prompt: Prompt
     generation: Generation
     right: bool
     seconds: float  # wall time of the whole request
@@ -61,13 +65,16 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
 
 def compare(
     engine: Engine,
-    task: Task,
-    prompts: Sequence[str],
+    task: Task | Rows,
+    prompts: Sequence[Prompt],
     methods: dict[str, dict[str, Any]],
     warmup: int,
     what: str = "methods",
 ) -> dict[str, list[Outcome]]:
-    """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice."""
+    """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice.
+
+    Where the task cannot check answers, those are right that the target calls the same as its own, asked afterwards.
+    """
     names = list(methods)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     for prompt in prompts[:warmup]:
@@ -80,7 +87,22 @@ def compare(
                 started = perf_counter()
                 generation = engine.generate(prompt, **methods[name])[0]
                 seconds = perf_counter() - started
-                right = generation.finish_reason == "stop" and task.check(prompt, generation.text)
-                outcomes[name].append(Outcome(prompt, generation, right, seconds))
+                outcomes[name].append(Outcome(prompt, generation, False, seconds))
                 bar.update()
-    return outcomes
+    return {name: _judged(engine, task, some, outcomes["target"]) for name, some in outcomes.items()}
+
+
+def _judged(engine: Engine, task: Task | Rows, some: list[Outcome], target: list[Outcome]) -> list[Outcome]:
+    """The outcomes with what is right among them."""
+    judge: Judge = Checked(task)
+    if isinstance(task, Rows) and not task.checks:
+        own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
+        judge = Agreement(engine, limit=0, references=own)
+
+    def judging(outcome: Outcome) -> Steps[bool]:
+        if outcome.generation.finish_reason != "stop":
+            return False
+        return (yield from judge.judging(outcome.prompt, outcome.generation.text))
+
+    right = dict(drive_together(map(judging, some), JUDGED_AT_ONCE))
+    return [replace(outcome, right=right[i]) for i, outcome in enumerate(some)]

@@ -52,7 +52,8 @@ def _parts(options: argparse.Namespace) -> tuple[str, str | None, str | None]:
             )
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
         target = target or recipe["target"]
-        draft = draft or str(folder / "draft")
+        aligned = "align" in recipe["stages"]
+        draft = draft or str(folder / ("draft-lora" if aligned else "draft"))
         verifier = verifier or str(folder / "verifier")
     if not target:
         raise ValueError("give --run FOLDER, or --target with --draft and --verifier")

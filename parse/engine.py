@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,7 +65,7 @@ class Engine:
     def from_pretrained(
         cls,
         target: str | Path | PreTrainedModel,
-        draft: str | Path | PreTrainedModel | None = None,
+        draft: str | Path | PreTrainedModel | PeftModel | None = None,
         verifier: str | Path | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -80,7 +81,8 @@ class Engine:
         """Load an engine.
 
         Args:
-            target, draft: path, hub id or loaded model.
+            target, draft: path, hub id or loaded model; of the draft also a PEFT folder, which is merged into the model
+                that it names, or a loaded PEFT model, which runs as it is.
             verifier: "prompt", "likelihood", or the folder of a trained one.
             tokenizer, draft_tokenizer: where the models are given loaded from elsewhere.
             device, dtype: default to the GPU and bfloat16 where there is one, else CPU and float32.

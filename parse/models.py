@@ -8,11 +8,13 @@ configuration, before any weight is read.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,13 +28,15 @@ PLACING = {"device_map", "tp_plan", "quantization_config"}  # options that say w
 
 
 def load_model(
-    source: str | Path | PreTrainedModel,
+    source: str | Path | PreTrainedModel | PeftModel,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A causal language model ready for inference: from a path, a hub id, or as given.
+
+    A PEFT folder is loaded with the model that it was trained on, and merged into it.
 
     Args:
         device: default: the GPU where there is one.
@@ -48,12 +52,17 @@ def load_model(
     if device is not None and (placing := sorted(PLACING & options.keys())):
         raise ValueError(f"device={str(device)!r} and {', '.join(placing)} both place the model: give one of them")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(source, PreTrainedModel):
-        check_architecture(source.config)
-        source.eval()  # type: ignore[no-untyped-call]
+    if isinstance(source, PreTrainedModel | PeftModel):
+        # a PEFT model's base holds the adapter's weights beside its own
+        loaded: PreTrainedModel = source if isinstance(source, PreTrainedModel) else cast(Any, source).get_base_model()
+        check_architecture(loaded.config)
+        loaded.eval()  # type: ignore[no-untyped-call]
         if attention:
-            source.set_attn_implementation(attention)
-        return source
+            loaded.set_attn_implementation(attention)
+        return loaded
+    if (adapter := Path(source) / "adapter_config.json").is_file():
+        base = load_model(_base_of(adapter), device, dtype, attention, options)
+        return _merged(base, Path(source))
     check_weights(source)
     check_architecture(AutoConfig.from_pretrained(source))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -62,6 +71,23 @@ def load_model(
     )
     placed = PLACING & options.keys()
     return cast(PreTrainedModel, (model if placed else model.to(device)).eval())  # type: ignore[arg-type]
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that a PEFT folder was trained on: the one it names, or the folder of that name beside it."""
+    named = str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    beside = adapter.parent.parent / Path(named).name
+    return str(beside) if (beside / "config.json").is_file() else named
+
+
+def _merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """A model with the LoRA of a folder added to its weights, so that it costs nothing."""
+    check_weights(adapter)
+    lora: Any = PeftModel.from_pretrained(base, str(adapter))
+    merged = cast(PreTrainedModel, lora.merge_and_unload())
+    if (adapter / "tokenizer_config.json").is_file():
+        merged.config.name_or_path = str(adapter)
+    return merged.eval()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def check_weights(source: str | Path) -> None:

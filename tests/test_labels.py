@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.judges import Agreement, Checked, controls
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
 from parse.passes import drive, drive_together
 from tests.conftest import MODELS
-from train.labels import Agreement, Checked, Labeller, bisecting, controls
+from train.labels import Labeller, bisecting
 from train.rollouts import first_segment, rolling_out
 
 

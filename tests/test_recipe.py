@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from parse.models import load_model
 from train.__main__ import main
-from train.recipe import Recipe, RecipeError, check_models, load_recipe, to_dict
+from train.checks import check_models
+from train.recipe import Recipe, RecipeError, load_recipe, to_dict
 
 BASE = {"name": "x", "target": "t", "draft": "d", "task": "ledger"}
 

@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     from train.run import quieten
 
     quieten()
-    from train.recipe import STAGES, RecipeError, check_models, load_recipe
+    from train.checks import check_all, check_disk
+    from train.recipe import STAGES, RecipeError, load_recipe
 
     stages = [word for word in options.rest if "=" not in word]
     overrides = [word for word in options.rest if "=" in word]
@@ -27,28 +28,63 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in stages:
             if stage not in STAGES:
                 raise RecipeError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
-        chosen = [stage for stage in STAGES if stage in (stages or recipe.stages)]
+        chosen = _in_order(recipe, stages)
         if chosen != ["pretrain"]:
-            check_models(recipe)
-        if "distill" in chosen:
-            from train.distill import trainer_config
-
-            trainer_config(recipe)
+            check_all(recipe, chosen)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.dry_run:
-        print(f"{options.recipe}: all checks passed; stages: {', '.join(chosen)}; folder: {recipe.folder}")
+        room = sum(check_disk(recipe, chosen).values()) / 1e9
+        print(
+            f"{options.recipe}: all checks passed; stages: {', '.join(chosen)}; folder: {recipe.folder}, at most "
+            f"{room:.1f} GB"
+        )
         return 0
     try:
         _run(recipe, chosen)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (advice := _advice(error)) is None:
+            raise
+        print(f"error: {error}\n{advice}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     return 0
+
+
+def _advice(error: BaseException) -> str | None:
+    """What to do where memory or the disk has run out; None for any other error."""
+    import errno
+
+    import torch
+
+    kept = "What is finished is kept, and the same command goes on from there."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: make room, or move the run folder and set runs to its new place. {kept}"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return (
+            "Memory has run out: lower the stage's batch_size (answers, rollouts) or "
+            "trainer.per_device_train_batch_size with gradient_accumulation_steps, turn trainer.gradient_checkpointing "
+            f"on, or spread the target (engine.target_options: {{device_map: auto}}). {kept}"
+        )
+    return None
+
+
+def _in_order(recipe, stages) -> list[str]:  # type: ignore[no-untyped-def]
+    """The stages to run; where the draft is aligned, "relabel" comes in front of the verifier by itself."""
+    from train.recipe import STAGES, RecipeError
+
+    if "align" in stages and not recipe.aligned:
+        raise RecipeError("stage 'align' is not among the recipe's stages, so nothing would use it: add it there")
+    wanted = {*(stages or recipe.stages)}
+    if recipe.aligned and "verifier" in wanted:
+        wanted.add("relabel")
+    return [stage for stage in STAGES if stage in wanted]
 
 
 def _run(recipe, chosen) -> None:  # type: ignore[no-untyped-def]

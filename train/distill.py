@@ -1,64 +1,139 @@
-"""Stage 2: the draft learns the target's answers (sequence-level distillation, TRL's SFTTrainer)."""
+"""Stage 2: the draft learns the target's answers.
+
+- `sequence`: the answers themselves, token by token (TRL's SFTTrainer).
+- `logits`: the target's most likely next tokens at each token of its answers, kept once (`train.logits`).
+- `on_policy`: the target's next tokens at each token of the draft's own answers (TRL's DistillationTrainer).
+- `gold`: the target's next tokens at each token of its answers, for a draft with other tokens (TRL's GOLDTrainer).
+
+Each trains every weight, or a LoRA that is merged afterwards.
+"""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from peft import PeftModel
+from transformers import AutoTokenizer, Trainer, set_seed
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
-from parse.models import load_model
-from train.recipe import Recipe, RecipeError
-from train.run import Run
+from parse.models import encode_continuation, encode_prompt, load_model
+from train.logits import LogitsTrainer, likely_tokens
+from train.models import first_draft
+from train.recipe import Recipe
+from train.run import KEPT, Run
+from train.trainers import arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
 
 
 def run(recipe: Recipe, run: Run) -> None:
-    """Write `draft/`, a plain Hugging Face folder: model and tokenizer."""
+    """Write `draft/`, a plain Hugging Face folder: model and tokenizer; and `losses.json`."""
     with run.stage("distill") as folder:
+        section = recipe.distill
         answers = load_from_disk(run.path("answers"))
         assert isinstance(answers, Dataset)
-        tokenizer = AutoTokenizer.from_pretrained(recipe.draft)
-        trainer = SFTTrainer(
-            model=load_model(recipe.draft, dtype=torch.float32),
-            args=trainer_config(recipe),
-            train_dataset=answers.select_columns(["input_ids", "completion_mask"]),
-            processing_class=tokenizer,
-        )
-        result = trainer.train()
-        trainer.save_model(str(folder))
+        model, tokenizer = first_draft(recipe)
+        trainer = make_trainer(recipe, answers, model, tokenizer, folder)
+        adapter = folder / KEPT / "lora"
+        train(trainer, "distill", run, adapter if section.lora is not None else folder)
         if run.is_main:
+            if section.lora is not None:
+                _merge(recipe, adapter, folder)
             tokenizer.save_pretrained(folder)
-        run.say(f"distill: {result.global_step} steps, training loss {result.training_loss:.4f}")
 
 
-def trainer_config(recipe: Recipe) -> SFTConfig:
-    """TRL's configuration: the recipe's `distill.trainer`, over defaults that suit the machine.
+def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, folder: Path) -> Trainer:
+    """The trainer of the recipe's method.
+
+    Raises:
+        RecipeError: where the method needs tokens that draft and target share, and they do not.
+    """
+    section = recipe.distill
+    args = trainer_config(recipe, checkpoints(folder))
+    common: dict[str, Any] = {"model": model, "args": args, "processing_class": tokenizer}
+    if section.lora is not None:
+        common["peft_config"] = lora_config(section.lora, "distill.lora")
+    if section.method == "sequence":
+        return training_kind(SFTTrainer)(train_dataset=examples(recipe, answers, tokenizer), **common)
+    target = load_model(recipe.target, options=recipe.engine.target_options)
+    if section.method == "gold":
+        from trl.experimental.gold import GOLDTrainer
+
+        turns = [{"messages": [*_turns(row["prompt"]), _turn("assistant", row["answer"])]} for row in answers]
+        return training_kind(GOLDTrainer)(teacher_model=target, train_dataset=Dataset.from_list(turns), **common)
+    of_target = AutoTokenizer.from_pretrained(recipe.target)
+    widths = (model.config.vocab_size, target.config.vocab_size)
+    same_vocabulary(recipe, f"distill.method={section.method}", tokenizer, of_target, widths)
+    if section.method == "on_policy":
+        return training_kind(DistillationTrainer)(
+            teacher_model=target, train_dataset=prompts(answers["prompt"], tokenizer), **common
+        )
+    kept = likely_tokens(folder / KEPT / "likely", target, answers, section.top_k)
+    return training_kind(LogitsTrainer)(train_dataset=kept, **common)
+
+
+def trainer_config(recipe: Recipe, output: str | None = None) -> Any:
+    """TRL's configuration of the recipe's method: `distill.trainer` over defaults.
+
+    Args:
+        output: the folder of checkpoints.
 
     Raises:
         RecipeError: for a key or a value that TRL refuses.
     """
-    given = recipe.distill.trainer
-    allowed = [field.name for field in fields(SFTConfig) if field.init]
-    for key in given:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(f"unknown key {key!r} in section 'distill.trainer'{hint} See TRL's SFTConfig")
-    on_gpu = torch.cuda.is_available()
-    defaults = {
-        "output_dir": str(recipe.folder / ".distill-checkpoints"),
-        "completion_only_loss": True,
-        "seed": recipe.seed,
-        "report_to": "wandb" if recipe.logging.wandb else "none",  # the run that is open
-        "save_strategy": "no",
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu,
-        "gradient_checkpointing": False,
-    }
-    try:
-        return SFTConfig(**{**defaults, **given})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"section 'distill.trainer' is refused by TRL: {error}") from error
+    section = recipe.distill
+    defaults: dict[str, Any] = {"output_dir": output} if output else {}
+    limit = recipe.engine.max_new_tokens
+    kind: type = SFTConfig
+    if section.method == "on_policy":
+        kind = DistillationConfig
+        defaults |= {"max_completion_length": limit, "temperature": 1.0}
+    elif section.method == "gold":
+        from trl.experimental.gold import GOLDConfig
+
+        kind = GOLDConfig
+        defaults |= {"use_uld_loss": True, "lmbda": 0.0, "max_completion_length": limit}
+        defaults |= {"teacher_tokenizer_name_or_path": recipe.target}
+    else:
+        defaults |= {"completion_only_loss": True, "max_length": None}  # lengths are checked before
+    return arguments(kind, section.trainer, recipe, "distill.trainer", **defaults)
+
+
+def examples(recipe: Recipe, answers: Dataset, tokenizer: Any) -> Dataset:
+    """Token ids and masks of the answers in the draft's tokens: the target's as they are, else anew from text."""
+    columns = ["input_ids", "completion_mask"]
+    if tokenizer.get_vocab() == AutoTokenizer.from_pretrained(recipe.target).get_vocab():
+        return answers.select_columns(columns)
+
+    def encoded(row: dict[str, Any]) -> dict[str, Any]:
+        start = encode_prompt(row["prompt"], tokenizer)
+        completion = [*encode_continuation(row["answer"], tokenizer), tokenizer.eos_token_id]
+        return {
+            "input_ids": [*start, *completion],
+            "completion_mask": [0] * len(start) + [1] * len(completion),
+        }
+
+    return Dataset.from_list([encoded(row) for row in answers])
+
+
+def prompts(rows: Any, tokenizer: Any) -> Dataset:
+    """Prompts as TRL's trainers that generate take them: turns where there is a chat template."""
+    return Dataset.from_list([{"prompt": _turns(prompt) if tokenizer.chat_template else prompt} for prompt in rows])
+
+
+def _turns(prompt: Any) -> list[dict[str, str]]:
+    return [_turn("user", prompt)] if isinstance(prompt, str) else [_turn(**turn) for turn in prompt]
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _merge(recipe: Recipe, adapter: Path, folder: Path) -> None:
+    """Save the draft with the LoRA added to its weights."""
+    set_seed(recipe.seed)  # a new draft's weights are drawn again
+    model, _ = first_draft(recipe)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged.save_pretrained(folder)
+    losses = adapter / "losses.json"
+    losses.rename(folder / losses.name)

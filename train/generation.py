@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,16 +24,36 @@ T = TypeVar("T")
 Row = dict[str, Any]  # what JSON can hold
 
 
-def finish_all(
-    folder: Path, items: Sequence[T], steps: Callable[[T], Steps[Row]], at_once: int, what: str
-) -> list[Row]:
-    """The rows that the steps of every item give, in the order of the items, on every process.
+Work = Callable[[Sequence[T]], Iterator[tuple[int, Row]]]  # items to (place, row), in the order in which they finish
+
+
+def together(steps: Callable[[T], Steps[Row]], at_once: int) -> Work[T]:
+    """Work by models here: so many items at a time; what passes they want at a moment run together."""
+    return lambda items: drive_together(map(steps, items), at_once)
+
+
+def in_threads(make: Callable[[T], Row], at_once: int) -> Work[T]:
+    """Work that waits for a server: so many items at a time, each in a thread."""
+
+    def work(items: Sequence[T]) -> Iterator[tuple[int, Row]]:
+        with ThreadPoolExecutor(at_once) as pool:
+            places = {pool.submit(make, item): place for place, item in enumerate(items)}
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            finally:  # where one fails, or the reader stops, nothing more is asked
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    return work
+
+
+def finish_all(folder: Path, items: Sequence[T], work: Work[T], what: str) -> list[Row]:
+    """The rows of every item, in the order of the items, on every process.
 
     Args:
         folder: where finished rows are kept; what an earlier start left there is not made again.
         items: the same on every process.
-        steps: makes an item's row; what passes the items want at a moment run together.
-        at_once: how many items a process works on at a time.
+        work: makes this process's share.
         what: the name on the progress bar.
     """
     state = PartialState()
@@ -42,7 +63,7 @@ def finish_all(
     if state.num_processes > 1:
         broadcast_object_list(left)  # by whoever has looked before any other writes
     mine = left[0][state.process_index :: state.num_processes]
-    finished = drive_together((steps(items[i]) for i in mine), at_once)
+    finished = work([items[i] for i in mine])
     with (
         (folder / f"{time.time_ns()}-{state.process_index}.jsonl").open("w") as file,
         progress_bar(what, total=len(mine)) as bar,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,7 +19,19 @@ from typing import Any
 import yaml
 
 VERIFIERS = ("best", "probe", "adapter", "prompt", "likelihood")
-STAGES = ("pretrain", "answers", "distill", "rollouts", "verifier")
+STAGES = ("pretrain", "answers", "distill", "rollouts", "align", "relabel", "verifier")
+CHECKS = ("contains", "equal", "number", "math")  # ways to compare an answer with its reference
+SHARES = {"answers": 6, "train": 4, "calibration": 4, "test": 2}  # of the splits, where rows name none
+CHAIN = ("answers", "distill", "rollouts", "verifier")  # without alignment; "relabel" comes with it by itself
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as it is to everybody but YAML 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class RecipeError(ValueError):
@@ -41,18 +54,66 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class NewDraft:
+    """A draft that is no checkpoint yet: the target with fewer layers, or random weights of some configuration."""
+
+    layers: int | None = None  # of the target's that are kept, evenly spaced, the first and the last among them
+    config: dict[str, Any] | None = None  # arguments of a configuration, with `model_type`; the target's tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """How rows are read, where `task` is a JSONL file or a data set of the hub; see `eval.tasks.rows`."""
+
+    check: str = "contains"  # how an answer is compared with its `reference`: also "equal", "number", "math"
+    system: str | None = None  # the system's turn, where a row has none of its own
+    fields: dict[str, str] = field(default_factory=dict)  # our name of a field: the rows' name
+    shares: dict[str, int] = field(default_factory=lambda: dict(SHARES))  # of the splits, where rows name none
+    max_rows: int | None = None
+    config: str | None = None  # of a hub data set
+    split: str = "train"  # of a hub data set: all rows are read from it
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server (vLLM, SGLang) that gives the target's answers."""
+
+    url: str  # such as http://localhost:8000/v1
+    model: str | None = None  # its name there; None: the recipe's target
+    concurrency: int = 32  # requests at a time, of each process
+    timeout: float = 600  # seconds a request may take
+    retries: int = 4
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
+
+
+@dataclass(frozen=True)
 class Answers:
     """What the target answers to the training prompts."""
 
     prompts: int = 480
     batch_size: int = 48
+    server: Server | None = None  # None: the engine here
+    thinking: str = "keep"  # or "drop": leave out of the answers what stands between <think> and </think>
 
 
 @dataclass(frozen=True)
 class Distill:
     """The draft learns the target's answers."""
 
-    trainer: dict[str, Any] = field(default_factory=dict)  # TRL SFTConfig
+    method: str = "sequence"  # or "logits", "on_policy", "gold"; see `train.distill`
+    lora: dict[str, Any] | None = None  # PEFT LoraConfig, merged afterwards; None trains every weight
+    top_k: int = 16  # of the target's next tokens whose log-probabilities "logits" keeps
+    trainer: dict[str, Any] = field(default_factory=dict)  # TRL: SFTConfig, DistillationConfig or GOLDConfig
+
+
+@dataclass(frozen=True)
+class Align:
+    """The draft learns by LoRA where the target takes it up: see `train.align`."""
+
+    method: str = "dpo"  # or "on_policy"
+    prompts: int = 300  # whose rollouts give the pairs
+    lora: dict[str, Any] = field(default_factory=dict)  # PEFT LoraConfig
+    trainer: dict[str, Any] = field(default_factory=dict)  # TRL: DPOConfig or DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -64,7 +125,7 @@ class Rollouts:
     test: int = 400  # on which the verifier is measured
     rounds: int = 8  # drafts a prompt at most, each behind the target's repair of the one before
     labels: str = "bisect"  # or "all": ask the target about every prefix
-    labeller: str = "task"  # its checker, or "agreement": the target compares with its own answer
+    labeller: str = "auto"  # "task", its checker, where it has one; else "agreement": the target compares with its own
     samples: int = 1  # ways on from a prefix, of which the most decide; 1 is greedy
     recheck: int = 100  # labels to ask again, to know their noise
     batch_size: int = 48
@@ -122,6 +183,8 @@ class EngineSection:
     horizon: int | str | None = None
     lookahead: int = 0
     compile: bool | None = True  # in evaluations: forward passes are compiled where that pays, before the first prompt
+    target_options: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`, such as {device_map: auto}
+    draft_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,16 +213,18 @@ class Recipe:
 
     name: str
     target: str
-    draft: str
-    task: str
+    draft: str | NewDraft  # a checkpoint, or how to make one
+    task: str  # a task's name, a JSONL file, or a data set of the hub
     segments: str | int = "sentence"
     seed: int = 0
     runs: str = "runs"
-    stages: list[str] = field(default_factory=lambda: list(STAGES[1:]))
+    stages: list[str] = field(default_factory=lambda: list(CHAIN))
+    data: Data = field(default_factory=Data)
     pretrain: dict[str, Pretrain] = field(default_factory=dict)
     answers: Answers = field(default_factory=Answers)
     distill: Distill = field(default_factory=Distill)
     rollouts: Rollouts = field(default_factory=Rollouts)
+    align: Align = field(default_factory=Align)
     verifier: VerifierSection = field(default_factory=VerifierSection)
     engine: EngineSection = field(default_factory=EngineSection)
     eval: Eval = field(default_factory=Eval)
@@ -169,6 +234,21 @@ class Recipe:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.runs) / self.name
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a LoRA aligns the draft behind its distillation."""
+        return "align" in self.stages
+
+    @property
+    def draft_folder(self) -> Path:
+        """The draft that is verified and evaluated."""
+        return self.folder / ("draft-lora" if self.aligned else "draft")
+
+    @property
+    def rollouts_folder(self) -> Path:
+        """What that draft answers, with labels."""
+        return self.folder / ("rollouts-aligned" if self.aligned else "rollouts")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -184,7 +264,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         near = ", ".join(str(p) for p in sorted(Path("recipes").glob("*.yaml"))) or "none here"
         raise RecipeError(f"recipe {path} is not there; recipes found: {near}")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -210,7 +290,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise RecipeError(f"override {override!r}: {section!r} is a value and has no keys")
-    content[last] = yaml.safe_load(value)
+    content[last] = yaml.load(value, _Loader)
 
 
 def _build(cls: type, content: Any, section: str) -> Any:
@@ -244,6 +324,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         return [_value(arguments[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
     allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
     for kind in allowed:
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            return _build(typing.cast(type, kind), value, key)
         if kind is Any or (kind is not float and type(value) is kind):
             return value
         if kind is float and type(value) in (int, float):
@@ -257,7 +339,14 @@ def _check(recipe: Recipe) -> None:
     _check_choices("stages", recipe.stages, STAGES)
     _check_choices("verifier.kind", [recipe.verifier.kind], VERIFIERS)
     _check_choices("rollouts.labels", [recipe.rollouts.labels], ("bisect", "all"))
-    _check_choices("rollouts.labeller", [recipe.rollouts.labeller], ("task", "agreement"))
+    _check_choices("rollouts.labeller", [recipe.rollouts.labeller], ("auto", "task", "agreement"))
+    _check_choices("answers.thinking", [recipe.answers.thinking], ("keep", "drop"))
+    _check_choices("distill.method", [recipe.distill.method], ("sequence", "logits", "on_policy", "gold"))
+    _check_choices("align.method", [recipe.align.method], ("dpo", "on_policy"))
+    _check_choices("data.check", [recipe.data.check], CHECKS)
+    _check_choices("data.shares", list(recipe.data.shares), tuple(SHARES))
+    if isinstance(recipe.draft, NewDraft) and (recipe.draft.layers is None) == (recipe.draft.config is None):
+        raise RecipeError("draft must be a model, or hold `layers` or `config`, one of them")
     if recipe.logging.wandb is not None:
         _check_choices("logging.wandb", [recipe.logging.wandb], ("online", "offline"))
     _check_choices("engine.policy", [recipe.engine.policy], ("first_fail", "longest", "whole"))
@@ -273,6 +362,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("eval.methods lacks 'target': every speed-up is measured against it; add it")
     counts = {
         "answers.prompts": recipe.answers.prompts,
+        "align.prompts": recipe.align.prompts,
+        "distill.top_k": recipe.distill.top_k,
         "rollouts.train": recipe.rollouts.train,
         "rollouts.calibration": recipe.rollouts.calibration,
         "rollouts.test": recipe.rollouts.test,
@@ -296,44 +387,6 @@ def _check_choices(key: str, values: typing.Sequence[str], allowed: typing.Seque
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"{key} names {value!r}{hint} Allowed: {', '.join(allowed)}")
-
-
-def check_models(recipe: Recipe) -> None:
-    """Refuse models that are not there or that the engine cannot run, from their configurations.
-
-    Raises:
-        RecipeError: naming the key, the model and the remedy.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from parse.models import check_architecture, check_weights
-    from parse.verifiers import Prompt
-
-    for key, source in (("target", recipe.target), ("draft", recipe.draft)):
-        looks_local = source.count("/") != 1 or source.startswith((".", "~"))
-        if not Path(source).is_dir() and looks_local:
-            raise RecipeError(
-                f"{key}: {source} is not a folder here; give the folder of a model, or a hub id such as org/name"
-            )
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
-        try:
-            check_weights(source)
-            check_architecture(config)
-        except ValueError as error:
-            raise RecipeError(f"{key}: {error}") from error
-    asks = {
-        "verifier.kind": recipe.verifier.kind == "prompt",
-        "rollouts.labeller": recipe.rollouts.labeller == "agreement",
-    }
-    for key in (key for key, asked in asks.items() if asked):
-        try:
-            Prompt.of(AutoTokenizer.from_pretrained(recipe.target))
-        except ValueError as error:
-            raise RecipeError(f"{key} asks the target in words: {error}") from error
-    hidden_states(recipe.verifier.probe.layers, AutoConfig.from_pretrained(recipe.target).num_hidden_layers)
 
 
 def hidden_states(layers: typing.Sequence[int], depth: int) -> tuple[int, ...]:

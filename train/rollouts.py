@@ -16,15 +16,18 @@ from typing import Any
 
 from datasets import Dataset
 
+from eval.judges import Agreement, Checked, controls, labeller_of
 from eval.tasks import Task, draw_prompts, load_task
+from eval.tasks.rows import Prompt, Rows
 from parse import Engine
 from parse.decode import Context, Written
 from parse.models import text_of
 from parse.passes import Steps, drive_together
 from parse.segments import cut, ends_segment
-from train.generation import Row, finish_all
-from train.labels import Agreement, Checked, Labeller, controls
-from train.recipe import Recipe
+from train.generation import Row, finish_all, together
+from train.labels import Labeller
+from train.models import load_engine
+from train.recipe import Recipe, to_dict
 from train.run import KEPT, Run, write_text
 
 SPLITS = ("train", "calibration", "test")
@@ -38,18 +41,25 @@ def run(recipe: Recipe, run: Run) -> None:
     Columns: split, number (of the prompt), round, prompt, prompt_ids, prefix_ids (the answer so far), draft_ids, ended,
     ends, valid (one a cut), target_right, continuation_ids (the target's, behind the last valid prefix).
     """
-    with run.stage("rollouts") as folder:
-        task, section = load_task(recipe.task), recipe.rollouts
-        engine = Engine.from_pretrained(recipe.target, run.path("distill"), compile=False, segments=recipe.segments)
-        prompts = _prompts(recipe, task)
+    counts = {"train": recipe.align.prompts, "calibration": 0, "test": 0} if recipe.aligned else counts_of(recipe)
+    write_rollouts(recipe, run, "rollouts", run.path("distill"), counts)
+
+
+def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path, counts: dict[str, int]) -> None:
+    """The stage's body, for the draft in a folder and so many prompts of each split."""
+    with run.stage(stage) as folder:
+        task, section = load_task(recipe.task, to_dict(recipe.data)), recipe.rollouts
+        engine = load_engine(recipe, draft)
+        prompts = _prompts(recipe, task, stage, counts)
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
 
-        def rolling(item: tuple[str, str]) -> Steps[Row]:
+        def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
             split, prompt = item
             rounds = yield from rolling_out(labeller, prompt, section.rounds, every=section.labels == "all")
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
-        found = finish_all(folder / KEPT / "rollouts", prompts, rolling, section.batch_size, "rollouts")
+        work = together(rolling, section.batch_size)
+        found = finish_all(folder / KEPT / "rollouts", prompts, work, stage)
         rows = [
             {"split": row["split"], "number": number, "round": index, "prompt": row["prompt"], **drafted}
             for number, row in enumerate(found)
@@ -60,11 +70,11 @@ def run(recipe: Recipe, run: Run) -> None:
             Dataset.from_list(rows).save_to_disk(folder)
             summary = {**_balance(rows), "labels": section.labels, **again, **noise}
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
-            _explain(summary)
-            run.log("rollouts", {key: value for key, value in summary.items() if isinstance(value, int | float)})
+            _explain(stage, summary)
+            run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
 
 
-def rolling_out(labeller: Labeller, prompt: str, rounds: int, every: bool) -> Steps[list[Row]]:
+def rolling_out(labeller: Labeller, prompt: Prompt, rounds: int, every: bool) -> Steps[list[Row]]:
     """The drafts of one prompt, each behind the target's repair of the one before, with their labels."""
     engine = labeller.engine
     target, draft = Context(engine.readers["target"]), Context(engine.readers["draft"])
@@ -104,7 +114,7 @@ def rolling_out(labeller: Labeller, prompt: str, rounds: int, every: bool) -> St
     return found
 
 
-def drafting(engine: Engine, draft: Context, prompt: str, prefix: list[int], limit: int) -> Steps[Written]:
+def drafting(engine: Engine, draft: Context, prompt: Prompt, prefix: list[int], limit: int) -> Steps[Written]:
     """What the draft writes behind the start of an answer, to its end, in the target's tokens."""
     start = engine.encode_for_draft(prompt)
     yield from draft.becoming([*start, *engine.to_draft(prefix)])
@@ -120,17 +130,24 @@ def first_segment(engine: Engine, ids: list[int]) -> list[int]:
     return ids
 
 
-def _prompts(recipe: Recipe, task: Task) -> list[tuple[str, str]]:
-    """Split and prompt; seeds of their own, so that nothing is judged on prompts that the draft learnt from."""
+def counts_of(recipe: Recipe) -> dict[str, int]:
+    """How many prompts of each split the verifier is made with."""
     section = recipe.rollouts
-    counts = {"train": section.train, "calibration": section.calibration, "test": section.test}
-    return [(split, prompt) for split in SPLITS for prompt in draw_prompts(task, split, counts[split], recipe.seed + 1)]
+    return {"train": section.train, "calibration": section.calibration, "test": section.test}
 
 
-def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[str]) -> tuple[Labeller, dict[str, Any]]:
+def _prompts(recipe: Recipe, task: Task | Rows, stage: str, counts: dict[str, int]) -> list[tuple[str, Prompt]]:
+    """Split and prompt; seeds of their own, so that nothing is judged on prompts that the draft learnt from."""
+    seed = recipe.seed + (2 if stage == "relabel" else 1)
+    return [(split, prompt) for split in SPLITS for prompt in draw_prompts(task, split, counts[split], seed)]
+
+
+def _labeller(
+    recipe: Recipe, engine: Engine, task: Task | Rows, prompts: list[Prompt]
+) -> tuple[Labeller, dict[str, Any]]:
     """The recipe's labeller, and what is known of its noise beforehand."""
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
-    if section.labeller == "task":
+    if labeller_of(recipe, task) == "task":
         return Labeller(engine, Checked(task), limit, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
@@ -168,7 +185,7 @@ def _ask_again(
         return {"direct": direct != row["valid"][k], "sampled": others / SAMPLED}
 
     started = time.perf_counter()
-    asked = finish_all(folder, chosen, asking, at_once, "labels again")
+    asked = finish_all(folder, chosen, together(asking, at_once), "labels again")
     seconds = time.perf_counter() - started
     share = lambda key: sum(row[key] for row in asked) / len(asked) if asked else None
     return {
@@ -186,16 +203,16 @@ def _balance(rows: list[Row]) -> dict[str, Any]:
     return {
         "prompts": dict(Counter(row["split"] for row in firsts)),
         "drafts": len(rows),
-        "drafts_right": sum(all(row["valid"]) for row in firsts) / len(firsts),
+        "drafts_right": sum(all(row["valid"]) for row in firsts) / len(firsts) if firsts else None,
         "prefixes": sum(valid + invalid for valid, invalid in known),
         "valid_prefixes": sum(valid for valid, _ in known),
     }
 
 
-def _explain(summary: dict[str, Any]) -> None:
+def _explain(stage: str, summary: dict[str, Any]) -> None:
     share = summary["valid_prefixes"] / summary["prefixes"]
     print(
-        f"rollouts: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those behind repairs, "
+        f"{stage}: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those behind repairs, "
         f"the first one right in {summary['drafts_right']:.1%}; {share:.1%} of {summary['prefixes']} prefixes valid"
     )
     if summary["asked_again"]:

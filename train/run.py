@@ -36,8 +36,15 @@ from transformers.utils import logging
 
 from train.recipe import STAGES, Recipe, RecipeError, to_dict
 
-SHARED = ("target", "draft", "task", "segments", "seed")  # keys that every stage depends on
-FOLDERS = {"answers": "answers", "distill": "draft", "rollouts": "rollouts", "verifier": "verifier"}
+SHARED = ("target", "draft", "task", "data", "segments", "seed")  # keys that every stage depends on
+FOLDERS = {
+    "answers": "answers",
+    "distill": "draft",
+    "rollouts": "rollouts",
+    "align": "draft-lora",
+    "relabel": "rollouts-aligned",
+    "verifier": "verifier",
+}
 KEPT = ".kept"  # in a stage's scratch folder: what it goes on from where it was killed
 SECRET_KEY = re.compile(r"(hub|access|auth|api|bearer)_?(token|key)$|secret|password", re.IGNORECASE)
 SECRET = re.compile(r"\b(hf_|sk-|ghp_)[\w-]{8,}")
@@ -138,6 +145,7 @@ class Run:
             shutil.rmtree(self.path(stage), ignore_errors=True)
             scratch.rename(self.path(stage))
             self._record(stage, time.time() - started)
+            self.log(stage, {"seconds": time.time() - started, **_gpu_memory()})
         self._state.wait_for_everyone()
 
     def _claim(self, scratch: Path, content: str) -> None:
@@ -156,7 +164,9 @@ class Run:
         content = to_dict(self.recipe)
         order = [s for s in STAGES if s in FOLDERS]
         earlier = order[: order.index(stage) + 1]
-        kept = {key: content[key] for key in (*SHARED, *earlier)}
+        if not self.recipe.aligned:
+            earlier = [s for s in earlier if s != "align"]
+        kept = {key: content[key] for key in (*SHARED, *earlier) if key in content}
         kept["max_new_tokens"] = content["engine"]["max_new_tokens"]
         if stage == "verifier":
             kept |= {key: content["engine"][key] for key in ("policy", "handback")}  # a threshold is for these
@@ -211,6 +221,15 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores, {model}, {torch.get_num_threads()} threads"
 
 
+def _gpu_memory() -> dict[str, float]:
+    """The most that was allocated on the GPU since it was last asked, GiB."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return {"gpu_memory_gib": peak}
+
+
 class _Lines(io.TextIOBase):
     """Where no terminal rewrites a line, each state of a progress bar takes a line of its own."""
 
@@ -219,11 +238,23 @@ class _Lines(io.TextIOBase):
         return sys.stderr.write(f"{line}\n") if line else 0
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A progress bar that estimates once there is something to go by: texts that begin together end together."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm formats the bar from."""
+        values: dict[str, Any] = super().format_dict
+        if 50 * values["n"] < (values["total"] or 0):
+            values["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+        return values
+
+
 def progress_bar(what: str, total: int) -> tqdm[Any]:
     """A progress bar with rate and remaining time; off a terminal, a line every ten seconds."""
     if sys.stderr.isatty():
-        return tqdm(desc=what, total=total, mininterval=0.2, dynamic_ncols=True)
-    return tqdm(desc=what, total=total, mininterval=10, maxinterval=10, ascii=True, ncols=100, file=_Lines())
+        return _Bar(desc=what, total=total, mininterval=0.2, dynamic_ncols=True)
+    return _Bar(desc=what, total=total, mininterval=10, maxinterval=10, ascii=True, ncols=100, file=_Lines())
 
 
 def quieten() -> None:

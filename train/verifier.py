@@ -44,6 +44,7 @@ from parse.trained import (
 from parse.verifiers import Evidence, Likelihood, Verifier
 from train.calibration import NEVER, prompts_needed, thresholds
 from train.hazards import AdapterModule, ProbeModule, acceptable, fit
+from train.models import load_engine
 from train.recipe import AdapterSection, ProbeSection, Recipe, hidden_states
 from train.run import Run, progress_bar, write_text
 
@@ -57,8 +58,8 @@ def run(recipe: Recipe, run: Run) -> None:
     """Write `verifier/`: verifier.json, head and LoRA; report.json and report.html."""
     with run.stage("verifier") as folder:
         promise, policy, handback = recipe.verifier.max_accuracy_loss, recipe.engine.policy, recipe.engine.handback
-        engine = Engine.from_pretrained(recipe.target, run.path("distill"), compile=False, segments=recipe.segments)
-        rollouts = load_from_disk(run.path("rollouts"))
+        engine = load_engine(recipe, recipe.draft_folder)
+        rollouts = load_from_disk(recipe.rollouts_folder)
         assert isinstance(rollouts, Dataset)
         drafts = labelled(rollouts)
         kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe)}

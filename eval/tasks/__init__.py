@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from eval.tasks import ledger
+from eval.tasks.rows import Prompt, Rows, load_rows
 
 
 class Task(Protocol):
@@ -16,11 +18,11 @@ class Task(Protocol):
         """A prompt of the split."""
         ...
 
-    def check(self, prompt: str, answer: str) -> bool:
+    def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether a finished answer is right."""
         ...
 
-    def first_wrong(self, prompt: str, answer: str) -> int | None:
+    def first_wrong(self, prompt: Prompt, answer: str) -> int | None:
         """Index of the first wrong sentence of an answer or a prefix, None where all are right."""
         ...
 
@@ -28,19 +30,33 @@ class Task(Protocol):
 TASKS: dict[str, ModuleType] = {"ledger": ledger}
 
 
-def load_task(name: str) -> Task:
-    """The task of that name.
+def load_task(name: str, data: Mapping[str, Any] | None = None) -> Task | Rows:
+    """The task of that name, or the rows of a JSONL file or a hub data set.
+
+    Args:
+        data: the recipe's section `data`, for rows.
 
     Raises:
-        ValueError: for an unknown task, naming those there are.
+        ValueError: for an unknown task, naming those there are; for rows that are none.
     """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is not known; tasks: {', '.join(TASKS)}")
-    return cast(Task, TASKS[name])
+    if name in TASKS:
+        return cast(Task, TASKS[name])
+    if data is None or not (name.endswith((".jsonl", ".json")) or name.count("/") == 1):
+        raise ValueError(
+            f"task {name!r} is not known; tasks: {', '.join(TASKS)}; or give a JSONL file, or a data set of the hub as "
+            "org/name"
+        )
+    return load_rows(name, data)
 
 
-def draw_prompts(task: Task, split: str, count: int, seed: int) -> list[str]:
-    """Distinct prompts of a split, the same for the same seed."""
+def draw_prompts(task: Task | Rows, split: str, count: int, seed: int) -> list[Prompt]:
+    """Distinct prompts of a split, the same for the same seed; of rows at most those there are.
+
+    Splits are "answers" (what the draft learns), "train" (what verifiers learn), "calibration" and "test".
+    """
+    if isinstance(task, Rows):
+        return task.draw_prompts(split, count, seed)
+    split = "train" if split == "answers" else split  # with another seed: no prompt twice, there are so many
     rng = random.Random(f"{split} {seed}")
     prompts: dict[str, None] = {}
     while len(prompts) < count:

@@ -1,0 +1,155 @@
+"""Whether a finished answer is right: by the task's checker, or by the target's own comparison with its own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from eval.tasks import Task
+from eval.tasks.rows import Prompt, Rows, key_of
+from parse import Engine
+from parse.decode import Context, Sampling
+from parse.models import encode_text, render, text_of
+from parse.passes import Steps
+from parse.verifiers import Prompt as Verdict
+from train.generation import going_on
+from train.recipe import Recipe, RecipeError
+
+TEMPERATURE = 0.7  # at which the target is sampled, where more than its greedy way on is asked for
+QUESTION = (
+    "Question:\n{prompt}\n\nFirst answer:\n{reference}\n\nSecond answer:\n{answer}\n\n"
+    "Do the two answers say the same? Reply with one word, yes or no."
+)
+
+
+class Judge(Protocol):
+    """Says whether a finished answer is right."""
+
+    def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
+        """Whether the answer is right."""
+        ...
+
+
+@dataclass
+class Checked:
+    """The task's own checker."""
+
+    task: Task | Rows
+
+    def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
+        """Whether the task calls the answer right."""
+        return self.task.check(prompt, answer)
+        yield
+
+
+@dataclass
+class Agreement:
+    """The target compares an answer with the one that it gives by itself, in words, as a user would ask it to.
+
+    Its errors are the labels' noise: `controls` measures them on pairs of which the truth is known.
+    """
+
+    engine: Engine
+    limit: int  # tokens of an answer
+    question: str = QUESTION
+    threshold: float = 0.5  # of P(yes); set by `controls`
+    references: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._verdict = Verdict.of(self.engine.tokenizer)
+
+    def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
+        """Whether the target calls the answer the same as its own."""
+        if key_of(prompt) not in self.references:
+            own = yield from going_on(self.engine.readers["target"], self.engine.encode(prompt), self.limit)
+            self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
+        reference = self.references[key_of(prompt)]
+        if reference.split() == answer.split():
+            return True
+        return (yield from self.comparing(prompt, reference, answer)) >= self.threshold
+
+    def comparing(self, prompt: Prompt, reference: str, answer: str) -> Steps[float]:
+        """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
+        total, tokenizer = 0.0, self.engine.tokenizer
+        for first, second in ((reference, answer), (answer, reference)):
+            content = self.question.format(prompt=_words_of(prompt), reference=first, answer=second)
+            ids = encode_text(render([{"role": "user", "content": content}], tokenizer), tokenizer)
+            context = Context(self.engine.readers["target"])
+            try:
+                yield from context.reading(ids)
+                logits = (yield from context.knowing()).float()  # [V]
+            finally:
+                context.close()
+            total += self._verdict.weigh(logits).item()
+        return total / 2
+
+
+def controls(
+    agreement: Agreement, prompts: Sequence[Prompt], run: Callable[[Sequence[Steps[float]]], list[float]]
+) -> dict[str, float]:
+    """Set the agreement's threshold on one half of some control pairs and measure its errors on the other.
+
+    Pairs that say the same are two samples of the target's answers to a prompt, those that do not are its answers to
+    different prompts.
+
+    Args:
+        prompts: eight or more.
+        run: runs many steps at once; their results in order.
+
+    Returns:
+        `same_called_different` and `different_called_same`, the error rates, and the `threshold`.
+    """
+
+    def pair(first: int, second: int, seed: int) -> Steps[float]:
+        texts = []
+        for prompt, sample in ((prompts[first], Sampling()), (prompts[second], Sampling(TEMPERATURE, seed=seed))):
+            written = yield from going_on(
+                agreement.engine.readers["target"], agreement.engine.encode(prompt), agreement.limit, sample
+            )
+            texts.append(text_of(written.ids, agreement.engine.tokenizer))
+        if texts[0].split() == texts[1].split():
+            return 1.0
+        return (yield from agreement.comparing(prompts[first], *texts))
+
+    n = len(prompts)
+    same = run([pair(i, i, i) for i in range(n)])
+    other = run([pair(i, (i + 1) % n, i) for i in range(n)])
+
+    def errors(threshold: float, some: slice) -> tuple[float, float]:
+        missed, confused = same[some], other[some]
+        return (
+            sum(score < threshold for score in missed) / len(missed),
+            sum(score >= threshold for score in confused) / len(confused),
+        )
+
+    half = slice(0, n, 2)
+    agreement.threshold = min(sorted({*same[half], *other[half]}), key=lambda t: sum(errors(t, half)))
+    missed, confused = errors(agreement.threshold, slice(1, n, 2))
+    return {
+        "same_called_different": missed,
+        "different_called_same": confused,
+        "threshold": agreement.threshold,
+    }
+
+
+def _words_of(prompt: Prompt) -> str:
+    """A prompt as one text: of a conversation every turn."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
+
+
+def labeller_of(recipe: Recipe, task: Task | Rows) -> str:
+    """ "task" or "agreement": the recipe's choice, or what the task offers.
+
+    Raises:
+        RecipeError: where rows are to be checked and have no references.
+    """
+    checks = not isinstance(task, Rows) or task.checks
+    if recipe.rollouts.labeller == "task" and not checks:
+        raise RecipeError(
+            f"rollouts.labeller is 'task', and the rows of {recipe.task} have no `reference` to check answers against: "
+            "give them one, or set rollouts.labeller=agreement (the target compares answers with its own)"
+        )
+    if recipe.rollouts.labeller == "auto":
+        return "task" if checks else "agreement"
+    return recipe.rollouts.labeller

@@ -1,0 +1,154 @@
+"""The target's answers: from the engine, from a server, and what of them is kept."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+
+from tests.conftest import MODELS
+from train.__main__ import main as train
+from train.answers import Encoding
+from train.recipe import load_recipe
+from train.server import Answered
+
+PROMPTS = ["list : #1 fig rome 4 ; #2 tea oslo 7 .", "list : #1 jam paris 2 .", "list : #1 egg lima 9 .", "the fig", "tea"]
+
+
+class Server(BaseHTTPRequestHandler):
+    """Speaks as an OpenAI-compatible server does."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked | {"key": self.headers["Authorization"]})
+        status, message, finish = self.server.reply(asked["messages"][-1]["content"])
+        choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", **message}}
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
+        content = json.dumps(body if status == 200 else {"error": {"message": "no"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    one = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    one.asked = []
+    one.reply = lambda prompt: (200, {"content": "that is 11 coins ."}, "stop")
+    one.url = f"http://127.0.0.1:{one.server_port}/v1"
+    threading.Thread(target=one.serve_forever, daemon=True).start()
+    yield one
+    one.shutdown()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The words of a recipe over five prompts of one's own, all of them to be answered."""
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"prompt": prompt, "split": "answers"}) + "\n" for prompt in PROMPTS))
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"name: mine\ntarget: {MODELS}/ledger-target\ndraft: {MODELS}/ledger-draft\ntask: {data}\nruns: {tmp_path}\n"
+        "stages: [answers]\nengine: {max_new_tokens: 60}\n"
+    )
+    return str(file)
+
+
+def answers_of(recipe):
+    folder = load_recipe(recipe).folder / "answers"
+    rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    return load_from_disk(folder).to_list(), rejected
+
+
+def test_answers_from_a_server(recipe, server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sesame")
+    words = [f"answers.server={{url: {server.url}, model: big, key_variable: MY_KEY}}"]
+    assert train([recipe, *words]) == 0
+    rows, rejected = answers_of(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "ledger-target")
+    assert {row["prompt"] for row in rows} == set(PROMPTS)
+    assert not rejected
+    for row in rows:
+        learnt = [id for id, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+        assert tokenizer.decode(learnt) == f"that is 11 coins . {tokenizer.eos_token}"
+        assert row["right"] is None
+    assert {(one["model"], one["key"], one["temperature"], one["max_tokens"]) for one in server.asked} == {
+        ("big", "Bearer sesame", 0.0, 60)
+    }
+    assert "sesame" not in "".join(file.read_text() for file in load_recipe(recipe).folder.glob("*.*"))
+
+
+def test_what_nothing_can_be_learnt_from_is_kept_with_its_reason(recipe, server):
+    replies = {
+        PROMPTS[0]: (200, {"content": "that is"}, "length"),
+        PROMPTS[1]: (400, {}, None),
+        PROMPTS[2]: (200, {"content": " "}, "stop"),
+        PROMPTS[3]: (200, {"content": "<think> fig </think> "}, "stop"),
+        PROMPTS[4]: (200, {"content": "that is 11 coins ."}, "stop"),
+    }
+    server.reply = replies.get
+    words = [f"answers.server={{url: {server.url}, model: big, retries: 0}}", "answers.thinking=drop"]
+    assert train([recipe, *words]) == 0
+    rows, rejected = answers_of(recipe)
+    assert [row["prompt"] for row in rows] == [PROMPTS[4]]
+    reasons = {row["prompt"]: row["reason"] for row in rejected}
+    assert reasons[PROMPTS[0]] == "did not end within engine.max_new_tokens"
+    assert "400" in reasons[PROMPTS[1]]
+    assert reasons[PROMPTS[2]] == "is empty"
+    assert reasons[PROMPTS[3]] == "is empty without its thinking"
+
+
+def test_a_server_that_fails_at_times_is_asked_again(recipe, server):
+    failed = set()
+
+    def reply(prompt):
+        if prompt in failed:
+            return 200, {"content": "that is 11 coins ."}, "stop"
+        failed.add(prompt)
+        return 503, {}, None
+
+    server.reply = reply
+    assert train([recipe, f"answers.server={{url: {server.url}, model: big, retries: 2}}"]) == 0
+    assert len(answers_of(recipe)[0]) == 5
+    assert len(server.asked) == 10
+
+
+def test_a_server_that_goes_away_loses_nothing(recipe, server, capsys):
+    words = ["answers.server={url: URL, model: big, retries: 0, concurrency: 1}"]
+    server.reply = lambda prompt: (200 if len(server.asked) < 3 else 404, {"content": "that is 11 coins ."}, "stop")
+    assert train([recipe, words[0].replace("URL", server.url)]) == 2
+    assert "refuses the model 'big' or the key in $OPENAI_API_KEY" in capsys.readouterr().err
+    server.reply = lambda prompt: (200, {"content": "that is 11 coins ."}, "stop")
+    server.asked.clear()
+    assert train([recipe, words[0].replace("URL", server.url)]) == 0
+    assert len(server.asked) == 3
+    assert len(answers_of(recipe)[0]) == 5
+
+
+def test_a_server_that_is_not_there_is_an_error(recipe, capsys):
+    assert train([recipe, "answers.server={url: 'http://127.0.0.1:9/v1', model: big, retries: 0}"]) == 2
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9/v1 cannot be reached after 1 tries" in error
+    assert "start the server or mend answers.server.url" in error
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("keep", "<think>\nfig\n</think>\n\ntea"), ("drop", "tea")])
+def test_thinking_is_kept_or_dropped(recipe, smollm, choice, expected, tmp_path):
+    """Whether it stands in the text or a server hands it over apart."""
+    encode = Encoding(load_recipe(recipe, [f"answers.thinking={choice}"]))
+    encode.tokenizer = smollm[1]
+    assert encode("a", Answered("tea", True, thinking="fig"))["answer"] == expected
+    assert encode("a", Answered("<think>\nfig\n</think>\n\ntea", True))["answer"] == expected
+
+
+def test_answers_of_the_engine_keep_their_tokens(recipe):
+    assert train([recipe, "engine.max_new_tokens=200"]) == 0
+    rows, _ = answers_of(recipe)
+    assert any("coins" in row["answer"] for row in rows)

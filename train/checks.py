@@ -1,0 +1,192 @@
+"""What is checked before anything expensive: models, methods, prompts, and room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from eval.judges import labeller_of
+from eval.tasks import draw_prompts, load_task
+from eval.tasks.rows import Prompt, Rows
+from parse.models import check_architecture, check_weights, encode_prompt, encode_text, render, text_of
+from parse.verifiers import Prompt as Verdict
+from train.models import empty_draft
+from train.recipe import NewDraft, Recipe, RecipeError, hidden_states, to_dict
+
+LOOKED_AT = 200  # prompts of each split whose tokens are counted
+SAVED = 4  # bytes a weight of the draft, in its folder
+CHECKPOINT = 12  # bytes a trained weight: itself and AdamW's two moments; the old one stands until the new is whole
+ROW = 21  # bytes a token of an answer: id, mask, text
+
+
+def check_all(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse what some of the stages could not do, in seconds.
+
+    Raises:
+        RecipeError: naming the key, what was given and the remedy.
+    """
+    check_models(recipe)
+    check_methods(recipe, stages)
+    check_prompts(recipe, stages)
+    check_disk(recipe, stages)
+
+
+def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse a method of training that this pair of models cannot take, or arguments that the libraries refuse."""
+    from train import align, distill  # TRL takes seconds to import
+    from train.trainers import lora_config, same_vocabulary
+
+    comparing = []
+    if "distill" in stages:
+        distill.trainer_config(recipe)
+        if recipe.distill.lora is not None:
+            lora_config(recipe.distill.lora, "distill.lora")
+        if recipe.distill.method in ("logits", "on_policy"):
+            comparing.append(f"distill.method={recipe.distill.method}")
+    if "align" in stages:
+        align.trainer_config(recipe)
+        lora_config(recipe.align.lora, "align.lora")
+        if recipe.align.method == "on_policy":
+            comparing.append("align.method=on_policy")
+    if comparing:
+        draft = recipe.draft if isinstance(recipe.draft, str) else recipe.target
+        tokenizers = [AutoTokenizer.from_pretrained(source) for source in (draft, recipe.target)]
+        with torch.device("meta"):
+            width = empty_draft(recipe).config.vocab_size
+        widths = (width, AutoConfig.from_pretrained(recipe.target).vocab_size)
+        for method in comparing:
+            same_vocabulary(recipe, method, *tokenizers, widths)
+
+
+def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse prompts that do not fit or that the target's tokenizer cannot read, and splits without any."""
+    try:
+        task = load_task(recipe.task, to_dict(recipe.data))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"task: {error}") from error
+    if recipe.data.check == "math" and isinstance(task, Rows) and task.checks:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError as error:
+            raise RecipeError("data.check is 'math': install it, `pip install parse-engine[math]`") from error
+    if labeller_of(recipe, task) == "agreement" and "rollouts" in stages:
+        check_asking(recipe, "rollouts.labeller")
+    tokenizer, config = AutoTokenizer.from_pretrained(recipe.target), AutoConfig.from_pretrained(recipe.target)
+    splits = {"answers": ("answers",), "rollouts": ("train",) if recipe.aligned else ("train", "calibration", "test")}
+    for split in dict.fromkeys(split for stage in stages for split in splits.get(stage, ())):
+        prompts = draw_prompts(task, split, LOOKED_AT, recipe.seed)
+        if not prompts:
+            raise RecipeError(
+                f"task: {recipe.task} has no prompt for the split {split!r}: give more rows, or change data.shares"
+            )
+        _check_lengths(recipe, prompts, tokenizer, getattr(config, "max_position_embeddings", None))
+        _check_reading(recipe, prompts[0], tokenizer)
+
+
+def _check_lengths(recipe: Recipe, prompts: Sequence[Prompt], tokenizer: Any, context: int | None) -> None:
+    lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
+    room = (context or max(lengths)) - (recipe.engine.max_new_tokens if context else 0)
+    if (longest := max(lengths)) > room:
+        over = sum(length > room for length in lengths)
+        raise RecipeError(
+            f"engine.max_new_tokens is {recipe.engine.max_new_tokens}, and {over} of {len(lengths)} prompts leave no "
+            f"room for it: the longest has {longest} tokens, and the target's context holds {context}. Shorten or "
+            f"leave out those prompts, or set engine.max_new_tokens to {max((context or 0) - longest, 0)} or less"
+        )
+
+
+def _check_reading(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
+    """A prompt that comes back from its tokens as another text is not what the target will read."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        text = render(messages, tokenizer) if tokenizer.chat_template else str(prompt)
+    except Exception as error:  # whatever the template's own code raises
+        raise RecipeError(f"task: the target's chat template refuses the prompt {messages!r}: {error}") from error
+    ids = encode_text(text, tokenizer)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        raise RecipeError(
+            f"task: the tokenizer of {recipe.target} does not know words of the prompt {prompt!r}: it reads "
+            f"{text_of(ids, tokenizer)!r}. Take a target whose tokenizer covers these prompts"
+        )
+    if "".join(text_of(ids, tokenizer).split()) != "".join(text.split()):
+        raise RecipeError(
+            f"task: a prompt comes back from the tokens of {recipe.target} as another text, "
+            f"{text_of(ids, tokenizer)!r} instead of {text!r}: its tokenizer does not suit these prompts"
+        )
+
+
+def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
+    """Refuse a run that the disk has no room for.
+
+    Returns:
+        bytes that the stages will write at most, by what they are for.
+    """
+    tokens = recipe.answers.prompts * recipe.engine.max_new_tokens
+    need: dict[str, int] = {}
+    if "answers" in stages:
+        need["answers"] = tokens * ROW
+    if "distill" in stages:
+        with torch.device("meta"):
+            weights = empty_draft(recipe).num_parameters()
+        trained = weights if recipe.distill.lora is None else weights // 50
+        need["draft"] = weights * SAVED
+        need["checkpoints"] = 2 * trained * CHECKPOINT
+        if recipe.distill.method == "logits":
+            from train.logits import BYTES
+
+            need["the target's logits"] = tokens * recipe.distill.top_k * BYTES * 4 // 3
+    folder = recipe.folder
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if sum(need.values()) > free:
+        parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in need.items())
+        raise RecipeError(
+            f"runs: {Path(recipe.runs)} has {free / 1e9:.1f} GB free, and this run may take "
+            f"{sum(need.values()) / 1e9:.1f} GB ({parts}): make room, set runs to another disk, or lower "
+            "answers.prompts or distill.top_k"
+        )
+    return need
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse models that are not there or that the engine cannot run, from their configurations.
+
+    Raises:
+        RecipeError: naming the key, the model and the remedy.
+    """
+    models = {"target": recipe.target} | ({"draft": recipe.draft} if isinstance(recipe.draft, str) else {})
+    for key, source in models.items():
+        looks_local = source.count("/") != 1 or source.startswith((".", "~"))
+        if not Path(source).is_dir() and looks_local:
+            raise RecipeError(
+                f"{key}: {source} is not a folder here; give the folder of a model, or a hub id such as org/name"
+            )
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
+        try:
+            check_weights(source)
+            check_architecture(config)
+        except ValueError as error:
+            raise RecipeError(f"{key}: {error}") from error
+    if isinstance(recipe.draft, NewDraft):
+        with torch.device("meta"):
+            empty_draft(recipe)
+    if recipe.verifier.kind == "prompt":
+        check_asking(recipe, "verifier.kind")
+    hidden_states(recipe.verifier.probe.layers, AutoConfig.from_pretrained(recipe.target).num_hidden_layers)
+
+
+def check_asking(recipe: Recipe, key: str) -> None:
+    """Raise RecipeError for a target that cannot be asked in words."""
+    try:
+        Verdict.of(AutoTokenizer.from_pretrained(recipe.target))
+    except ValueError as error:
+        raise RecipeError(f"{key} asks the target in words: {error}") from error

@@ -1,0 +1,201 @@
+"""TRL's trainers as the stages run them: arguments from the recipe, checkpoints to go on from, guards.
+
+A trainer's arguments are the recipe's, untouched, over defaults that suit the machine. Checkpoints are kept in the
+stage's scratch folder until the stage is done; the next start of a killed one goes on from the last whole one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from train.recipe import Recipe, RecipeError
+from train.run import KEPT, Run, progress_bar, write_text
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def arguments(kind: type, given: dict[str, Any], recipe: Recipe, section: str, **defaults: Any) -> Any:
+    """TRL's configuration of a kind.
+
+    Args:
+        given: the recipe's keys of `section`.
+        defaults: what the stage prefers.
+
+    Raises:
+        RecipeError: for a key or a value that TRL refuses.
+    """
+    _check_keys(kind, given, section)
+    on_gpu = torch.cuda.is_available()
+    common = {
+        "output_dir": str(recipe.folder / f".{section}-checkpoints"),
+        "seed": recipe.seed,
+        "report_to": "wandb" if recipe.logging.wandb else "none",  # the run that is open
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    try:
+        return kind(**{**common, **defaults, **given})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"section {section!r} is refused by TRL: {error}") from error
+
+
+def lora_config(given: dict[str, Any], section: str) -> LoraConfig:
+    """PEFT's configuration: the recipe's keys of `section` over `LORA`.
+
+    Raises:
+        RecipeError: for a key or a value that PEFT refuses.
+    """
+    _check_keys(LoraConfig, given, section)
+    try:
+        return LoraConfig(**{**LORA, **given})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"section {section!r} is refused by PEFT: {error}") from error
+
+
+def _check_keys(kind: type, given: dict[str, Any], section: str) -> None:
+    allowed = [field.name for field in fields(kind) if field.init]
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"unknown key {key!r} in section {section!r}{hint} See {kind.__name__}")
+
+
+class NotFinite(RuntimeError):
+    """A loss that is no number: training on would spoil every weight."""
+
+
+class Guarded(Trainer):
+    """Put in front of one of TRL's trainers: skips a batch with nothing to learn, stops where a loss is no number."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        """The trainer's loss; zero for a batch of which no token is to be learnt."""
+        labels = inputs.get("labels")
+        if labels is None or bool((labels[..., 1:] != -100).any()) or not self.model.training:
+            return super().compute_loss(model, inputs, *rest, **options)
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits.sum() * 0.0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        """One step; see `NotFinite`."""
+        loss: Tensor = super().training_step(model, inputs, *rest)
+        if not torch.isfinite(loss):
+            raise NotFinite(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the samples "
+                f"{self._places(inputs)}: look at them, lower learning_rate, or clip more (max_grad_norm); nothing of "
+                "this step is kept"
+            )
+        return loss
+
+    def _places(self, inputs: Any) -> list[int] | str:
+        """The indices in the data set of a batch's samples; their first tokens where they are packed."""
+        ids = inputs.get("input_ids") if isinstance(inputs, dict) else None
+        if ids is None or "input_ids" not in self.train_dataset.column_names:
+            return "of this batch"
+        batch = [row[row != -1].tolist() for row in ids]
+        found = [
+            i for i, own in enumerate(self.train_dataset["input_ids"]) if any(row[: len(own)] == own for row in batch)
+        ]
+        return found or f"that begin with the tokens {[row[:8] for row in batch]}"
+
+
+class Progress(TrainerCallback):
+    """A bar with the loss, in place of the library's lines."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_begin(self, _: Any, state: Any, *rest: Any, **options: Any) -> None:
+        """Begin, perhaps in the middle."""
+        self._bar = progress_bar(self.what, total=state.max_steps) if state.is_world_process_zero else None
+        if self._bar is not None:
+            self._bar.update(state.global_step)
+
+    def on_step_end(self, _: Any, state: Any, *rest: Any, **options: Any) -> None:
+        """A step is done."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, _: Any, state: Any, *rest: Any, logs: dict[str, Any] | None = None, **options: Any) -> None:
+        """A loss is known."""
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
+
+    def on_train_end(self, *rest: Any, **options: Any) -> None:
+        """End."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def checkpoints(folder: Path) -> str:
+    """Where a stage that writes `folder` keeps its checkpoints."""
+    return str(folder / KEPT / "checkpoints")
+
+
+def train(trainer: Trainer, stage: str, run: Run, folder: Path) -> None:
+    """Train, from the last checkpoint where there is one, and save the model and the losses into `folder`.
+
+    Raises:
+        RecipeError: where the loss is lost.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(stage))
+    try:
+        result = trainer.train(resume_from_checkpoint=_last_whole(Path(str(trainer.args.output_dir))))
+    except NotFinite as error:
+        raise RecipeError(f"{stage}: {error}") from error
+    trainer.save_model(str(folder))
+    if run.is_main:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        history = [{k: v for k, v in log.items() if k in ("step", "loss")} for log in trainer.state.log_history]
+        write_text(folder / "losses.json", json.dumps([log for log in history if "loss" in log]) + "\n")
+        run.say(f"{stage}: {result.global_step} steps, training loss {result.training_loss:.4f}")
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; what comes behind it is taken away."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # the last file of a checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+            continue
+        return str(path)
+    return None
+
+
+def same_vocabulary(recipe: Recipe, method: str, draft: Any, target: Any, logits: tuple[int, int]) -> None:
+    """Raise RecipeError unless distributions over the next token can be compared.
+
+    Args:
+        draft, target: their tokenizers.
+        logits: the widths of their logits.
+    """
+    if draft.get_vocab() != target.get_vocab() or logits[0] != logits[1]:
+        raise RecipeError(
+            f"{method} compares distributions over the next token, and the draft {recipe.draft} ({len(draft)} tokens, "
+            f"{logits[0]} logits) has another vocabulary than the target {recipe.target} ({len(target)} tokens, "
+            f"{logits[1]} logits): use distill.method=sequence or gold and align.method=dpo, or make the draft "
+            "from the target (draft: {layers: N})"
+        )
+
+
+def training_kind(trainer: type) -> type:
+    """One of TRL's trainers with the guards in front."""
+    return type(trainer.__name__, (Guarded, trainer), {})
