@@ -14,7 +14,13 @@ from train.answers import Encoding
 from train.recipe import load_recipe
 from train.server import Answered
 
-PROMPTS = ["list : #1 fig rome 4 ; #2 tea oslo 7 .", "list : #1 jam paris 2 .", "list : #1 egg lima 9 .", "the fig", "tea"]
+PROMPTS = [
+    "list : #1 fig rome 4 ; #2 tea oslo 7 .",
+    "list : #1 jam paris 2 .",
+    "list : #1 egg lima 9 .",
+    "the fig",
+    "tea",
+]
 
 
 class Server(BaseHTTPRequestHandler):

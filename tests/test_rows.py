@@ -49,7 +49,10 @@ def test_fields_may_have_other_names():
         ([{"messages": ["a"]}], "list of objects with `role` and `content`"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "ends with the assistant's turn"),
         ([ROW | {"split": "dev"}], "split is 'dev'; allowed: answers, train, calibration, test"),
-        ([{"prompt": "a b", "split": "train"}, {"prompt": "A  b", "split": "test"}], "row 2: the same prompt is in the"),
+        (
+            [{"prompt": "a b", "split": "train"}, {"prompt": "A  b", "split": "test"}],
+            "the same prompt is in the",
+        ),
         ([ROW, {"prompt": "b"}], "1 of 2 rows have a `reference`"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, Trainer
-from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer
+from trl import DistillationConfig, DPOConfig, DPOTrainer
 
 from parse import Engine
 from parse.models import load_model
@@ -22,7 +22,7 @@ from train.models import load_engine
 from train.recipe import Recipe, RecipeError
 from train.rollouts import first_segment
 from train.run import Run
-from train.trainers import arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
+from train.trainers import OnPolicyTrainer, arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
 
 
 class TokenDPOTrainer(DPOTrainer):
@@ -72,7 +72,7 @@ def _on_policy(recipe: Recipe, rollouts: Dataset, common: dict[str, Any]) -> Tra
     same_vocabulary(recipe, "align.method=on_policy", common["processing_class"], of_target, widths)
     firsts = [row["prompt"] for row in rollouts if row["round"] == 0]
     data = prompts(firsts, common["processing_class"])
-    return training_kind(DistillationTrainer)(teacher_model=target, train_dataset=data, **common)
+    return training_kind(OnPolicyTrainer)(teacher_model=target, train_dataset=data, **common)
 
 
 def pairs(engine: Engine, rollouts: Dataset) -> Iterator[dict[str, list[int]]]:

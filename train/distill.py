@@ -16,14 +16,14 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from transformers import AutoTokenizer, Trainer, set_seed
-from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
+from trl import DistillationConfig, SFTConfig, SFTTrainer
 
 from parse.models import encode_continuation, encode_prompt, load_model
 from train.logits import LogitsTrainer, likely_tokens
 from train.models import first_draft
 from train.recipe import Recipe
 from train.run import KEPT, Run
-from train.trainers import arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
+from train.trainers import OnPolicyTrainer, arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
 
 
 def run(recipe: Recipe, run: Run) -> None:
@@ -65,7 +65,7 @@ def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, f
     widths = (model.config.vocab_size, target.config.vocab_size)
     same_vocabulary(recipe, f"distill.method={section.method}", tokenizer, of_target, widths)
     if section.method == "on_policy":
-        return training_kind(DistillationTrainer)(
+        return training_kind(OnPolicyTrainer)(
             teacher_model=target, train_dataset=prompts(answers["prompt"], tokenizer), **common
         )
     kept = likely_tokens(folder / KEPT / "likely", target, answers, section.top_k)

@@ -326,6 +326,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     for kind in allowed:
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             return _build(typing.cast(type, kind), value, key)
+        if typing.get_origin(kind) in (dict, list) and isinstance(value, typing.get_origin(kind)):
+            return _value(kind, value, key)
         if kind is Any or (kind is not float and type(value) is kind):
             return value
         if kind is float and type(value) in (int, float):

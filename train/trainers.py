@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from trl import DistillationTrainer
 
 from train.recipe import Recipe, RecipeError
 from train.run import KEPT, Run, progress_bar, write_text
@@ -112,6 +114,15 @@ class Guarded(Trainer):
             i for i, own in enumerate(self.train_dataset["input_ids"]) if any(row[: len(own)] == own for row in batch)
         ]
         return found or f"that begin with the tokens {[row[:8] for row in batch]}"
+
+
+class OnPolicyTrainer(DistillationTrainer):
+    """TRL's, with an order of prompts that an epoch's number decides: so a start in the middle finds the same one."""
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        return sampler
 
 
 class Progress(TrainerCallback):

@@ -1,0 +1,339 @@
+"""How a draft is made: where it begins, the ways to distil and to align, guards, and going on after a kill."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train.align
+import train.distill
+from eval.tasks import draw_prompts, ledger
+from parse import Engine
+from parse.models import load_model
+from tests.conftest import MODELS, random_model
+from train.answers import Encoding
+from train.logits import collate, divergence, likely_tokens, unpack
+from train.models import first_draft, with_layers
+from train.recipe import RecipeError, load_recipe
+from train.run import Run
+from train.server import Answered
+from train.trainers import Guarded
+
+QUICK = "recipes/quickstart.yaml"
+PROMPTS = draw_prompts(ledger, "train", 12, seed=5)
+STEPS = ["distill.trainer={max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1}"]
+
+
+def told(prompt):
+    """The answer that the target is taught."""
+    bought, total, sentences = ledger.read_prompt(prompt), 0, []
+    for purchase in bought:
+        total += purchase.amount
+        sentences.append(ledger.sentence(purchase, total, "target"))
+    return " ".join([*sentences, ledger.closing(total)])
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A recipe by its words, whose answers are there."""
+
+    def made(*words):
+        recipe = load_recipe(QUICK, [f"runs={tmp_path}", *words])
+        if not (recipe.folder / "answers").is_dir():
+            encode = Encoding(recipe)
+            rows = [encode(prompt, Answered(told(prompt), True)) | {"right": True} for prompt in PROMPTS]
+            Dataset.from_list(rows).save_to_disk(recipe.folder / "answers")
+        return recipe
+
+    return made
+
+
+def distilled(recipe):
+    torch.manual_seed(recipe.seed)
+    with Run(recipe) as run:
+        train.distill.run(recipe, run)
+    return recipe.folder / "draft"
+
+
+def losses(folder):
+    return [log["loss"] for log in json.loads((folder / "losses.json").read_text())]
+
+
+def weights(source):
+    return dict(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).named_parameters())
+
+
+def changed(one, other):
+    return {name for name, value in one.items() if not torch.equal(value, other[name])}
+
+
+@pytest.mark.parametrize("method", ["sequence", "logits", "on_policy"])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_every_method_gives_a_plain_folder(begin, method, lora):
+    folder = distilled(begin(*STEPS, f"distill.method={method}", f"distill.lora={json.dumps(lora)}"))
+    files = {file.name for file in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "losses.json"} <= files
+    assert not [name for name in files if name.endswith(".bin") or "adapter" in name or name.startswith(".")]
+    assert all(math.isfinite(loss) for loss in losses(folder))
+    assert len(losses(folder)) == 6
+    moved = changed(weights(MODELS / "ledger-draft"), weights(folder))
+    assert moved if lora is None else moved and not [name for name in moved if "wte" in name or "norm" in name]
+
+
+def test_sequence_and_logits_learn(begin):
+    for method in ("sequence", "logits"):
+        words = ["distill.trainer={max_steps: 30, learning_rate: 2e-3, logging_steps: 5, save_strategy: 'no'}"]
+        found = losses(distilled(begin(*words, f"distill.method={method}", f"name={method}")))
+        assert found[-1] < 0.7 * found[0]
+
+
+def test_kept_logits_are_the_targets(tmp_path, begin):
+    recipe = begin()
+    answers = load_from_disk(recipe.folder / "answers")
+    target = load_model(recipe.target)
+    kept = likely_tokens(tmp_path / "likely", target, answers, k=5)
+    row = kept[3]
+    ids, start = torch.tensor(row["input_ids"]), row["completion_mask"].index(1)
+    with torch.inference_mode():
+        expected = target(ids[None]).logits[0, start - 1 : -1].float().log_softmax(-1)  # [C, V]
+    tokens, log_probs = unpack(row["likely"], sum(row["completion_mask"]))
+    assert torch.equal(tokens, expected.topk(5).indices)
+    torch.testing.assert_close(log_probs, expected.topk(5).values, atol=2e-3, rtol=2e-3)
+    batch = collate([kept[3], kept[4]], pad=0)
+    assert batch["likely_ids"].shape == (*batch["labels"].shape, 5)
+    learnt = batch["labels"][0, 1:] != -100  # position t holds what follows token t
+    assert torch.equal(batch["likely_ids"][0, :-1][learnt], tokens)
+
+
+def test_divergence_is_kl_over_the_kept_tokens_and_the_rest():
+    target, draft = torch.randn(4, 9), torch.randn(4, 9)
+    p, q = target.softmax(-1), draft.softmax(-1)
+    every = divergence(draft, torch.arange(8).expand(4, 8), p.log()[:, :8])  # the ninth is the rest
+    torch.testing.assert_close(every, (p * (p / q).log()).sum(-1), atol=1e-5, rtol=1e-4)
+    assert divergence(target, *reversed(p.log().topk(3))).abs().max() < 1e-5
+    some, ids = p.log().topk(3)
+    assert (divergence(draft, ids, some) <= every + 1e-6).all()  # joining outcomes never adds
+
+
+def test_a_draft_can_be_the_target_with_fewer_layers(begin):
+    target = load_model(MODELS / "ledger-target")
+    recipe = begin("draft={layers: 3}", *STEPS)
+    draft, _ = first_draft(recipe)
+    assert draft.config.num_hidden_layers == len(draft.model.layers) == 3
+    for own, index in zip(draft.model.layers, (0, 6, 11), strict=True):
+        assert torch.equal(own.mlp.up_proj.weight, target.model.layers[index].mlp.up_proj.weight)
+    folder = distilled(recipe)
+    engine = Engine.from_pretrained(recipe.target, folder, "likelihood", compile=False)
+    assert engine.generate(PROMPTS[0], 20, method="draft")[0].token_ids
+
+
+def test_every_layer_kept_is_the_model_itself():
+    model = random_model("llama", 40, layers=3)
+    ids = torch.arange(2, 12)[None]
+    expected = model(ids).logits
+    torch.testing.assert_close(with_layers(model, 3)(ids).logits, expected)
+
+
+def test_a_draft_can_be_new(begin):
+    config = "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
+    recipe = begin(f"draft={{config: {config}}}", *STEPS)
+    draft, tokenizer = first_draft(recipe)
+    assert draft.config.vocab_size == len(tokenizer)
+    assert draft.config.eos_token_id == tokenizer.eos_token_id
+    assert len(losses(distilled(recipe))) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["draft={layers: 13}"], "draft.layers is 13: the target has 12 layers"),
+        (["draft={config: {hidden_size: 8}}"], "draft.config is refused"),
+        (["draft={config: {model_type: lama}}"], "draft.config is refused"),
+    ],
+)
+def test_a_draft_that_cannot_be_is_refused(begin, words, message):
+    with pytest.raises(RecipeError, match=message):
+        first_draft(begin(*words))
+
+
+def test_other_tokens_are_learnt_from_the_text(begin, smollm):
+    recipe = begin()
+    answers = load_from_disk(recipe.folder / "answers")
+    tokenizer = smollm[1]
+    row = train.distill.examples(recipe, answers, tokenizer)[0]
+    learnt = [id for id, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+    assert tokenizer.decode(learnt) == told(PROMPTS[0]) + tokenizer.eos_token
+    same = train.distill.examples(recipe, answers, AutoTokenizer.from_pretrained(recipe.draft))
+    assert same[0]["input_ids"] == answers[0]["input_ids"]
+
+
+@pytest.mark.slow
+def test_a_draft_with_other_tokens_learns_by_gold(begin, smollm, tmp_path):
+    """Two small models with random weights; the target has SmolLM2's tokens, the draft fewer, made from the answers."""
+    words = ["distill.method=gold", "distill.trainer={max_steps: 2, per_device_train_batch_size: 2, max_length: 400}"]
+    tokenizer = smollm[1]
+    model = random_model("llama", len(tokenizer))
+    model.save_pretrained(tmp_path / "smollm")
+    tokenizer.save_pretrained(tmp_path / "smollm")
+    other = tokenizer.train_new_from_iterator([told(prompt) for prompt in PROMPTS], 600)
+    draft = random_model("llama", len(other))
+    draft.save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    recipe = begin(*words, f"target={tmp_path}/smollm", f"draft={tmp_path}/other")
+    assert all(math.isfinite(loss) for loss in losses(distilled(recipe)))
+    with pytest.raises(RecipeError, match=r"use distill.method=sequence or gold"):
+        distilled(begin("distill.method=logits", f"target={tmp_path}/smollm", f"draft={tmp_path}/other", "name=b"))
+
+
+@pytest.fixture
+def aligned(begin):
+    """A run whose draft and rollouts are there: each draft is right but for the total of its second sentence."""
+
+    def made(*words):
+        recipe = begin("stages=[answers,distill,rollouts,align,verifier]", *words)
+        engine = Engine.from_pretrained(recipe.target, recipe.draft, compile=False)
+        engine.draft.save_pretrained(recipe.folder / "draft")
+        engine.draft_tokenizer.save_pretrained(recipe.folder / "draft")
+        rows = []
+        for number, prompt in enumerate(PROMPTS):
+            first, second, *rest = told(prompt).split(" . ")
+            wrong = " . ".join([first, second.replace("coins", "coins 1", 1), *rest])
+            ids = engine.tokenizer.encode(wrong, add_special_tokens=False)
+            good = engine.tokenizer.encode(" . ".join([second, *rest]), add_special_tokens=False)
+            ends = [i + 1 for i, token in enumerate(engine.tokenizer.convert_ids_to_tokens(ids)) if token == "."]
+            rows.append(
+                {"split": "train", "number": number, "round": 0, "prompt": prompt, "prefix_ids": [], "draft_ids": ids}
+                | {"prompt_ids": engine.encode(prompt), "ended": True, "ends": ends, "target_right": True}
+                | {"valid": [True] + [False] * (len(ends) - 1), "continuation_ids": good}
+            )
+        Dataset.from_list(rows).save_to_disk(recipe.folder / "rollouts")
+        return recipe, engine
+
+    return made
+
+
+def align(recipe):
+    torch.manual_seed(recipe.seed)
+    with Run(recipe) as run:
+        train.align.run(recipe, run)
+    return recipe.folder / "draft-lora"
+
+
+def test_a_pair_is_a_segment_of_each_behind_the_last_valid_prefix(aligned):
+    recipe, engine = aligned()
+    pair = next(train.align.pairs(engine, load_from_disk(recipe.folder / "rollouts")))
+    first, second = (f"{sentence} ." for sentence in told(PROMPTS[0]).split(" . ")[:2])
+    assert pair["prompt_ids"] == [*engine.encode(PROMPTS[0]), *engine.tokenizer.encode(first, add_special_tokens=False)]
+    assert engine.tokenizer.decode(pair["chosen_ids"]) == second
+    assert engine.tokenizer.decode(pair["rejected_ids"]) == second.replace("coins", "coins 1", 1)
+
+
+@pytest.mark.parametrize("method", ["dpo", "on_policy"])
+def test_alignment_gives_a_plain_peft_folder(aligned, method):
+    """The engine runs it merged, or as it is, and answers the same."""
+    from peft import PeftModel
+
+    steps = "align.trainer={max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1e-2, logging_steps: 1}"
+    recipe, engine = aligned(f"align.method={method}", steps, "engine.max_new_tokens=40")
+    folder = align(recipe)
+    files = {file.name for file in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "losses.json"} <= files
+    assert not [name for name in files if name.endswith(".bin")]
+    assert len(losses(folder)) == 4
+    merged = Engine.from_pretrained(recipe.target, folder, compile=False)
+    base = AutoModelForCausalLM.from_pretrained(recipe.folder / "draft", dtype=torch.float32)
+    apart = PeftModel.from_pretrained(base, folder)
+    beside = Engine.from_pretrained(recipe.target, apart, draft_tokenizer=merged.draft_tokenizer, compile=False)
+    texts = [one.generate(PROMPTS, 40, method="draft") for one in (engine, merged, beside)]
+    before, after, unmerged = ([result.token_ids for result in some] for some in texts)
+    assert after == unmerged
+    assert after != before
+
+
+def test_alignment_by_preference_learns_the_preference(aligned):
+    steps = "align.trainer={max_steps: 20, per_device_train_batch_size: 6, learning_rate: 3e-3, logging_steps: 1}"
+    found = losses(align(aligned(steps)[0]))
+    assert found[0] == pytest.approx(math.log(2), abs=0.1)
+    assert found[-1] < 0.3
+
+
+def test_alignment_without_a_pair_says_so(aligned):
+    recipe, _ = aligned()
+    rollouts = load_from_disk(recipe.folder / "rollouts").map(lambda row: {"valid": [True] * len(row["valid"])})
+    rollouts.save_to_disk(recipe.folder / "others")
+    (recipe.folder / "rollouts").rename(recipe.folder / "old")
+    (recipe.folder / "others").rename(recipe.folder / "rollouts")
+    with pytest.raises(RecipeError, match="none of 12 drafts has an invalid prefix that the target mends"):
+        align(recipe)
+
+
+def test_a_moved_run_finds_its_draft(aligned, tmp_path):
+    recipe, _ = aligned("align.trainer={max_steps: 1}")
+    align(recipe)
+    recipe.folder.rename(tmp_path / "moved")
+    moved = load_model(tmp_path / "moved" / "draft-lora")
+    assert moved.config.name_or_path == str(tmp_path / "moved" / "draft-lora")
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["sequence", "logits", "on_policy"])
+@pytest.mark.parametrize("at", [3, 5])
+def test_a_killed_training_goes_on_and_comes_out_the_same(begin, method, at, monkeypatch):
+    """Stopped behind a checkpoint or between two: the losses and the weights are those of a run that was not."""
+    steps = "{max_steps: 8, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, save_steps: 3}"
+    words = [f"distill.trainer={steps}", f"distill.method={method}", "engine.max_new_tokens=30"]
+    whole = distilled(begin(*words, "name=whole"))
+    step = Guarded.training_step
+
+    def stopping(self, *rest):
+        if self.state.global_step == at:
+            raise Stopped
+        return step(self, *rest)
+
+    recipe = begin(*words, "name=stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(Guarded, "training_step", stopping)
+        with pytest.raises(Stopped):
+            distilled(recipe)
+    assert not (recipe.folder / "draft").exists()
+    torn = recipe.folder / ".draft.part" / ".kept" / "checkpoints" / "checkpoint-7"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    folder = distilled(recipe)
+    assert losses(folder) == losses(whole)
+    assert not changed(weights(folder), weights(whole))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(begin, monkeypatch):
+    recipe = begin("distill.trainer={max_steps: 6, per_device_train_batch_size: 2}")
+    compute = Guarded.compute_loss
+
+    def spoilt(self, model, inputs, *rest, **options):
+        return compute(self, model, inputs, *rest, **options) * (math.nan if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(Guarded, "compute_loss", spoilt)
+    with pytest.raises(RecipeError, match=r"distill: the loss is nan at step 3, on the samples \[\d+, \d+\]: look"):
+        distilled(recipe)
+    assert not (recipe.folder / "draft").exists()
+
+
+def test_a_batch_with_nothing_to_learn_gives_no_nan(begin):
+    recipe = begin("distill.trainer={max_steps: 4, per_device_train_batch_size: 1, logging_steps: 1}")
+    answers = load_from_disk(recipe.folder / "answers")
+    rows = answers.to_list()[:4]
+    for row in rows[:2]:
+        row["completion_mask"] = [0] * len(row["input_ids"])
+    random.Random(0).shuffle(rows)
+    model, tokenizer = first_draft(recipe)
+    trainer = train.distill.make_trainer(recipe, Dataset.from_list(rows), model, tokenizer, recipe.folder)
+    trainer.train()
+    found = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert sorted(loss == 0 for loss in found) == [False, False, True, True]
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
