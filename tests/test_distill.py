@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import train.distill
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
 from parse.models import load_model
-from tests.conftest import MODELS, random_model
+from tests.conftest import MODELS, launch, random_model
 from train.answers import Encoding
 from train.logits import collate, divergence, likely_tokens, unpack
 from train.models import first_draft, with_layers
@@ -309,6 +311,44 @@ def test_a_killed_training_goes_on_and_comes_out_the_same(begin, method, at, mon
     folder = distilled(recipe)
     assert losses(folder) == losses(whole)
     assert not changed(weights(folder), weights(whole))
+
+
+def test_a_stop_by_the_user_saves_first(begin, monkeypatch):
+    words = ["distill.trainer={max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1}"]
+    whole = distilled(begin(*words, "name=whole"))
+    step = Guarded.training_step
+
+    def interrupted(self, *rest):
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *rest)
+
+    recipe = begin(*words, "name=stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(Guarded, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(recipe)
+    assert (recipe.folder / ".draft.part" / ".kept" / "checkpoints" / "checkpoint-4").is_dir()
+    folder = distilled(recipe)
+    assert losses(folder) == losses(whole)
+    assert not changed(weights(folder), weights(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["ddp", "fsdp2"])
+def test_two_processes_learn_as_one(begin, topology, tmp_path):
+    """The same losses, and a folder that one process loads."""
+    steps = "{max_steps: 8, learning_rate: 1e-3, logging_steps: 1, per_device_train_batch_size: %d}"
+    alone = losses(distilled(begin(f"distill.trainer={steps % 4}", "name=alone")))
+    recipe = begin("name=both")
+    process = launch(topology, QUICK, "distill", f"runs={tmp_path}", "name=both", f"distill.trainer={steps % 2}")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert losses(recipe.folder / "draft") == pytest.approx(alone, abs=2e-2)
+    wrapped = set(re.findall(r"prepared: (\w+)\.", output))
+    assert wrapped == {"ddp": {"DistributedDataParallel"}, "fsdp2": {"FSDPGPT2LMHeadModel"}}[topology], output
+    engine = Engine.from_pretrained(recipe.target, recipe.folder / "draft", compile=False)
+    assert engine.generate(PROMPTS[0], 10, method="draft")[0].token_ids
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(begin, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from eval.__main__ import main as evaluate
 from eval.judged import measure, score, untrained_kinds
@@ -21,31 +23,26 @@ from eval.properties import foreign_accuracy, judge_drafts, measure_pair
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
 from parse.__main__ import main as ask
-from tests.conftest import MODELS
+from tests.conftest import MODELS, launch
 from train.__main__ import main as train
 from train.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/quickstart.yaml"
 KINDS = ("likelihood", "divergence")
+UNALIGNED = "stages=[answers,distill,rollouts,verifier]"
 SMALL = [
     "rollouts.train=120",
     "rollouts.calibration=100",
     "rollouts.test=60",
     "rollouts.recheck=10",
+    "align.prompts=60",
     "verifier.adapter.epochs=1",
     "eval.prompts=12",
     "eval.sweep_prompts=4",
     "eval.warmup=1",
     "engine.compile=false",
 ]
-
-
-def launch(topology, *words):
-    """Two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["tests/two_processes.py", topology, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition, process, seconds=200):
@@ -71,7 +68,7 @@ def recipe(words):
 
 @pytest.fixture(scope="session")
 def engine(recipe):
-    return Engine.from_pretrained(recipe.target, recipe.folder / "draft", recipe.folder / "verifier")
+    return Engine.from_pretrained(recipe.target, recipe.draft_folder, recipe.folder / "verifier")
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +130,7 @@ def test_the_target_is_deep_and_the_draft_is_shallow(pair):
 
 def test_the_splits_of_the_stages_do_not_overlap(recipe):
     answers = set(load_from_disk(recipe.folder / "answers")["prompt"])
-    rollouts = load_from_disk(recipe.folder / "rollouts").to_list()
+    rollouts = load_from_disk(recipe.rollouts_folder).to_list()
     fitted = {r["prompt"] for r in rollouts if r["split"] == "train"}
     calibrated = {r["prompt"] for r in rollouts if r["split"] == "calibration"}
     measured = {r["prompt"] for r in rollouts if r["split"] == "test"}
@@ -155,7 +152,7 @@ def test_answers_hold_ids_and_masks(recipe, engine):
 
 def test_labels_agree_with_the_tasks_program(recipe, engine):
     """The target's continuation labels a prefix as the checker does, but where the target itself errs."""
-    rollouts = load_from_disk(recipe.folder / "rollouts").to_list()
+    rollouts = load_from_disk(recipe.rollouts_folder).to_list()
     agree = total = 0
     for row in rollouts:
         for end, valid in zip(row["ends"], row["valid"], strict=True):
@@ -165,7 +162,7 @@ def test_labels_agree_with_the_tasks_program(recipe, engine):
             total += 1
         assert row["valid"] == sorted(row["valid"], reverse=True)
     assert agree / total >= 0.98
-    summary = json.loads((recipe.folder / "rollouts" / "labels.json").read_text())
+    summary = json.loads((recipe.rollouts_folder / "labels.json").read_text())
     assert summary["prefixes"] == total
     assert summary["prompts"] == {"train": 120, "calibration": 100, "test": 60}
     assert summary["asked_again"] == 10
@@ -175,7 +172,7 @@ def test_labels_agree_with_the_tasks_program(recipe, engine):
 
 def test_a_second_start_does_nothing(words, capsys):
     assert train([RECIPE, *words]) == 0
-    assert capsys.readouterr().out.count("done before, skipped") == 4
+    assert capsys.readouterr().out.count("done before, skipped") == 6
 
 
 def test_the_verifier_is_saved_with_what_it_was_made_for(recipe):
@@ -227,9 +224,9 @@ def test_the_winner_beats_the_free_rules_and_the_prompt(recipe):
 def test_too_few_prompts_promise_nothing(words, recipe, tmp_path, capsys):
     """The stage says how many more it takes, and the engine accepts nothing."""
     folder = tmp_path / "quickstart"
-    for part in ("draft", "rollouts"):
-        shutil.copytree(recipe.folder / part, folder / part)
-    options = [w for w in words if not w.startswith("runs=")]
+    shutil.copytree(recipe.folder / "draft", folder / "draft")
+    shutil.copytree(recipe.rollouts_folder, folder / "rollouts")
+    options = [*(w for w in words if not w.startswith("runs=")), UNALIGNED]
     options += [f"runs={tmp_path}", "verifier.kind=likelihood", "verifier.max_accuracy_loss=0.001"]
     assert train([RECIPE, "verifier", *options]) == 0
     assert "It takes at least 899 more (rollouts.calibration: 999)" in capsys.readouterr().out
@@ -242,7 +239,7 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     """Killed for good in the middle, on two processes, and gone on with by one."""
     folder, kept = tmp_path / "quickstart", tmp_path / "quickstart" / ".rollouts.part" / ".kept" / "rollouts"
     shutil.copytree(recipe.folder / "draft", folder / "draft")
-    options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}"]
+    options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}", UNALIGNED]
     options += [f"rollouts.{split}=20" for split in ("train", "calibration", "test")]
     options += ["rollouts.recheck=4", "rollouts.batch_size=8"]
     process = launch("ddp", RECIPE, "rollouts", *options)
@@ -261,14 +258,48 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     assert load_from_disk(folder / "rollouts").to_list() == interrupted
 
 
+def test_killed_at_any_moment_the_chain_goes_on_and_comes_out_the_same(tmp_path):
+    """Killed for good again and again, at moments drawn by chance; in the end all is as if nobody had killed it."""
+    steps = "per_device_train_batch_size: 4, save_steps: 4, logging_steps: 1, learning_rate: 2e-4"
+    options = ["answers.prompts=24", "answers.batch_size=4", "engine.compile=false", "verifier.kind=probe"]
+    options += [f"rollouts.{split}=16" for split in ("train", "calibration", "test")]
+    options += ["rollouts.batch_size=4", "rollouts.recheck=2", "align.prompts=16", "verifier.max_accuracy_loss=0.2"]
+    options += [f"distill.trainer={{max_steps: 24, {steps}}}", f"align.trainer={{max_steps: 6, {steps}}}"]
+    assert train([RECIPE, *options, f"runs={tmp_path / 'whole'}"]) == 0
+    rng, command = random.Random(1), [sys.executable, "-m", "train", RECIPE, *options, f"runs={tmp_path / 'killed'}"]
+    kills = 0
+    while kills < 4:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        started = time.time()
+        begun = tmp_path / "killed" / "quickstart" / ".lock"
+        wait_for(begun.exists, process)
+        try:
+            process.communicate(timeout=time.time() - started + rng.uniform(0, 20))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert kills
+    assert train([RECIPE, *options, f"runs={tmp_path / 'killed'}"]) == 0
+    whole, killed = (tmp_path / name / "quickstart" for name in ("whole", "killed"))
+    for part in ("answers", "rollouts", "rollouts-aligned"):
+        assert load_from_disk(killed / part).to_list() == load_from_disk(whole / part).to_list()
+    for file in ("draft/model", "draft-lora/adapter_model", "verifier/head"):
+        ours, theirs = (load_file(folder / f"{file}.safetensors") for folder in (killed, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not [path for path in killed.iterdir() if path.name.endswith(".part")]
+
+
 @pytest.fixture(scope="module")
 def some(words, recipe, tmp_path_factory):
     """A copy of the run with part of its rollouts, and one process's report of the kinds that need no training."""
     folder = tmp_path_factory.mktemp("some") / "quickstart"
     shutil.copytree(recipe.folder / "draft", folder / "draft")
-    rollouts = load_from_disk(recipe.folder / "rollouts")
+    rollouts = load_from_disk(recipe.rollouts_folder)
     rollouts.filter(lambda row: row["number"] % 5 < 2).save_to_disk(folder / "rollouts")
-    options = [*(w for w in words if not w.startswith("runs=")), f"runs={folder.parent}", "verifier.probe.epochs=40"]
+    options = [*(w for w in words if not w.startswith("runs=")), f"runs={folder.parent}", UNALIGNED]
     assert train([RECIPE, "verifier", *options, "verifier.kind=likelihood"]) == 0
     return folder, options, json.loads((folder / "verifier" / "report.json").read_text())
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
+import signal
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,31 @@ class Progress(TrainerCallback):
             self._bar.close()
 
 
+class Stop(TrainerCallback):
+    """Where the user asks to stop (Ctrl-C), save and stop behind the step; a second time, stop at once."""
+
+    asked = False
+
+    def __enter__(self) -> Stop:
+        self._before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def on_step_end(self, _: Any, __: Any, control: Any, **options: Any) -> None:
+        """A step is done."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
 def checkpoints(folder: Path) -> str:
     """Where a stage that writes `folder` keeps its checkpoints."""
     return str(folder / KEPT / "checkpoints")
@@ -166,10 +193,16 @@ def train(trainer: Trainer, stage: str, run: Run, folder: Path) -> None:
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(stage))
-    try:
-        result = trainer.train(resume_from_checkpoint=_last_whole(Path(str(trainer.args.output_dir))))
-    except NotFinite as error:
-        raise RecipeError(f"{stage}: {error}") from error
+    with Stop() as stop:
+        trainer.add_callback(stop)
+        try:
+            result = trainer.train(resume_from_checkpoint=_last_whole(Path(str(trainer.args.output_dir))))
+        except NotFinite as error:
+            raise RecipeError(f"{stage}: {error}") from error
+    if stop.asked:
+        raise KeyboardInterrupt
+    if trainer.is_fsdp_enabled:  # whole weights, whatever the topology's file says of checkpoints
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if run.is_main:
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
