@@ -1,14 +1,16 @@
 """The threshold, from the labels alone: conformal risk control.
 
 The loss of a prompt is 1 where a verifier that is let loose on its drafts keeps any of them up to an invalid cut. With
-n prompts the threshold is the smallest one with (losses + 1) / (n + 1) <= promise, which bounds the expected loss of a
-fresh prompt by the promise (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the
-threshold).
+n prompts the smallest threshold with (losses + 1) / (n + 1) <= promise bounds the expected loss of a fresh prompt by
+the promise (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the threshold). So does
+any higher one, and one is taken that costs next to nothing: a verifier that tells right from wrong would else be let
+down to where it loses as much as is allowed, for no token more.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +18,11 @@ import torch
 from eval.judged import Scored, keeps, loses
 
 NEVER = 1.01  # a threshold that no confidence reaches: accept nothing
+FREE = 0.002  # of the accepted tokens that a safer threshold may cost
 
 
 def calibrate(scored: Sequence[Scored], promise: float, policy: str = "first_fail") -> float:
-    """The smallest threshold whose expected accuracy loss is bounded.
+    """A threshold whose expected accuracy loss is bounded: the smallest, or a higher one as good as free.
 
     Args:
         scored: the drafts of n prompts.
@@ -28,6 +31,11 @@ def calibrate(scored: Sequence[Scored], promise: float, policy: str = "first_fai
     Returns:
         the threshold, or `NEVER` where the data cannot support the promise.
     """
+    return _raised(scored, smallest(scored, promise, policy), policy)
+
+
+def smallest(scored: Sequence[Scored], promise: float, policy: str = "first_fail") -> float:
+    """The smallest threshold whose expected accuracy loss is bounded, or `NEVER`."""
     n = len({one.draft.number for one in scored})
     return _threshold(scored, math.floor(promise * (n + 1) + 1e-9) - 1, policy)
 
@@ -52,6 +60,19 @@ def thresholds(scored: Sequence[Scored], promise: float, handback: str) -> dict[
 def prompts_needed(promise: float) -> int:
     """The prompts below which no verifier can support the promise."""
     return math.ceil(1 / promise - 1e-9) - 1
+
+
+def _raised(scored: Sequence[Scored], threshold: float, policy: str) -> float:
+    """The highest threshold that still keeps all but `FREE` of the tokens that this one keeps."""
+
+    def kept(at: float) -> int:
+        return sum([0, *one.draft.ends][keeps(one, at, policy)] for one in scored)
+
+    enough = (1 - FREE) * kept(threshold)
+    if enough == 0:
+        return threshold
+    candidates = [threshold, *sorted({c for one in scored for c in one.confidences if c > threshold})]
+    return candidates[bisect_right(candidates, -enough, key=lambda at: -kept(at)) - 1]
 
 
 def _threshold(scored: Sequence[Scored], allowed: int, policy: str) -> float:
