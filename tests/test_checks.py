@@ -64,7 +64,7 @@ def test_arguments_go_to_trl_untouched():
         ("distill.trainer.learning_rat=1", "unknown key 'learning_rat' in section 'distill.trainer'; did you mean"),
         ("align.trainer.betta=1", "unknown key 'betta' in section 'align.trainer'; did you mean 'beta'"),
         ("distill.lora={rank: 3}", "unknown key 'rank' in section 'distill.lora'"),
-        ("align.lora={r: 0}", "'align.lora' is refused by PEFT"),
+        ("align.lora={layers_to_transform: 3, target_modules: a.*}", "'align.lora' is refused by PEFT"),
         ("distill.trainer.save_strategy=at_noon", "'distill.trainer' is refused by TRL"),
         ("distill.method=osmosis", "distill.method names 'osmosis'"),
         ("align.method=dop", "did you mean 'dpo'"),

@@ -32,7 +32,7 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsy
     few += [
         "draft={layers: 4}",
         "distill.trainer={max_steps: 4, per_device_train_batch_size: 2}",
-        "verifier.kind=probe",
+        "verifier.kind=likelihood",
     ]
     words = [RECIPE, f"target={target}", f"runs={tmp_path}", *few]
     assert train(words) == 0

@@ -99,7 +99,7 @@ def test_what_the_target_cannot_give_is_refused_before_any_work(write, tmp_path,
 
 def test_missing_keys_files_and_broken_yaml(tmp_path):
     path = tmp_path / "recipe.yaml"
-    with pytest.raises(RecipeError, match="is not there; recipes found: recipes/embedded_models.yaml"):
+    with pytest.raises(RecipeError, match="is not there; recipes found: recipes/custom_domain.yaml"):
         load_recipe(path)
     path.write_text("name: x\n")
     with pytest.raises(RecipeError, match="lacks the key 'target'"):

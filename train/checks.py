@@ -181,6 +181,8 @@ def check_models(recipe: Recipe) -> None:
             empty_draft(recipe)
     if recipe.verifier.kind == "prompt":
         check_asking(recipe, "verifier.kind")
+    if recipe.rollouts.labeller == "agreement":
+        check_asking(recipe, "rollouts.labeller")
     hidden_states(recipe.verifier.probe.layers, AutoConfig.from_pretrained(recipe.target).num_hidden_layers)
 
 
