@@ -17,12 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
 
-    from train.checks import check_models
+    from train.checks import check_models, check_prompts
     from train.recipe import RecipeError, load_recipe
 
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         check_models(recipe)
+        check_prompts(recipe, ["eval"])
         for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
             if not part.exists():
                 raise RecipeError(f"{part} is not there: run `accelerate launch -m train {options.recipe}` first")
@@ -62,11 +63,13 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
     prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
     methods = settings_of(recipe, thresholds)
-    outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup)
+    labels = json.loads((recipe.rollouts_folder / "labels.json").read_text())
+    agreement = labels.get("threshold", 0.5)  # where the target compares answers: as it labelled them
+    outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup, agreement=agreement)
     rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
     known = "draft" in outcomes and not isinstance(task, Rows)  # which sentences of an answer are right
     pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"]) if known else None
-    sweep = _sweep(engine, task, recipe, methods, outcomes) if "parse" in outcomes else []
+    sweep = _sweep(engine, task, recipe, methods, outcomes, agreement) if "parse" in outcomes else []
     summary = {
         "name": recipe.name,
         "hardware": hardware(),
@@ -87,7 +90,9 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     return summary
 
 
-def _sweep(engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcomes: Any) -> list[dict[str, Any]]:
+def _sweep(
+    engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcomes: Any, agreement: float
+) -> list[dict[str, Any]]:
     """PARSE at other thresholds, on the first prompts: speed-up and accuracy of each."""
     from eval.methods import compare
 
@@ -109,6 +114,7 @@ def _sweep(engine: Any, task: Any, recipe: Any, methods: dict[str, Any], outcome
         {"target": methods["target"], **variants},
         0,
         "thresholds",
+        agreement,
     )
     baseline = sum(o.seconds for o in ran.pop("target"))
     return [

@@ -70,10 +70,14 @@ def compare(
     methods: dict[str, dict[str, Any]],
     warmup: int,
     what: str = "methods",
+    agreement: float = 0.5,
 ) -> dict[str, list[Outcome]]:
     """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice.
 
     Where the task cannot check answers, those are right that the target calls the same as its own, asked afterwards.
+
+    Args:
+        agreement: the threshold of that comparison, P(yes).
     """
     names = list(methods)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
@@ -89,15 +93,17 @@ def compare(
                 seconds = perf_counter() - started
                 outcomes[name].append(Outcome(prompt, generation, False, seconds))
                 bar.update()
-    return {name: _judged(engine, task, some, outcomes["target"]) for name, some in outcomes.items()}
+    return {name: _judged(engine, task, some, outcomes.get("target", []), agreement) for name, some in outcomes.items()}
 
 
-def _judged(engine: Engine, task: Task | Rows, some: list[Outcome], target: list[Outcome]) -> list[Outcome]:
+def _judged(
+    engine: Engine, task: Task | Rows, some: list[Outcome], target: list[Outcome], agreement: float
+) -> list[Outcome]:
     """The outcomes with what is right among them."""
     judge: Judge = Checked(task)
     if isinstance(task, Rows) and not task.checks:
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
-        judge = Agreement(engine, limit=0, references=own)
+        judge = Agreement(engine, limit=0, threshold=agreement, references=own)
 
     def judging(outcome: Outcome) -> Steps[bool]:
         if outcome.generation.finish_reason != "stop":

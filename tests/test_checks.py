@@ -82,6 +82,12 @@ def test_methods_that_compare_distributions_need_the_same_tokens(word, other):
         check_methods(load_recipe(QUICK, [word, f"draft={other}"]), EVERY)
 
 
+def test_gold_needs_byte_level_tokens_and_chat_templates(other):
+    check_methods(load_recipe(QUICK, ["distill.method=gold", f"target={other}", f"draft={other}"]), ["distill"])
+    with pytest.raises(RecipeError, match="ledger-draft has no byte-level tokens: use distill.method=sequence"):
+        check_methods(load_recipe(QUICK, ["distill.method=gold"]), ["distill"])
+
+
 def test_prompts_that_leave_no_room_are_refused():
     check_prompts(load_recipe(QUICK), EVERY)
     with pytest.raises(RecipeError, match=r"engine.max_new_tokens is 500, and \d+ of 200 prompts leave no room"):

@@ -46,6 +46,8 @@ def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:
         distill.trainer_config(recipe)
         if recipe.distill.lora is not None:
             lora_config(recipe.distill.lora, "distill.lora")
+        if recipe.distill.method == "gold":
+            _check_gold(recipe)
         if recipe.distill.method in ("logits", "on_policy"):
             comparing.append(f"distill.method={recipe.distill.method}")
     if "align" in stages:
@@ -63,6 +65,21 @@ def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:
             same_vocabulary(recipe, method, *tokenizers, widths)
 
 
+def _check_gold(recipe: Recipe) -> None:
+    """Refuse tokenizers across which TRL cannot align answers."""
+    from trl.experimental.utils import is_byte_level_tokenizer
+
+    draft = recipe.draft if isinstance(recipe.draft, str) else recipe.target
+    for source in (draft, recipe.target):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if not tokenizer.chat_template or not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
+            raise RecipeError(
+                f"distill.method=gold aligns answers by the bytes of their tokens, and the tokenizer of {source} has "
+                f"{'no byte-level tokens' if tokenizer.chat_template else 'no chat template'}: use "
+                "distill.method=sequence"
+            )
+
+
 def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
     """Refuse prompts that do not fit or that the target's tokenizer cannot read, and splits without any."""
     try:
@@ -77,7 +94,10 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
     if labeller_of(recipe, task) == "agreement" and "rollouts" in stages:
         check_asking(recipe, "rollouts.labeller")
     tokenizer, config = AutoTokenizer.from_pretrained(recipe.target), AutoConfig.from_pretrained(recipe.target)
-    splits = {"answers": ("answers",), "rollouts": ("train",) if recipe.aligned else ("train", "calibration", "test")}
+    labelled = ("train", "calibration", "test")
+    splits = {"answers": ("answers",), "rollouts": ("train",), "relabel": labelled, "eval": ("test",)}
+    if not recipe.aligned:
+        splits["rollouts"] = labelled
     for split in dict.fromkeys(split for stage in stages for split in splits.get(stage, ())):
         prompts = draw_prompts(task, split, LOOKED_AT, recipe.seed)
         if not prompts:

@@ -26,6 +26,7 @@ from train.recipe import Fit
 from train.run import progress_bar
 
 T = TypeVar("T")
+Log = Callable[[dict[str, float]], None]
 WARM_UP = 0.1  # of the steps
 WEIGHT_DECAY = 0.05
 LIKE_LENGTH = 8  # tokens
@@ -128,6 +129,7 @@ def fit(
     plan: Fit,
     promise: float,
     what: str,
+    log: Log = lambda _: None,
 ) -> Module:
     """Train what `make` makes and return it with its best weights, on every process.
 
@@ -137,6 +139,7 @@ def fit(
         held_out: its share of those that decide which epoch was the best.
         promise: the accuracy that may be lost.
         what: the name on the progress bar.
+        log: takes the figures of every epoch.
 
     Raises:
         ValueError: if there are no drafts for some process.
@@ -188,6 +191,7 @@ def fit(
                 losses = gather_object([loss_of(held_out, found).item()])
             scored = [Scored(one.draft, survival(h).tolist()) for one, h in zip(held_out, found, strict=True)]
             score = (acceptable(gather_object(scored), promise), -sum(losses) / len(losses))
+            log({f"{what}/held_out_acceptable": score[0], f"{what}/held_out_loss": -score[1]})
             if score > best:
                 unwrapped = accelerator.unwrap_model(model)
                 best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}

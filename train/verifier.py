@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import PartialState
@@ -43,7 +44,7 @@ from parse.trained import (
 )
 from parse.verifiers import Evidence, Likelihood, Verifier
 from train.calibration import NEVER, prompts_needed, thresholds
-from train.hazards import AdapterModule, ProbeModule, acceptable, fit
+from train.hazards import AdapterModule, Log, ProbeModule, acceptable, fit
 from train.models import load_engine
 from train.recipe import AdapterSection, ProbeSection, Recipe, hidden_states
 from train.run import Run, progress_bar, write_text
@@ -62,7 +63,7 @@ def run(recipe: Recipe, run: Run) -> None:
         rollouts = load_from_disk(recipe.rollouts_folder)
         assert isinstance(rollouts, Dataset)
         drafts = labelled(rollouts)
-        kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe)}
+        kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe, partial(run.log, "verifier"))}
         scores = score_all(engine, kinds, drafts)
         name = choose(recipe.verifier.kind, scores, promise)
         limits = {kind: thresholds(scores[kind]["calibration"], promise, handback) for kind in kinds}
@@ -111,7 +112,9 @@ def labelled(rollouts: Dataset) -> dict[str, list[Draft]]:
     return drafts
 
 
-def train_kinds(engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe) -> dict[str, Verifier]:
+def train_kinds(
+    engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe, log: Log = lambda _: None
+) -> dict[str, Verifier]:
     """The trained kinds that the recipe asks for."""
     section, promise = recipe.verifier, recipe.verifier.max_accuracy_loss
     wanted = {"probe", "adapter"} & ({"probe", "adapter"} if section.kind == "best" else {section.kind})
@@ -124,9 +127,9 @@ def train_kinds(engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe) 
     fitted, held_out = (gather(engine, map(up_to_first_invalid, some), split) for split, some in usable.items())
     kinds: dict[str, Verifier] = {}
     if "probe" in wanted:
-        kinds["probe"] = train_probe(fitted, held_out, layers, section.probe, promise)
+        kinds["probe"] = train_probe(fitted, held_out, layers, section.probe, promise, log)
     if "adapter" in wanted:
-        kinds["adapter"] = train_adapter(engine, fitted, held_out, section.adapter, promise)
+        kinds["adapter"] = train_adapter(engine, fitted, held_out, section.adapter, promise, log)
     return kinds
 
 
@@ -149,7 +152,12 @@ def gather(engine: Engine, drafts: Iterable[Draft], split: str) -> list[Judged]:
 
 
 def train_probe(
-    fitted: Sequence[Judged], held_out: Sequence[Judged], layers: tuple[int, ...], section: ProbeSection, promise: float
+    fitted: Sequence[Judged],
+    held_out: Sequence[Judged],
+    layers: tuple[int, ...],
+    section: ProbeSection,
+    promise: float,
+    log: Log = lambda _: None,
 ) -> Probe:
     """Fit a head to the states of the draft's own tokens."""
     states = fitted[0].evidence.states if fitted else None
@@ -158,12 +166,17 @@ def train_probe(
     def make() -> ProbeModule:
         return ProbeModule(HazardHead(width, TOKEN_EVIDENCE, section.hidden, section.dropout))
 
-    module = fit(make, fitted, held_out, section, promise, "probe")
+    module = fit(make, fitted, held_out, section, promise, "probe", log)
     return Probe(module.head, layers)
 
 
 def train_adapter(
-    engine: Engine, fitted: Sequence[Judged], held_out: Sequence[Judged], section: AdapterSection, promise: float
+    engine: Engine,
+    fitted: Sequence[Judged],
+    held_out: Sequence[Judged],
+    section: AdapterSection,
+    promise: float,
+    log: Log = lambda _: None,
 ) -> Adapter:
     """Fit a LoRA on suffixes and a head behind them."""
     suffix = suffix_of(engine.tokenizer, section.suffix)
@@ -173,7 +186,7 @@ def train_adapter(
         adapted = adapt(engine.target, suffix, section.rank, section.layers)
         return AdapterModule(adapted, engine.target, head.to(engine.target.device), suffix)
 
-    module = fit(make, fitted, held_out, section, promise, "adapter")
+    module = fit(make, fitted, held_out, section, promise, "adapter", log)
     assert isinstance(module, AdapterModule)
     return Adapter(module.adapted, module.head, suffix)
 
