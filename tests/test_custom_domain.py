@@ -6,8 +6,14 @@ import pytest
 from datasets import load_from_disk
 
 from eval.__main__ import main as evaluate
+from eval.measure import summarize
+from eval.methods import compare
+from eval.tasks import draw_prompts, ledger
+from eval.tasks.rows import Rows
+from parse import Engine
+from tests.conftest import MODELS
 from train.__main__ import main as train
-from train.recipe import load_recipe
+from train.recipe import Data, load_recipe, to_dict
 
 RECIPE = "recipes/custom_domain.yaml"
 
@@ -43,3 +49,24 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsy
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["name"] for row in summary["methods"]} >= {"target", "parse"}
     assert summary["pair"] is None
+
+
+def test_without_references_the_target_says_what_is_right():
+    """Its own answer is; so is what it calls the same, and what was cut off is not."""
+    task = Rows([{"prompt": prompt} for prompt in draw_prompts(ledger, "test", 3, seed=2)], to_dict(Data()))
+    prompts = [prompt for some in task.prompts.values() for prompt in some]
+    engine = Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", compile=False)
+    methods = {
+        "target": {"method": "target"},
+        "cut": {"method": "target", "max_new_tokens": 9},
+        "draft": {"method": "draft", "max_new_tokens": 200},
+    }
+    everything, nothing = (compare(engine, task, prompts, methods, 0, agreement=at) for at in (0.0, 1.1))
+    for outcomes in (everything, nothing):
+        assert all(outcome.right for outcome in outcomes["target"])
+        assert not any(outcome.right for outcome in outcomes["cut"])
+        row = summarize("draft", outcomes["draft"], outcomes["target"], task)
+        assert row["false_accept_rate"] is None  # nobody knows which of its sentences are right
+    finished = [outcome.generation.finish_reason == "stop" for outcome in everything["draft"]]
+    assert [outcome.right for outcome in everything["draft"]] == finished
+    assert not any(outcome.right for outcome in nothing["draft"])
