@@ -27,9 +27,9 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsy
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    few = ["answers.prompts=8", "rollouts.train=4", "rollouts.calibration=4", "rollouts.test=4", "rollouts.recheck=2"]
+    few = ["answers.prompts=6", "rollouts.train=2", "rollouts.calibration=2", "rollouts.test=2", "rollouts.recheck=1"]
     few += [
-        "eval.prompts=2",
+        "eval.prompts=1",
         "eval.warmup=0",
         "eval.sweep_prompts=0",
         "engine.compile=false",

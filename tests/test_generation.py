@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from parse.decode import Context
 from parse.passes import Reader
-from train.generation import finish_all, going_on, write_all
+from train.generation import finish_all, going_on, together, write_all
 
 
 def making(made, fatal=None):
@@ -21,7 +21,7 @@ def making(made, fatal=None):
 
 
 def test_rows_come_in_the_order_of_the_items(tmp_path):
-    rows = finish_all(tmp_path, "abcde", making([]), at_once=2, what="letters")
+    rows = finish_all(tmp_path, "abcde", together(making([]), 2), what="letters")
     assert [row["item"] for row in rows] == list("abcde")
 
 
@@ -31,12 +31,12 @@ def test_a_killed_start_is_gone_on_from(tmp_path_factory, kills, torn):
     for fatal in kills:
         if fatal not in made:
             with pytest.raises(KeyboardInterrupt):
-                finish_all(folder, range(10), making(made, fatal), at_once=1, what="numbers")
+                finish_all(folder, range(10), together(making(made, fatal), 1), what="numbers")
     files = sorted(folder.glob("*.jsonl"))
     if torn and files and (text := files[-1].read_text()):
         files[-1].write_text(text[:-3])  # the kill came in the middle of a line
         made.pop()
-    rows = finish_all(folder, range(10), making(made), at_once=3, what="numbers")
+    rows = finish_all(folder, range(10), together(making(made), 3), what="numbers")
     assert [row["item"] for row in rows] == list(range(10))
     assert sorted(made) == list(range(10))  # nothing is made twice
 
