@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from train.checks import check_models, check_prompts
     from train.recipe import RecipeError, load_recipe
+    from train.run import Run
 
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -27,15 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
         for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
             if not part.exists():
                 raise RecipeError(f"{part} is not there: run `accelerate launch -m train {options.recipe}` first")
+        with Run(recipe) as run:
+            summary = _evaluate(recipe)
+            figures = {f"{row['name']}/{key}": row[key] for row in summary["methods"] for key in LOGGED}
+            run.log("eval", {key: value for key, value in figures.items() if value is not None})
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from train.run import Run
-
-    with Run(recipe) as run:
-        summary = _evaluate(recipe)
-        figures = {f"{row['name']}/{key}": row[key] for row in summary["methods"] for key in LOGGED}
-        run.log("eval", {key: value for key, value in figures.items() if value is not None})
     print(json.dumps(summary))
     return 0
 
@@ -63,8 +62,9 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
     prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
     methods = settings_of(recipe, thresholds)
-    labels = json.loads((recipe.rollouts_folder / "labels.json").read_text())
-    agreement = labels.get("threshold", 0.5)  # where the target compares answers: as it labelled them
+    labels = recipe.rollouts_folder / "labels.json"
+    noise = json.loads(labels.read_text()) if labels.is_file() else {}
+    agreement = noise.get("threshold", 0.5)  # where the target compares answers: as it labelled them
     outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup, agreement=agreement)
     rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
     known = "draft" in outcomes and not isinstance(task, Rows)  # which sentences of an answer are right

@@ -1,5 +1,6 @@
 """How a draft is made: where it begins, the ways to distil and to align, guards, and going on after a kill."""
 
+import importlib
 import json
 import math
 import random
@@ -54,11 +55,16 @@ def begin(tmp_path):
     return made
 
 
-def distilled(recipe):
+def finished(stage, recipe):
+    """The folder that a stage writes."""
     torch.manual_seed(recipe.seed)
     with Run(recipe) as run:
-        train.distill.run(recipe, run)
-    return recipe.folder / "draft"
+        importlib.import_module(f"train.{stage}").run(recipe, run)
+        return run.path(stage)
+
+
+def distilled(recipe):
+    return finished("distill", recipe)
 
 
 def losses(folder):
@@ -219,10 +225,7 @@ def aligned(begin):
 
 
 def align(recipe):
-    torch.manual_seed(recipe.seed)
-    with Run(recipe) as run:
-        train.align.run(recipe, run)
-    return recipe.folder / "draft-lora"
+    return finished("align", recipe)
 
 
 def test_a_pair_is_a_segment_of_each_behind_the_last_valid_prefix(aligned):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from eval.tasks import Task, draw_prompts, load_task
 from eval.tasks.rows import Prompt, Rows
@@ -76,11 +76,12 @@ class Encoding:
 
     def __init__(self, recipe: Recipe) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.target)
-        config = AutoConfig.from_pretrained(recipe.target)
-        ends = getattr(config, "eos_token_id", None)
-        ends = [ends] if isinstance(ends, int) else [*(ends or [])]
-        own = self.tokenizer.eos_token_id
-        self.end = own if own is not None else min(ends)
+        self.end = self.tokenizer.eos_token_id
+        if self.end is None:
+            raise RecipeError(
+                f"target: the tokenizer of {recipe.target} names no end of sequence, so no draft can learn to end: set "
+                "its eos_token and save it with the model"
+            )
         self.drop = recipe.answers.thinking == "drop"
 
     def __call__(self, prompt: Prompt, answered: Answered) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from parse.segments import cut, ends_segment
 from train.generation import Row, finish_all, together
 from train.labels import Labeller
 from train.models import load_engine
-from train.recipe import Recipe, to_dict
+from train.recipe import Recipe, RecipeError, to_dict
 from train.run import KEPT, Run, write_text
 
 SPLITS = ("train", "calibration", "test")
@@ -65,6 +65,11 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path, counts: di
             for number, row in enumerate(found)
             for index, drafted in enumerate(row["rounds"])
         ]
+        if not rows:
+            raise RecipeError(
+                f"{stage}: the draft in {draft} answered none of {len(prompts)} prompts with as much as a segment: see "
+                "what it learnt (losses.json), and whether draft and target end their answers alike"
+            )
         again = _ask_again(folder / KEPT / "again", labeller, rows, section.recheck, section.batch_size, recipe.seed)
         if run.is_main:
             Dataset.from_list(rows).save_to_disk(folder)
@@ -203,7 +208,7 @@ def _balance(rows: list[Row]) -> dict[str, Any]:
     return {
         "prompts": dict(Counter(row["split"] for row in firsts)),
         "drafts": len(rows),
-        "drafts_right": sum(all(row["valid"]) for row in firsts) / len(firsts) if firsts else None,
+        "drafts_right": sum(all(row["valid"]) for row in firsts) / len(firsts),
         "prefixes": sum(valid + invalid for valid, invalid in known),
         "valid_prefixes": sum(valid for valid, _ in known),
     }
