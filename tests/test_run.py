@@ -51,6 +51,12 @@ def test_a_changed_section_runs_its_stage_and_those_behind_it(recipe_of):
     assert Run(recipe_of("engine.handback=never")).is_done("rollouts")
     assert not Run(recipe_of("engine.handback=never")).is_done("verifier")  # its threshold is for other drafts
     assert Run(recipe_of("eval.prompts=7")).is_done("verifier")
+    assert not Run(recipe_of("align.prompts=7")).is_done("rollouts")  # they are of the prompts that give pairs
+    plain = Run(recipe_of("stages=[answers,distill,rollouts,verifier]"))
+    assert plain.is_done("distill")
+    assert not plain.is_done("rollouts")
+    finish(plain, "rollouts")
+    assert Run(recipe_of("stages=[answers,distill,rollouts,verifier]", "align.prompts=7")).is_done("rollouts")
 
 
 def test_a_killed_stage_leaves_the_old_one_whole(recipe_of):

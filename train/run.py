@@ -164,9 +164,10 @@ class Run:
         content = to_dict(self.recipe)
         order = [s for s in STAGES if s in FOLDERS]
         earlier = order[: order.index(stage) + 1]
-        if not self.recipe.aligned:
-            earlier = [s for s in earlier if s != "align"]
-        kept = {key: content[key] for key in (*SHARED, *earlier) if key in content}
+        aligned = self.recipe.aligned
+        kept = {key: content[key] for key in (*SHARED, *earlier) if key in content and (aligned or key != "align")}
+        if aligned and "rollouts" in earlier:
+            kept["pairs"] = self.recipe.align.prompts  # the rollouts are of these, and of no others
         kept["max_new_tokens"] = content["engine"]["max_new_tokens"]
         if stage == "verifier":
             kept |= {key: content["engine"][key] for key in ("policy", "handback")}  # a threshold is for these
@@ -263,6 +264,7 @@ def quieten() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)  # PEFT mends it itself
 
 
 def _git_commit() -> str | None:
