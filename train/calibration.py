@@ -4,7 +4,7 @@ The loss of a prompt is 1 where a verifier that is let loose on its drafts keeps
 n prompts the smallest threshold with (losses + 1) / (n + 1) <= promise bounds the expected loss of a fresh prompt by
 the promise (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the threshold). So does
 any higher one, and one is taken that costs next to nothing: a verifier that tells right from wrong would else be let
-down to where it loses as much as is allowed, for no token more.
+down to where it loses as much as is allowed, for no right token more.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
-from eval.judged import Scored, keeps, loses
+from eval.judged import Scored, keeps, loses, valid_cuts
 
 NEVER = 1.01  # a threshold that no confidence reaches: accept nothing
-FREE = 0.002  # of the accepted tokens that a safer threshold may cost
+FREE = 0.002  # of the rightly accepted tokens that a safer threshold may cost
 
 
 def calibrate(scored: Sequence[Scored], promise: float, policy: str = "first_fail") -> float:
@@ -63,10 +63,11 @@ def prompts_needed(promise: float) -> int:
 
 
 def _raised(scored: Sequence[Scored], threshold: float, policy: str) -> float:
-    """The highest threshold that still keeps all but `FREE` of the tokens that this one keeps."""
+    """The highest threshold that still keeps all but `FREE` of the valid tokens that this one keeps."""
 
     def kept(at: float) -> int:
-        return sum([0, *one.draft.ends][keeps(one, at, policy)] for one in scored)
+        cuts = [min(keeps(one, at, policy), valid_cuts(one.draft.valid)) for one in scored]
+        return sum([0, *one.draft.ends][cut] for one, cut in zip(scored, cuts, strict=True))
 
     enough = (1 - FREE) * kept(threshold)
     if enough == 0:
