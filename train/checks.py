@@ -90,7 +90,7 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
         try:
             import math_verify  # noqa: F401
         except ImportError as error:
-            raise RecipeError("data.check is 'math': install it, `pip install parse-engine[math]`") from error
+            raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
     if labeller_of(recipe, task) == "agreement" and "rollouts" in stages:
         check_asking(recipe, "rollouts.labeller")
     tokenizer, config = AutoTokenizer.from_pretrained(recipe.target), AutoConfig.from_pretrained(recipe.target)
