@@ -122,7 +122,8 @@ class Compiled:
         keys = shape[1] or -(-longest // _KEYS) * _KEYS
         if len(self._key) != keys:
             self._key = torch.arange(keys, device=self.device)
-        buffers = cache.buffers(shape[0], keys)
+        fixed = self.graph and shape != WIDE  # else never read buffers to their very end, which is a graph of its own
+        buffers = cache.buffers(shape[0], keys if fixed else keys + 1)
         keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
         places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
         arguments = numbers.to(self.device), places, self._key, buffers, keep, with_states

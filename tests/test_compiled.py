@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from parse import Engine
 from parse.compiled import WIDE, Compiled
@@ -109,11 +110,16 @@ def test_any_texts_are_stepped_as_each_alone(texts):
             torch.testing.assert_close(outputs[i // 2].logits[-1], alone.next_logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu():
-    """600 tokens: ten times more keys at the end, and buffers that were enlarged twice."""
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(functional):
+    """600 tokens: ten times more keys at the end, and buffers that were enlarged twice.
+
+    What a compiler makes of the graph in functional form may guard on more, such as on buffers read to their end.
+    """
     model, counter = random_model("llama", 60), Counter()
+    backend = aot_autograd(fw_compiler=counter) if functional else counter
     model.config.max_position_embeddings = 1024
-    mine, plain = Context(compiled_reader(model, counter)), Context(Reader(model))
+    mine, plain = Context(compiled_reader(model, backend)), Context(Reader(model))
     for context in (mine, plain):
         context.read(list(range(5, 45)))
     ids = [i % 50 + 5 for i in range(560)]
