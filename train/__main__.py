@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     from train.run import quieten
 
     quieten()
-    from train.checks import check_all, check_disk
+    from train.checks import check_all
     from train.recipe import STAGES, RecipeError, load_recipe
 
     stages = [word for word in options.rest if "=" not in word]
@@ -29,20 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
             if stage not in STAGES:
                 raise RecipeError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
         chosen = _in_order(recipe, stages)
-        if chosen != ["pretrain"]:
-            check_all(recipe, chosen)
+        need = check_all(recipe, chosen) if chosen != ["pretrain"] else 0
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.dry_run:
-        room = sum(check_disk(recipe, chosen).values()) / 1e9
-        print(
-            f"{options.recipe}: all checks passed; stages: {', '.join(chosen)}; folder: {recipe.folder}, at most "
-            f"{room:.1f} GB"
-        )
+        print(f"{options.recipe}: all checks passed; stages: {', '.join(chosen)}; {_estimate(recipe, need)}")
         return 0
     try:
-        _run(recipe, chosen)
+        _run(recipe, chosen, need)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,7 +82,11 @@ def _in_order(recipe, stages) -> list[str]:  # type: ignore[no-untyped-def]
     return [stage for stage in STAGES if stage in wanted]
 
 
-def _run(recipe, chosen) -> None:  # type: ignore[no-untyped-def]
+def _estimate(recipe, need: int) -> str:  # type: ignore[no-untyped-def]
+    return f"folder: {recipe.folder}, at most {need / 1e9:.2g} GB"
+
+
+def _run(recipe, chosen, need: int) -> None:  # type: ignore[no-untyped-def]
     import importlib
 
     from transformers import set_seed
@@ -95,6 +94,8 @@ def _run(recipe, chosen) -> None:  # type: ignore[no-untyped-def]
     from train.run import Run
 
     with Run(recipe) as run:
+        if need and not all(run.is_done(stage) for stage in chosen):
+            run.say(_estimate(recipe, need))
         for stage in chosen:
             if stage != "pretrain" and run.is_done(stage):
                 run.say(f"{stage}: done before, skipped")

@@ -24,8 +24,11 @@ CHECKPOINT = 12  # bytes a trained weight: itself and AdamW's two moments; the o
 ROW = 21  # bytes a token of an answer: id, mask, text
 
 
-def check_all(recipe: Recipe, stages: Sequence[str]) -> None:
+def check_all(recipe: Recipe, stages: Sequence[str]) -> int:
     """Refuse what some of the stages could not do, in seconds.
+
+    Returns:
+        bytes that the stages will write at most.
 
     Raises:
         RecipeError: naming the key, what was given and the remedy.
@@ -33,7 +36,7 @@ def check_all(recipe: Recipe, stages: Sequence[str]) -> None:
     check_models(recipe)
     check_methods(recipe, stages)
     check_prompts(recipe, stages)
-    check_disk(recipe, stages)
+    return sum(check_disk(recipe, stages).values())
 
 
 def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:
