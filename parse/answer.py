@@ -1,7 +1,7 @@
 """One answer in the making, and the plain data that it is made of.
 
-`Answer` holds both contexts and what is accepted so far, and knows the five steps of a round: draft,
-verify, commit, proceed, finish. `Engine` puts them in order.
+`Answer` holds both contexts and what is accepted so far, and knows the steps of a round: draft, verify,
+draft ahead, commit, proceed, finish. `Engine` puts them in order.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Verdict:
     """One verified draft: its cuts and the target's confidence in each."""
 
     ends: list[int]  # K
-    confidences: list[float]  # K
+    confidences: Tensor  # float32 [K]; on a GPU they may still be on their way
     logits: Tensor  # [K + 1, V]: the target's, behind the text before the draft and behind each end
 
 
@@ -145,6 +145,7 @@ class Answer:
         self.stats = Stats()
         self.done = False
         self.ended = False
+        self._ahead: tuple[Written, Tensor] | None = None  # the next draft, and the sampler's state before it
         self._started = self._mark = perf_counter()
         self.contexts = {role: Context(reader) for role, reader in readers.items()}
 
@@ -161,17 +162,9 @@ class Answer:
 
     def draft(self) -> Steps[Written]:
         """Let the draft write on from the accepted answer; its tokens come back as the target's."""
-        engine, settings = self.engine, self.settings
-        room = self.budget - len(self.ids)
-        stop = None
-        if settings.horizon == "segment":
-            stop = lambda ids: ends_segment(ids, engine.draft_tokenizer, engine.segments)
-        elif isinstance(settings.horizon, int):
-            room = min(room, settings.horizon)
-        context = self.contexts["draft"]
-        yield from context.becoming([*self.draft_prompt_ids, *engine.to_draft(self.ids)])
-        written = yield from context.writing(room, self.sample, stop)
-        ids = engine.to_target(written.ids)
+        written = self._ahead[0] if self._ahead else (yield from self._drafting(self.ids))
+        self._ahead = None
+        ids = self.engine.to_target(written.ids)
         cropped = ids[: self.budget - len(self.ids)]
         self.stats.rounds += 1
         self.stats.draft_tokens += len(cropped)
@@ -179,33 +172,60 @@ class Answer:
         return Written(cropped, written.ended and len(cropped) == len(ids))
 
     def verify(self, draft: Written) -> Steps[Verdict]:
-        """Cut the draft and judge every prefix in one packed pass."""
+        """Cut the draft and judge every prefix in one packed pass; nobody waits for its verdicts yet."""
         engine = self.engine
         if not draft.ids:
-            return Verdict([], [], torch.empty(0))
+            return Verdict([], torch.empty(0), torch.empty(0))
         whole = self.settings.policy == "whole"
         ends = [len(draft.ids)] if whole else cut(draft.ids, engine.tokenizer, engine.segments)
         self._clock("other")
         evidence, logits = yield from engine.examining(self.target, draft.ids, ends, draft.ended)
-        confidences = engine.need_verifier().confidences(evidence).tolist()
+        confidences = engine.need_verifier().confidences(evidence)
         self.stats.verify_passes += 1
-        self._clock("verify")
         return Verdict(ends, confidences, logits)
 
-    def commit(self, draft: Written, verdict: Verdict, k: int) -> None:
+    def draft_ahead(self, draft: Written) -> Steps[None]:
+        """Write the draft of the next round as if this one were kept whole, while the target still judges it.
+
+        Where that does not come true nothing is left of it, neither tokens nor draws of the sampler.
+        """
+        ids = [*self.ids, *draft.ids]
+        if draft.ids and not draft.ended and len(ids) < self.budget:
+            self._clock("verify")
+            before = self.sample.state
+            self._ahead = (yield from self._drafting(ids)), before
+            self._clock("draft")
+
+    def _drafting(self, ids: list[int]) -> Steps[Written]:
+        """What the draft writes behind an answer of these tokens, up to the horizon, in its own tokens."""
+        engine, settings = self.engine, self.settings
+        room = self.budget - len(ids)
+        stop = None
+        if settings.horizon == "segment":
+            stop = lambda written: ends_segment(written, engine.draft_tokenizer, engine.segments)
+        elif isinstance(settings.horizon, int):
+            room = min(room, settings.horizon)
+        context = self.contexts["draft"]
+        yield from context.becoming([*self.draft_prompt_ids, *engine.to_draft(ids)])
+        return (yield from context.writing(room, self.sample, stop))
+
+    def commit(self, draft: Written, verdict: Verdict, confidences: Sequence[float], k: int) -> None:
         """Keep the first k segments of the draft, in the answer and in the target's cache."""
+        self._clock("verify")
         end = verdict.ends[k - 1] if k else 0
         kept = len(self.prompt_ids) + len(self.ids) + end
         if draft.ids:
             self.target.rollback(kept, verdict.logits[k])
         for index, (start, stop) in enumerate(pairwise([0, *verdict.ends])):
             text = self._piece([*self.ids, *draft.ids[:start]], draft.ids[start:stop])
-            self.segments.append(Segment(text, "draft", verdict.confidences[index], index < k))
+            self.segments.append(Segment(text, "draft", confidences[index], index < k))
         self.ids += draft.ids[:end]
         self.stats.accepted_tokens += end
         if end:
             self._first_token()
         all_kept = k == len(verdict.ends) and (k > 0 or self.threshold <= 0)
+        if self._ahead and not (k and all_kept):
+            self.sample.state, self._ahead = self._ahead[1], None
         self.ended = all_kept and draft.ended
         self.done = self.ended or len(self.ids) >= self.budget
         self._clock("other")

@@ -57,6 +57,15 @@ class Sampling:
         else:
             self._generator.manual_seed(seed)
 
+    @property
+    def state(self) -> Tensor:
+        """Which draws come next; may be set back, to draw them again."""
+        return self._generator.get_state()
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
     def __call__(self, logits: Tensor) -> int:
         """A token."""
         return greedy(logits) if self.greedy else self._draw(self._probabilities(logits))

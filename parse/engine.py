@@ -60,6 +60,8 @@ class Engine:
         if draft is not None:
             ends = eos_ids(draft, self.draft_tokenizer.eos_token_id)
             self.readers["draft"] = Reader(draft, ends, _compiled(draft, compile))
+        # then the next draft is written while the target judges this one; on one device they would wait for each other
+        self.apart = draft is not None and draft.device != target.device
 
     @classmethod
     def from_pretrained(
@@ -222,8 +224,11 @@ class Engine:
             while not answer.done:
                 draft = yield from answer.draft()
                 verdict = yield from answer.verify(draft)
-                k = accept(verdict.confidences, answer.threshold, answer.settings.policy)
-                answer.commit(draft, verdict, k)
+                if self.apart:
+                    yield from answer.draft_ahead(draft)
+                confidences = verdict.confidences.tolist()
+                k = accept(confidences, answer.threshold, answer.settings.policy)
+                answer.commit(draft, verdict, confidences, k)
                 yield None  # the answer has grown
                 if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
                     yield from answer.proceed()

@@ -194,6 +194,57 @@ def test_a_draft_that_ends_at_once_leaves_the_answer_to_the_target(target, draft
     assert engine.generate(PROMPT, 20, threshold=0.0)[0].token_ids == []
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    threshold=st.floats(0, 0.2),
+    horizon=st.none() | st.just("segment") | st.integers(1, 9),
+    temperature=st.sampled_from([0.0, 1.0]),
+    batch_size=st.sampled_from([1, 3]),
+    handback=st.sampled_from(["segment", "never"]),
+)
+def test_drafting_ahead_changes_no_answer(target, draft, tokenizer, batch_size, **ways):
+    """What was drafted for nothing leaves no trace: neither in the draft's text nor in what is sampled next."""
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3, compile=False)
+    assert not engine.apart  # on one device nothing would be gained
+    results = []
+    for engine.apart in (False, True):
+        results.append(engine.generate([PROMPT, "the fig"], 14, seed=5, batch_size=batch_size, **ways))
+    for one, other in zip(*results, strict=True):
+        assert one.token_ids == other.token_ids
+        assert [s.text for s in one.segments] == [s.text for s in other.segments]
+        for name in ("rounds", "draft_tokens", "accepted_tokens", "target_tokens", "verify_passes"):
+            assert getattr(one.stats, name) == getattr(other.stats, name)
+
+
+def test_the_next_draft_is_written_before_the_verdicts_are_waited_for(target, draft, tokenizer, monkeypatch):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=3, compile=False)
+    engine.apart = True
+    events = []
+
+    def noting(name, call):
+        return lambda *arguments: (events.append(name), call(*arguments))[1]
+
+    for role, reader in engine.readers.items():
+        monkeypatch.setattr(reader, "forward", noting(role, reader.forward))
+        monkeypatch.setattr(reader, "eos_ids", frozenset())
+    monkeypatch.setattr("parse.engine.accept", noting("accept", accept))
+    engine.generate(PROMPT, 12, threshold=0.0, horizon=4)
+    # prompts, 4 tokens (the last waits), the packed pass, 4 ahead of its verdicts, ...; nothing ahead of the last ones
+    drafted = ["draft"] * 4
+    assert events == [
+        "target",
+        *drafted,
+        "target",
+        *drafted,
+        "accept",
+        "target",
+        *drafted,
+        "accept",
+        "target",
+        "accept",
+    ]
+
+
 def test_sampling_repeats_by_its_seed(target, draft, tokenizer):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
 
