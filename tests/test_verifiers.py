@@ -12,7 +12,7 @@ from parse import Engine
 from parse.passes import drive
 from parse.trained import HazardHead, Probe, fingerprint, load, save, token_inputs, tokenizer_hash
 from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
-from tests.conftest import random_model
+from tests.conftest import peak_bytes, random_model
 
 
 def evidence(ended=True, n=6, width=4):
@@ -201,12 +201,6 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, tokenizer):
     engine = Engine(model, tokenizer, verifier=verifier, compile=False)
     context = engine.context("target")
     context.read(list(range(5, 25)))
-    with torch.profiler.profile(profile_memory=True) as profile:
-        drive(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False))
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = peak_bytes(lambda: drive(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others
