@@ -336,7 +336,7 @@ def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:
 
 
 def horizon_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
-    """What a horizon does to an answer that is accepted whole: its first token and its end, over those without."""
+    """What a horizon does to an answer that is kept whole: its first token's time and its own, over those without."""
     horizons = (None, *HORIZONS)
     seconds: dict[int | None, list[tuple[float, float]]] = {horizon: [] for horizon in horizons}
     with endless(engine):
@@ -349,7 +349,7 @@ def horizon_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
     for horizon, some in seconds.items():
         first[horizon], last[horizon] = (median(part) for part in zip(*some[1:], strict=True))
     return [
-        {"horizon": h, "first_token_over_none": first[h] / first[None], "seconds_over_none": last[h] / last[None]}
+        {"horizon": h, "first_token_over_whole": first[h] / first[None], "seconds_over_whole": last[h] / last[None]}
         for h in HORIZONS
     ]
 
@@ -388,7 +388,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{row['model']:>12s}{row['batch']:12d}{row['wall_over_ideal']:11.2f}x   {parts}")
     lines += ["", "a horizon: the first token's time, and the whole answer's, over those without one"]
     lines += [
-        f"{row['model']:>12s}{row['horizon']:12d}{row['first_token_over_none']:11.2f}x{row['seconds_over_none']:11.2f}x"
+        f"{row['model']:>12s}{row['horizon']:12d}{row['first_token_over_whole']:11.2f}x{row['seconds_over_whole']:11.2f}x"
         for row in rows
         if "horizon" in row
     ]

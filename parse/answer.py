@@ -187,7 +187,8 @@ class Answer:
     def draft_ahead(self, draft: Written) -> Steps[None]:
         """Write the draft of the next round as if this one were kept whole, while the target still judges it.
 
-        Where that does not come true nothing is left of it, neither tokens nor draws of the sampler.
+        Where that does not come true nothing is left of it, neither tokens nor draws of the sampler. What is accepted
+        is known only when this draft is written, so a slow draft delays it, by the horizon at most.
         """
         ids = [*self.ids, *draft.ids]
         if draft.ids and not draft.ended and len(ids) < self.budget:
@@ -209,9 +210,10 @@ class Answer:
         yield from context.becoming([*self.draft_prompt_ids, *engine.to_draft(ids)])
         return (yield from context.writing(room, self.sample, stop))
 
-    def commit(self, draft: Written, verdict: Verdict, confidences: Sequence[float], k: int) -> None:
+    def commit(self, draft: Written, verdict: Verdict, k: int) -> None:
         """Keep the first k segments of the draft, in the answer and in the target's cache."""
         self._clock("verify")
+        confidences = verdict.confidences.tolist()
         end = verdict.ends[k - 1] if k else 0
         kept = len(self.prompt_ids) + len(self.ids) + end
         if draft.ids:

@@ -226,9 +226,8 @@ class Engine:
                 verdict = yield from answer.verify(draft)
                 if self.apart:
                     yield from answer.draft_ahead(draft)
-                confidences = verdict.confidences.tolist()
-                k = accept(confidences, answer.threshold, answer.settings.policy)
-                answer.commit(draft, verdict, confidences, k)
+                k = accept(verdict.confidences.tolist(), answer.threshold, answer.settings.policy)
+                answer.commit(draft, verdict, k)
                 yield None  # the answer has grown
                 if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
                     yield from answer.proceed()

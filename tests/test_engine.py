@@ -1,6 +1,4 @@
-"""The engine's invariants, on random models and on a real chat model; its settings and its statistics."""
-
-import dataclasses
+"""The engine's invariants, on random models and on a real chat model; its rounds, its sampling and its memory."""
 
 import pytest
 import torch
@@ -9,12 +7,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from parse import Engine
-from parse.answer import Answer, accept
+from parse.answer import accept
 from parse.decode import Sampling
 from parse.passes import Reader, drive
 from parse.trained import HazardHead, Probe
 from parse.verifiers import Likelihood, Prompt
-from tests.conftest import MODELS, peak_bytes, random_adapter
+from tests.conftest import peak_bytes, random_adapter
 from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
@@ -291,99 +289,6 @@ def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, d
     assert chi2.sf(sum(terms), len(terms) - 1) > 1e-4
 
 
-STREAMS = [
-    {"threshold": 0.0},
-    {"threshold": 1.1},
-    {"threshold": 0.05},
-    {"threshold": 0.05, "handback": "never"},
-    {"threshold": 0.05, "horizon": "segment"},
-    {"method": "target"},
-    {"method": "draft"},
-    {"threshold": 0.05, "temperature": 1.0, "seed": 5},
-]
-
-
-@pytest.mark.parametrize("options", STREAMS)
-def test_a_stream_joins_to_what_generate_gives(target, draft, tokenizer, options):
-    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
-    pieces = list(engine.stream(PROMPT, max_new_tokens=30, **options))
-    result = engine.generate(PROMPT, 30, **options)[0]
-    assert "".join(pieces) == result.text
-    assert all(pieces)
-    if options.get("method") == "target" or options.get("threshold") == 1.1:
-        assert len(pieces) >= len(result.token_ids) // 2  # the target's own words come one by one
-
-
-def test_a_stream_shows_an_accepted_draft_before_the_target_goes_on(target, draft, tokenizer, monkeypatch):
-    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
-    first = engine.generate(PROMPT, 30, threshold=0.0)[0].segments[0]
-    pieces = engine.stream(PROMPT, max_new_tokens=30, threshold=first.confidence)
-    monkeypatch.setattr(Answer, "proceed", lambda _: pytest.fail("the target goes on before the draft is shown"))
-    assert next(pieces).startswith(first.text)
-
-
-def test_streamed_characters_are_whole(smollm, monkeypatch):
-    """Emoji and combining marks are several tokens: none is shown in part."""
-    model, tokenizer = smollm
-    engine = Engine(model, tokenizer, model, tokenizer, Likelihood())
-    text = "👩‍🚀 é ❤️ नमस्ते done"
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    settings = engine.settings(method="target", max_new_tokens=len(ids))
-    answer = engine._start([1], settings, None)
-    replay = iter([*ids, *engine.readers["target"].eos_ids])
-    answer.sample = lambda _: next(replay)
-    monkeypatch.setattr(engine, "_start", lambda *_: answer)
-    pieces = list(engine.stream("x", method="target"))
-    assert "".join(pieces) == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert len(pieces) > 4
-
-
-def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
-    messages = [{"role": "user", "content": PROMPT}]
-    texts = [r.text for r in engine.generate([PROMPT, messages], 8)]
-    assert len(texts) == 2
-    assert texts[0] == texts[1] == engine.generate(messages, 8)[0].text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"policy": "best"}, "policy='best' is not allowed: use one of first_fail"),
-        ({"handback": "x"}, "handback='x'"),
-        ({"method": "x"}, "method='x'"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"horizon": 0}, "horizon=0"),
-        ({"lookahead": -1}, "lookahead=-1 is negative"),
-        ({"temperature": -1}, "temperature=-1"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-    ],
-)
-def test_settings_that_are_not_allowed(target, draft, tokenizer, options, message):
-    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
-    with pytest.raises(ValueError, match=message):
-        engine.generate(PROMPT, **options)
-
-
-def test_missing_parts_are_named(target, tokenizer):
-    with pytest.raises(ValueError, match="no draft model"):
-        Engine(target, tokenizer, verifier=Likelihood()).generate(PROMPT)
-    with pytest.raises(ValueError, match="no verifier"):
-        Engine(target, tokenizer).generate(PROMPT)
-
-
-def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
-    long = "list : " + "fig " * 490
-    result = engine.generate(long, 512, threshold=0.0)[0]
-    room = 512 - len(engine.encode(long)) - len(engine.verifier.suffix_ids)
-    assert len(result.token_ids) <= room
-    with pytest.raises(ValueError, match="leaves no room"):
-        engine.generate("list : " + "fig " * 600)
-
-
 def test_another_tokenizer_crosses_as_text(target, tokenizer, smollm):
     """The draft writes real text in real tokens; the target reads the same text in its own."""
     model, real = smollm
@@ -433,30 +338,3 @@ def test_an_answer_takes_the_weights_the_caches_and_little_more(smollm, monkeypa
     caches = sum(t.nbytes for reader in engine.readers.values() for pair in reader.cache.buffers() for t in pair)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert peak + weights <= (weights + caches) * 1.15
-
-
-def test_generations_are_plain_data(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
-    record = dataclasses.asdict(engine.generate(PROMPT, 8)[0])
-    assert set(record) == {"text", "token_ids", "finish_reason", "segments", "stats"}
-    assert set(record["stats"]) >= {
-        "draft_tokens",
-        "accepted_tokens",
-        "target_tokens",
-        "rounds",
-        "verify_passes",
-    }
-    assert set(record["stats"]["seconds"]) == {"draft", "verify", "target", "other"}
-
-
-def test_options_place_a_model_and_leave_its_answers_alone():
-    pair = MODELS / "ledger-target", MODELS / "ledger-draft"
-    plain = Engine.from_pretrained(*pair, "prompt", device="cpu")
-    placed = Engine.from_pretrained(
-        *pair, "prompt", target_options={"device_map": {"": "cpu"}}, draft_options={"device_map": "cpu"}
-    )
-    assert placed.generate(PROMPT, 40)[0].token_ids == plain.generate(PROMPT, 40)[0].token_ids
-    with pytest.raises(ValueError, match="device='cpu' and device_map both place the model: give one of them"):
-        Engine.from_pretrained(*pair, "prompt", device="cpu", target_options={"device_map": "auto"})
-    with pytest.raises(ValueError, match="attention='x' is not known: use one of auto, sdpa, flex"):
-        Engine.from_pretrained(*pair, "prompt", attention="x")

@@ -83,7 +83,9 @@ def _in_order(recipe, stages) -> list[str]:  # type: ignore[no-untyped-def]
 
 
 def _estimate(recipe, need: int) -> str:  # type: ignore[no-untyped-def]
-    return f"folder: {recipe.folder}, at most {need / 1e9:.2g} GB"
+    from train.checks import size_of
+
+    return f"run folder: {recipe.folder}, up to {size_of(need)} on the disk"
 
 
 def _run(recipe, chosen, need: int) -> None:  # type: ignore[no-untyped-def]

@@ -21,14 +21,14 @@ from train.recipe import NewDraft, Recipe, RecipeError, hidden_states, to_dict
 LOOKED_AT = 200  # prompts of each split whose tokens are counted
 SAVED = 4  # bytes a weight of the draft, in its folder
 CHECKPOINT = 12  # bytes a trained weight: itself and AdamW's two moments; the old one stands until the new is whole
-ROW = 21  # bytes a token of an answer: id, mask, text
+ROW = 40  # bytes a token of an answer or a draft: ids, mask, text, labels; the data set and what was kept on the way
 
 
 def check_all(recipe: Recipe, stages: Sequence[str]) -> int:
     """Refuse what some of the stages could not do, in seconds.
 
     Returns:
-        bytes that the stages will write at most.
+        bytes that the stages may write.
 
     Raises:
         RecipeError: naming the key, what was given and the remedy.
@@ -147,7 +147,7 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
     """Refuse a run that the disk has no room for.
 
     Returns:
-        bytes that the stages will write at most, by what they are for.
+        bytes that the stages may write, by what they are for.
     """
     tokens = recipe.answers.prompts * recipe.engine.max_new_tokens
     need: dict[str, int] = {}
@@ -163,18 +163,27 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
             from train.logits import BYTES
 
             need["the target's logits"] = tokens * recipe.distill.top_k * BYTES * 4 // 3
+    labelled = recipe.rollouts.train + recipe.rollouts.calibration + recipe.rollouts.test
+    first = recipe.align.prompts if recipe.aligned else labelled
+    prompts = first * ("rollouts" in stages) + labelled * ("relabel" in stages)
+    need["rollouts"] = prompts * recipe.engine.max_new_tokens * ROW
     folder = recipe.folder
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if sum(need.values()) > free:
-        parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in need.items())
+        parts = ", ".join(f"{name} {size_of(size)}" for name, size in need.items())
         raise RecipeError(
-            f"runs: {Path(recipe.runs)} has {free / 1e9:.1f} GB free, and this run may take "
-            f"{sum(need.values()) / 1e9:.1f} GB ({parts}): make room, set runs to another disk, or lower "
-            "answers.prompts or distill.top_k"
+            f"runs: {Path(recipe.runs)} has {size_of(free)} free, and this run may take "
+            f"{size_of(sum(need.values()))} ({parts}): make room, set runs to another disk, or lower "
+            "answers.prompts, rollouts or distill.top_k"
         )
     return need
+
+
+def size_of(count: int) -> str:
+    """A number of bytes, as people read it."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def check_models(recipe: Recipe) -> None:
