@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
 from parse.layout import Layout, pack, row_numbers, stack
+from parse.linear import few_rows, linears
 from parse.models import FLEX
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
@@ -64,12 +65,14 @@ class Reader:
     cache: PrefixCache = field(init=False)
     _device: torch.device = field(init=False)
     _free: list[int] = field(init=False)  # a heap: low rows are taken first
+    _linears: list[nn.Linear] = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache, self._device = PrefixCache(), self.model.device  # the model's own property is slow
         if self.model.config._attn_implementation == FLEX:
             self.cache.window.multiple = FLEX_BLOCK
         self._free = [0]
+        self._linears = linears(self.model)
 
     def open(self) -> int:
         """A row for a new text."""
@@ -146,7 +149,7 @@ class Reader:
         if adapted := next((one.adapted for one in passes if one.adapted), None):
             # the tokens at the end of each row on which the LoRA acts: the suffixes, and what is padding behind them
             model, options = adapted, {"alora_offsets": [padded - _suffixes_start(one) for one in passes]}
-        with self.cache.reading(rows):
+        with self.cache.reading(rows), few_rows(self._linears, ids.numel()):
             output = model(
                 input_ids=ids,
                 position_ids=positions,

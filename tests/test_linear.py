@@ -1,0 +1,66 @@
+"""Linear layers over few rows: the same products, for as long as the engine asks for them, and for nobody else."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from parse.linear import FEW, few_rows, linears
+from parse.passes import Pass, Reader
+from tests.conftest import random_model
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_few_rows_give_the_same_products(leading: list[int], width: int, out: int, bias: bool, threads: int) -> None:
+    layer, before = nn.Linear(width, out, bias), torch.get_num_threads()
+    x = torch.randn(*leading, width)
+    expected = layer(x)
+    torch.set_num_threads(threads)
+    try:
+        with few_rows([layer], 1):
+            output = layer(x)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert output.shape == (*leading, out)
+
+
+def test_whoever_else_holds_the_model_finds_it_as_it_was() -> None:
+    layer = nn.Linear(2, 2)
+
+    def fail_within() -> None:
+        with few_rows([layer], FEW):
+            assert isinstance(layer, nn.Linear)
+            assert type(layer) is not nn.Linear
+            layer(torch.zeros(1, 3))  # of another width
+
+    with pytest.raises(RuntimeError, match="invalid for input|shape"):
+        fail_within()
+    assert type(layer) is nn.Linear
+    with few_rows([layer], FEW + 1):
+        assert type(layer) is nn.Linear
+
+
+def test_layers_that_are_built_upon_linear_ones_stay_themselves() -> None:
+    class Other(nn.Linear):
+        pass
+
+    plain = nn.Linear(2, 2)
+    assert linears(nn.Sequential(Other(2, 2), plain, nn.Linear(2, 2, device="meta"))) == [plain]
+
+
+def test_steps_of_few_rows_use_it_and_wide_passes_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, asked = Reader(random_model("llama", 40)), list[bool]()
+    head = reader.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda layer, _: asked.append(type(layer) is nn.Linear))
+    for width in (FEW + 1, 1, FEW):
+        reader.forward([Pass(reader, reader.open(), list(range(1, width + 1)))])
+    assert asked == [True, False, False]
+    assert type(head) is nn.Linear
