@@ -36,8 +36,13 @@ class _FewRows(nn.Linear):
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers of a model on a CPU; none elsewhere, and none that something else is built upon."""
-    return [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
+    """A model's plain float32 linear layers on a CPU: none that is built upon another, quantised, or split up."""
+    return [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether BLAS reads it: quantised and distributed weights are tensors of their own types."""
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 @contextmanager

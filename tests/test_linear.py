@@ -48,12 +48,19 @@ def test_whoever_else_holds_the_model_finds_it_as_it_was() -> None:
         assert type(layer) is nn.Linear
 
 
-def test_layers_that_are_built_upon_linear_ones_stay_themselves() -> None:
-    class Other(nn.Linear):
-        pass
+class _Other(nn.Linear):
+    pass
 
-    plain = nn.Linear(2, 2)
-    assert linears(nn.Sequential(Other(2, 2), plain, nn.Linear(2, 2, device="meta"))) == [plain]
+
+class _Quantised(torch.Tensor):
+    """A weight of a type of its own, as torchao's and DTensor are."""
+
+
+def test_layers_and_weights_of_other_kinds_stay_themselves() -> None:
+    plain, quantised = nn.Linear(2, 2), nn.Linear(2, 2)
+    quantised.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(_Quantised))
+    others = [quantised, _Other(2, 2), nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, dtype=torch.bfloat16)]
+    assert linears(nn.Sequential(*others, plain)) == [plain]
 
 
 def test_steps_of_few_rows_use_it_and_wide_passes_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
