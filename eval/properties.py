@@ -20,6 +20,7 @@ from parse import Engine
 from parse.passes import Reader
 from parse.segments import cut
 from train.generation import write_all
+from train.run import progress_bar
 
 
 def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:
@@ -34,7 +35,11 @@ def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers
             valid[-1] = outcome.right if ended else valid[-1]
             drafts.append(Draft(engine.encode(outcome.prompt), ids, ends, ended, valid, number=number))
     mine, engine.verifier = engine.verifier, reader(engine, layers)
-    judged = list(examine(engine, drafts, with_draft=True))
+    judged = []
+    with progress_bar("the draft's answers judged", total=len(drafts)) as bar:
+        for one in examine(engine, drafts, with_draft=True):
+            judged.append(one)
+            bar.update()
     engine.verifier = mine
     return judged
 
@@ -67,17 +72,19 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
 def generate_over_target_loop(engine: Engine, prompts: Sequence[str], limit: int = 128) -> float:
     """Seconds of `transformers` generate over those of our own target-alone loop, in turns, greedy, the same tokens."""
     ours = theirs = 0.0
-    for prompt in prompts:
-        ids = torch.tensor([engine.encode(prompt)], device=engine.target.device)  # [1, L]
-        started = time.perf_counter()
-        engine.generate(prompt, limit, method="target")
-        middle = time.perf_counter()
-        with torch.inference_mode():
-            engine.target.generate(
-                ids, max_new_tokens=limit, do_sample=False, pad_token_id=engine.tokenizer.eos_token_id
-            )
-        ours += middle - started
-        theirs += time.perf_counter() - middle
+    with progress_bar("transformers' generate", total=len(prompts)) as bar:
+        for prompt in prompts:
+            ids = torch.tensor([engine.encode(prompt)], device=engine.target.device)  # [1, L]
+            started = time.perf_counter()
+            engine.generate(prompt, limit, method="target")
+            middle = time.perf_counter()
+            with torch.inference_mode():
+                engine.target.generate(
+                    ids, max_new_tokens=limit, do_sample=False, pad_token_id=engine.tokenizer.eos_token_id
+                )
+            ours += middle - started
+            theirs += time.perf_counter() - middle
+            bar.update()
     return theirs / ours
 
 

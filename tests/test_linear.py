@@ -63,7 +63,7 @@ def test_layers_and_weights_of_other_kinds_stay_themselves() -> None:
     assert linears(nn.Sequential(*others, plain)) == [plain]
 
 
-def test_steps_of_few_rows_use_it_and_wide_passes_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_few_rows_use_it_and_wide_passes_do_not() -> None:
     reader, asked = Reader(random_model("llama", 40)), list[bool]()
     head = reader.model.get_output_embeddings()
     head.register_forward_pre_hook(lambda layer, _: asked.append(type(layer) is nn.Linear))
