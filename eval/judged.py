@@ -67,7 +67,7 @@ def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -
     def examining(draft: Draft) -> Steps[Judged]:
         context = Context(readers["target"])
         try:
-            yield from context.reading(draft.context_ids)
+            yield from context.awaiting(draft.context_ids)
             logits = (yield from _draft_logits(readers["draft"], draft)) if with_draft and _comparable(engine) else None
             evidence, _ = yield from engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
         finally:

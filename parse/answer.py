@@ -155,9 +155,10 @@ class Answer:
         return self.contexts["target"]
 
     def begin(self) -> Steps[None]:
-        """Read the prompt."""
+        """Let the target read the prompt; with the first draft, where nothing is won by reading it before."""
         if "target" in self.contexts:
-            yield from self.target.reading(self.prompt_ids)
+            first = self.settings.method == "parse" and not self.engine.apart
+            yield from self.target.awaiting(self.prompt_ids) if first else self.target.reading(self.prompt_ids)
             self._clock("target")
 
     def draft(self) -> Steps[Written]:

@@ -27,6 +27,7 @@ from transformers import Cache, PreTrainedModel
 
 from parse.cache import BufferLayer, PrefixCache
 from parse.layout import sight, visible
+from parse.linear import few_rows, linears
 from parse.models import FLEX, SLIDING, attention_types
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
@@ -55,26 +56,36 @@ class Compiled:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
         self.pays = not spread and (self.graph or weights <= LARGEST)
-        self._made: set[tuple[Any, ...]] = set()
+        self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
         self._key = torch.arange(0)  # [P] of the last pass
-        self._step = self._compile(backend, {"triton.cudagraphs" if self.graph else "cpp_wrapper": True})
-        self._wide = self._compile(backend, {})
+        self._linears = linears(model)
+        self._backend = backend
 
-    def _compile(self, backend: str | Backend, options: dict[str, Any]) -> Callable[..., Read]:
-        model = self.model
-        if backend != "inductor":
-            options = {}
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # weights do not change
-        return torch.compile(  # type: ignore[call-overload, no-any-return]
-            lambda *arguments: forward(model, *arguments),
-            fullgraph=True,
-            dynamic=False,  # but for what is marked
-            backend=backend,
-            options=options,
-            isolate_recompiles=True,  # without guards on the model another one's graph would be taken for its own
-            recompile_limit=256,
-        )
+    def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
+        """A graph for passes like this one. A step's has no guards: it is looked up by all that it is made for."""
+        model, wide, inductor = self.model, arguments[4] is not None, self._backend == "inductor"
+        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        if wide:
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # weights do not change
+        elif inductor:
+            options["triton.cudagraphs" if self.graph else "cpp_wrapper"] = True
+        ahead = inductor and not self.graph
+        with torch._dynamo.config.patch(enable_aot_compile=ahead):
+            compiled: Any = torch.compile(  # type: ignore[call-overload]
+                lambda *arguments: forward(model, *arguments),
+                fullgraph=True,
+                dynamic=False,  # but for what is marked
+                backend=self._backend,
+                options=options,
+                isolate_recompiles=True,  # without guards another model's graph would be taken for this one's
+                recompile_limit=256,
+            )
+            if not ahead:
+                return compiled  # type: ignore[no-any-return]
+            compiled = compiled.aot_compile((arguments, {}))  # called without a detour, a fifth of a small step's time
+        compiled.disable_guard_check()
+        return compiled  # type: ignore[no-any-return]
 
     def shape(self, rows: int, width: int, longest: int) -> Shape | None:
         """The bucket of a pass, or None where it does not pay to compile it.
@@ -129,8 +140,9 @@ class Compiled:
         arguments = numbers.to(self.device), places, self._key, buffers, keep, with_states
         held = buffers[0][0].shape
         one = len(kept) == 1, shape == WIDE and numbers.shape[1] == 1, held[0] == 1  # a graph has 1, or any number
-        made = (shape, with_states, held if self.graph and shape != WIDE else one)
-        return self.run(*arguments) if made in self._made else self._first(made, arguments)
+        made = (shape, with_states, held if fixed else one, torch.get_num_threads())
+        graph = self._graphs.get(made)
+        return self._first(made, arguments) if graph is None else self._run(graph, arguments)
 
     def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
         """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
@@ -148,7 +160,10 @@ class Compiled:
         if keep is not None:
             numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
         try:
-            output = self.run(numbers, places, key, buffers, keep, made[1])
+            arguments = numbers, places, key, buffers, keep, made[1]
+            with few_rows(self._linears, numbers[0].numel()):
+                graph = self._compile(arguments)
+                output = self._run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise
             self.pays = False
             reason = " ".join(str(error).split("\n\n")[0].split())
@@ -157,14 +172,13 @@ class Compiled:
             )
             return None
         print(f"... compiled in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        self._made.add(made)
+        self._graphs[made] = graph
         return output
 
-    def run(self, *arguments: Any) -> Read:
-        """One pass; the arguments are `forward`'s."""
-        wide = arguments[4] is not None
-        logits, states = (self._wide if wide else self._step)(*arguments)
-        if self.graph and not wide:  # out of the memory that the CUDA graph's next replay writes over
+    def _run(self, graph: Callable[..., Read], arguments: tuple[Any, ...]) -> Read:
+        """One pass; the arguments are `forward`'s, but for the model."""
+        logits, states = graph(*arguments)
+        if self.graph and arguments[4] is None:  # out of the memory that the CUDA graph's next replay writes over
             return logits.clone(), tuple(state.clone() for state in states)
         return logits, states
 

@@ -19,6 +19,7 @@ from parse.passes import Pass, Reader, Steps, drive
 
 Sampler = Callable[[Tensor], int]  # logits [V] -> token id
 Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
+SHORT = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Sampling:
 class Context:
     """A text that a model reads: its tokens, its row of the reader's cache, and the logits of what follows.
 
-    The last token may wait: it is read in the pass that reads more, or when the logits behind it are needed.
+    Its last tokens may wait: they are read in the pass that reads more, or when the logits behind them are needed.
     What reads or writes is written as steps, see `parse.passes`; `read` and `write` run them alone.
     """
 
@@ -118,6 +119,18 @@ class Context:
         output = yield Pass(self.reader, self.row, [*self.waiting, *ids])
         self.has_read(ids)
         self.next_logits = output.logits[-1]
+
+    def awaiting(self, ids: Sequence[int]) -> Steps[None]:
+        """Append tokens that the next pass, a packed one, reads as well; more than `SHORT` in a pass of their own.
+
+        A pass less, and a packed pass over many tokens would need a mask over all of them.
+        """
+        if len(self.waiting) + len(ids) > SHORT:
+            yield from self.reading(ids)
+        else:
+            self.ids.extend(ids)
+            self.waiting.extend(ids)
+            self.next_logits = None
 
     def has_read(self, ids: Sequence[int]) -> None:
         """A pass has read the waiting tokens and these."""

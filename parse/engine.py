@@ -253,8 +253,8 @@ class Engine:
     ) -> Steps[tuple[Evidence, Tensor]]:
         """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
 
-        A token of the text that was not read yet goes first in the pass. Afterwards the cache holds the text and the
-        whole draft; the suffixes are dropped.
+        What of the text was not read yet goes first in the pass. Afterwards the cache holds the text and the whole
+        draft; the suffixes are dropped.
 
         Args:
             draft_logits: [M, V], those that the draft's tokens were drawn from, where they are at hand.
@@ -265,19 +265,20 @@ class Engine:
         verifier = self.need_verifier()
         first, device = target.waiting, self.target.device
         w, n = len(first), len(draft_ids)
-        layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
-        whole = verifier.reads_draft or draft_logits is not None
-        read = range(w + n) if whole else sorted({*range(w), n - 1 + w, *(end - 1 + w for end in ends)})
-        verdicts = layout.last_suffix.tolist() if verifier.suffix_ids else []
-        keep = [*read, *verdicts] if verifier.adapted is None else list(read)
         before = target.next_logits
         assert before is not None or first, "the logits behind this text are neither known nor about to be"
+        lead = int(w > 0)  # the logits behind what waited are those before the draft
+        layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
+        whole = verifier.reads_draft or draft_logits is not None
+        read = range(w - lead, w + n) if whole else sorted({*range(w - lead, w), w + n - 1, *(w + e - 1 for e in ends)})
+        verdicts = layout.last_suffix.tolist() if verifier.suffix_ids else []
+        keep = [*read, *verdicts] if verifier.adapted is None else list(read)
         with_states = bool(verifier.layers) or verifier.adapted is not None
         output = yield Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
         if before is None:
-            before = output.logits[w - 1]
-        drafted, suffix_logits = output.logits[w : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
-        places = [read.index(w + end - 1) - w for end in [*ends, n]]
+            before = output.logits[0]
+        drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
+        places = [read.index(w + end - 1) - lead for end in [*ends, n]]
         following = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
         length = len(target.ids)
         target.has_read([*draft_ids, *layout.ids[w + n :]])

@@ -44,6 +44,11 @@ class Layout:
         return torch.arange(self.draft_length, length, max(self.suffix_length, 1)) + max(self.suffix_length - 1, 0)
 
     @property
+    def is_causal(self) -> bool:
+        """Whether there are no suffixes, so that who sees whom is as everywhere."""
+        return len(self.input_ids) == self.draft_length
+
+    @property
     def ids(self) -> list[int]:
         """The tokens, as a list of T."""
         return self.input_ids.tolist()

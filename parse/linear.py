@@ -25,14 +25,22 @@ class _FewRows(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         x = input.reshape(-1, self.in_features)  # [R, in]
-        blocks = gcd(self.out_features, torch.get_num_threads()) if len(x) == 1 else 1
-        if blocks > 1:
-            weight = self.weight.view(blocks, -1, self.in_features)  # [blocks, out / blocks, in]
-            product = torch.bmm(weight, x.t().expand(blocks, -1, -1)).view(1, -1)  # [1, out]
+        if not torch.compiler.is_compiling():
+            product = self._by_blas(x)
+        elif len(x) == 1:
+            product = (self.weight * x).sum(-1)  # [out]
         else:
-            product = torch.mm(self.weight, x.t()).t()  # [R, out]
+            return super().forward(input)
         output = product.reshape(*input.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias
+
+    def _by_blas(self, x: Tensor) -> Tensor:
+        """x @ W.T: [R, in] to [R, out]."""
+        blocks = gcd(self.out_features, torch.get_num_threads()) if len(x) == 1 else 1
+        if blocks == 1:
+            return torch.mm(self.weight, x.t()).t()
+        weight = self.weight.view(blocks, -1, self.in_features)  # [blocks, out / blocks, in]
+        return torch.bmm(weight, x.t().expand(blocks, -1, -1)).view(1, -1)
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:

@@ -142,7 +142,7 @@ class Reader:
             padded = -(-width // block) * block  # few shapes, whole blocks
         ids, positions, *rest = self._numbers(passes, rows, padded).to(device)  # [B, T] each
         keys = -(-(max(starts) + padded) // block) * block
-        plain = len(passes) == 1 and passes[0].layout is None and block == 1
+        plain = len(passes) == 1 and (passes[0].layout is None or passes[0].layout.is_causal) and block == 1
         last = len(kept) == 1 and kept[0] == padded - 1
         model: Any = self.model
         options: dict[str, Any] = {}

@@ -70,7 +70,7 @@ def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
         assert_same_cache(mine, plain)
         for context in (mine, plain):
             context.rollback(13)
-    assert counter.graphs == len(mine.reader.compiled._made) == 2
+    assert counter.graphs == len(mine.reader.compiled._graphs) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(target, draft, to
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
     assert counters["draft"].graphs
     for role, reader in compiled.readers.items():
-        assert counters[role].graphs == len(reader.compiled._made)
+        assert counters[role].graphs == len(reader.compiled._graphs)
 
 
 @settings(max_examples=10, deadline=None)
