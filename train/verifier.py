@@ -50,7 +50,7 @@ from train.recipe import AdapterSection, ProbeSection, Recipe, hidden_states
 from train.run import Run, progress_bar, write_text
 
 HELD_OUT = 6  # every so manieth training prompt decides on epochs and kinds
-TIMED = 20  # drafts on which a verdict's cost is measured
+TIMED = 10  # drafts on which a verdict's cost is measured
 
 Scores = dict[str, list[Scored]]  # by split, of all processes
 
