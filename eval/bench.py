@@ -124,9 +124,8 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
     for role, reader in engine.readers.items():
         patches.append((reader, "forward", watch.reading(role, reader.forward)))
         if reader.compiled:
-            patches.append(
-                (reader.compiled, "run", watch.timed(MODELS_LABEL, reader.compiled.run, lambda x, *_: x.shape[2] > 1))
-            )
+            run = watch.timed(MODELS_LABEL, reader.compiled.run, lambda graph, arguments: arguments[0].shape[2] > 1)
+            patches.append((reader.compiled, "run", run))
     for label, owner, name in (
         ("numbers and masks", Reader, "_numbers"),
         ("numbers and masks", Reader, "_step_numbers"),

@@ -142,7 +142,7 @@ class Compiled:
         one = len(kept) == 1, shape == WIDE and numbers.shape[1] == 1, held[0] == 1  # a graph has 1, or any number
         made = (shape, with_states, held if fixed else one, torch.get_num_threads())
         graph = self._graphs.get(made)
-        return self._first(made, arguments) if graph is None else self._run(graph, arguments)
+        return self._first(made, arguments) if graph is None else self.run(graph, arguments)
 
     def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
         """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
@@ -163,7 +163,7 @@ class Compiled:
             arguments = numbers, places, key, buffers, keep, made[1]
             with few_rows(self._linears, numbers[0].numel()):
                 graph = self._compile(arguments)
-                output = self._run(graph, arguments)
+                output = self.run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise
             self.pays = False
             reason = " ".join(str(error).split("\n\n")[0].split())
@@ -175,7 +175,7 @@ class Compiled:
         self._graphs[made] = graph
         return output
 
-    def _run(self, graph: Callable[..., Read], arguments: tuple[Any, ...]) -> Read:
+    def run(self, graph: Callable[..., Read], arguments: tuple[Any, ...]) -> Read:
         """One pass; the arguments are `forward`'s, but for the model."""
         logits, states = graph(*arguments)
         if self.graph and arguments[4] is None:  # out of the memory that the CUDA graph's next replay writes over

@@ -1,10 +1,14 @@
 """Linear layers over few rows on a CPU: the same products in an order that BLAS computes faster.
 
 A layer is x @ W.T with x [R, in] and W [out, in]. For the few rows of a decoding step all the time goes into reading
-W, and BLAS reads it poorly so: one row runs on one thread, and 2 to 16 rows take 1.1 to 3.4 times as long as
-W @ x.T does. So for few rows we compute (W @ x.T).T, and for one row in blocks of W, one a thread. Nothing is copied
-but the result. Measured with MKL on 2 cores: a decoding step of SmolLM2 takes 0.66 of its time for one text, 0.63 for
-4, 0.85 for 16. On a GPU, for more rows, and in compiled steps (small models, nothing gained) a layer stays as it is.
+W, and BLAS reads it poorly so: one row runs on one thread, and 2 to 16 rows take 1.1 to 3.4 times as long as W @ x.T
+does. So for few rows we compute (W @ x.T).T, and for one row in blocks of W, one a thread. Nothing is copied but the
+result. Measured with MKL on 2 cores: a decoding step of SmolLM2 takes 0.66 of its time for one text, 0.63 for 4, 0.85
+for 16.
+
+In a compiled step one row is written as a sum of products, for which the compiler makes a loop of its own, fused with
+what stands around it. A step of 12 layers of 128 takes 0.6 of its time; that of more rows stays as it is (nothing
+gained), as do layers on a GPU.
 """
 
 from __future__ import annotations

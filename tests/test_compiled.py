@@ -110,14 +110,15 @@ def test_any_texts_are_stepped_as_each_alone(texts):
             torch.testing.assert_close(outputs[i // 2].logits[-1], alone.next_logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("functional", [False, True])
-def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(functional):
+@pytest.mark.parametrize("kind", ["as it is", "functional", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(kind):
     """600 tokens: ten times more keys at the end, and buffers that were enlarged twice.
 
-    What a compiler makes of the graph in functional form may guard on more, such as on buffers read to their end.
+    What a compiler makes of the graph in functional form may specialise on more, such as on buffers read to their end;
+    no guard would notice.
     """
     model, counter = random_model("llama", 60), Counter()
-    backend = aot_autograd(fw_compiler=counter) if functional else counter
+    backend = {"as it is": counter, "functional": aot_autograd(fw_compiler=counter), "inductor": "inductor"}[kind]
     model.config.max_position_embeddings = 1024
     mine, plain = Context(compiled_reader(model, backend)), Context(Reader(model))
     for context in (mine, plain):
@@ -128,7 +129,21 @@ def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(functional):
     plain.read(ids)
     torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
     assert_same_cache(mine, plain)
-    assert counter.graphs == 1
+    assert len(mine.reader.compiled._graphs) == 1
+    assert counter.graphs == (kind != "inductor")
+
+
+def test_a_graph_is_made_for_a_number_of_threads():
+    model, counter, before = random_model("llama", 60), Counter(), torch.get_num_threads()
+    context = Context(compiled_reader(model, counter))
+    context.read([5, 6, 7])
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            context.read([8])
+    finally:
+        torch.set_num_threads(before)
+    assert counter.graphs == 2
 
 
 def test_two_models_with_the_same_code_do_not_take_each_others_graphs():

@@ -140,7 +140,11 @@ def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, d
     monkeypatch.setattr(type(target), "forward", counted)
     engine.generate(PROMPT, 24, threshold=0.0)
     prompt = len(engine.encode(PROMPT))
-    assert passes == [prompt, 24]  # the prompt once, the whole draft once
+    assert passes == [prompt + 24]  # the prompt and the whole draft, once
+    passes.clear()
+    monkeypatch.setattr("parse.decode.SHORT", prompt - 1)
+    engine.generate(PROMPT, 24, threshold=0.0)
+    assert passes == [prompt, 24]  # a long one by itself, where it needs no mask
 
 
 def test_no_token_is_read_twice_and_the_last_ones_of_a_repair_with_the_next_draft(
@@ -164,7 +168,7 @@ def test_no_token_is_read_twice_and_the_last_ones_of_a_repair_with_the_next_draf
     assert repairs
     assert read.count(1) == 3 * repairs  # steps
     wide = [width for width in read if width > 1]
-    assert len(wide) == 1 + stats.verify_passes
+    assert len(wide) == stats.verify_passes
     assert sum(wide) == len(engine.encode(PROMPT)) + stats.draft_tokens + (stats.verify_passes - 1)
 
 

@@ -32,6 +32,21 @@ def test_few_rows_give_the_same_products(leading: list[int], width: int, out: in
     assert output.shape == (*leading, out)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_compiled_layer_multiplies_one_row_in_a_loop_of_its_own(rows: int, bias: bool) -> None:
+    layer, x, seen = nn.Linear(24, 10, bias), torch.randn(rows, 1, 24), list[str]()
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method"))
+        return graph.forward
+
+    with few_rows([layer], rows):
+        output = torch.compile(lambda x: layer(x), backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(output, nn.functional.linear(x, layer.weight, layer.bias))
+    assert ("sum" in seen) == (rows == 1)
+
+
 def test_whoever_else_holds_the_model_finds_it_as_it_was() -> None:
     layer = nn.Linear(2, 2)
 
