@@ -1,5 +1,6 @@
 # make quickstart   train a draft and a verifier on the embedded pair, then measure PARSE against the target alone
-# make test         all tests
+# make test         the tests that take minutes together
+# make slow         those that take a quarter of an hour more: the whole chain, kills, two processes, real models
 # make lint         formatting, lint, types
 # Each sets up .venv by itself, once.
 
@@ -9,14 +10,17 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test slow lint clean
 
 quickstart: .venv/run.stamp
 	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
 	$(BIN)/python -m eval recipes/quickstart.yaml
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --cov --cov-report= --cov-fail-under=80
+
+slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --cov --cov-append --cov-report=term:skip-covered
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,3 +111,12 @@ def launch(topology: str, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["tests/two_processes.py", topology, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+    """Until the condition holds; fails if the process ends before, or time is up."""
+    started = time.time()
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() - started < seconds
+        time.sleep(0.2)

@@ -76,12 +76,12 @@ def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
 @pytest.mark.parametrize(
     ("ways", "as_on_gpu"),
     [
-        ({"threshold": 0.05}, False),
+        pytest.param({"threshold": 0.05}, False, marks=pytest.mark.slow),
         ({"threshold": 0.05, "horizon": 7, "lookahead": 3}, False),
-        ({"threshold": 0.05, "temperature": 1.0, "seed": 3}, False),
+        pytest.param({"threshold": 0.05, "temperature": 1.0, "seed": 3}, False, marks=pytest.mark.slow),
         ({"threshold": 1.1}, False),
         ({"method": "draft"}, False),
-        ({"threshold": 0.05, "horizon": 7}, True),
+        pytest.param({"threshold": 0.05, "horizon": 7}, True, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_engines_answer_the_same_alone_and_in_batches(target, draft, tokenizer, ways, as_on_gpu):

@@ -51,6 +51,7 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsy
     assert summary["pair"] is None
 
 
+@pytest.mark.slow
 def test_without_references_the_target_says_what_is_right():
     """Its own answer is; so is what it calls the same, and what was cut off is not."""
     task = Rows([{"prompt": prompt} for prompt in draw_prompts(ledger, "test", 3, seed=2)], to_dict(Data()))
