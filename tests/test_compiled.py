@@ -17,6 +17,8 @@ from tests.test_architectures import ARCHITECTURES, make
 from tests.test_batch import PROMPTS, assert_same_answers
 from tests.test_cache import assert_same_cache
 
+KINDS = {"llama", "gemma 3", "gpt-2", "deepseek v3"}  # so different from each other that the others can wait
+
 
 class Counter:
     """A backend that counts the graphs it is given and runs them as they are."""
@@ -46,7 +48,10 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
     return *pair, counters
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES],
+)
 def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
     """As on a GPU: no graph breaks, one graph for packed passes of any size and one for steps, equal logits."""
     model, counter = make(name), Counter()
