@@ -1,6 +1,6 @@
 # make quickstart   train a draft and a verifier on the embedded pair, then measure PARSE against the target alone
 # make test         the tests that take minutes together
-# make slow         those that take a quarter of an hour more: the whole chain, kills, two processes, real models
+# make slow         those that take longer: the whole chain, kills, two processes, real models
 # make lint         formatting, lint, types
 # Each sets up .venv by itself, once.
 

@@ -157,8 +157,9 @@ class Answer:
     def begin(self) -> Steps[None]:
         """Let the target read the prompt; with the first draft, where nothing is won by reading it before."""
         if "target" in self.contexts:
-            first = self.settings.method == "parse" and not self.engine.apart
-            yield from self.target.awaiting(self.prompt_ids) if first else self.target.reading(self.prompt_ids)
+            with_draft = self.settings.method == "parse" and not self.engine.apart
+            read = self.target.awaiting if with_draft else self.target.reading
+            yield from read(self.prompt_ids)
             self._clock("target")
 
     def draft(self) -> Steps[Written]:

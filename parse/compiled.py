@@ -83,7 +83,7 @@ class Compiled:
             )
             if not ahead:
                 return compiled  # type: ignore[no-any-return]
-            compiled = compiled.aot_compile((arguments, {}))  # called without a detour, a fifth of a small step's time
+            compiled = compiled.aot_compile((arguments, {}))  # called without a detour, a sixth of a small step's time
         compiled.disable_guard_check()
         return compiled  # type: ignore[no-any-return]
 
@@ -148,8 +148,10 @@ class Compiled:
         """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
         numbers, places, key, buffers, keep, _ = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
-        what = "wide passes" if keep is not None else f"decoding steps of {numbers.shape[1]} texts"
-        print(f"compiling {what} of {name} (once: it is kept on disk) ...", file=sys.stderr, flush=True)
+        texts = "one text" if numbers.shape[1] == 1 else f"{numbers.shape[1]} texts"
+        what = "wide passes" if keep is not None else f"decoding steps of {texts}"
+        advice = "a minute or more, once: it is kept on disk"
+        print(f"compiling {what} of {name} ({advice}) ...", file=sys.stderr, flush=True)
         started = perf_counter()
         if self.graph and keep is None:
             for buffer in (part for pair in buffers for part in pair):

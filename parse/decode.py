@@ -19,7 +19,7 @@ from parse.passes import Pass, Reader, Steps, drive
 
 Sampler = Callable[[Tensor], int]  # logits [V] -> token id
 Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
-SHORT = 512  # tokens
+SHORT = 512  # tokens: a longer text is not read along by a packed pass, see `Context.awaiting`
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ class Engine:
         with_states = bool(verifier.layers) or verifier.adapted is not None
         output = yield Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
         if before is None:
-            before = output.logits[0]
+            before = output.logits[0]  # [V]
         drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
         places = [read.index(w + end - 1) - lead for end in [*ends, n]]
         following = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft

@@ -193,14 +193,19 @@ def test_token_evidence_is_that_of_the_whole_distribution():
     torch.testing.assert_close(margin, expected.amax(-1) - own, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("verifier", "rows"), [(Likelihood(), 300), (Prompt([7, 8], [9], [10]), 2 * 3 + 1)])
-def test_no_more_logits_are_made_than_are_read(verifier, rows, tokenizer):
-    """The peak of a packed pass over 300 draft tokens: the logits that are read, and a third more at most."""
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize(("verifier", "rows"), [(Likelihood(), 300), (Prompt([7, 8], [9], [10]), 2 * 3 + 2)])
+def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, tokenizer):
+    """The peak of a packed pass over 300 draft tokens: the logits that are read, and a third more at most.
+
+    Of a prompt that it reads as well, those behind its last token.
+    """
     vocabulary = 30_000
     model = random_model("llama", vocabulary)
     engine = Engine(model, tokenizer, verifier=verifier, compile=False)
     context = engine.context("target")
-    context.read(list(range(5, 25)))
+    prompt = [token % 50 + 5 for token in range(200)]
+    drive(context.reading(prompt) if read_before else context.awaiting(prompt))
     peak = peak_bytes(lambda: drive(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others
