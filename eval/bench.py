@@ -106,9 +106,9 @@ class Stopwatch:
     def reading(self, role: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """A reader's call, which sets the role of the passes inside."""
 
-        def noting(*args: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
             self.role = role
-            return call(*args)
+            return call(*args, **kwargs)
 
         return noting
 
@@ -152,11 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     quieten()
-    threads = torch.get_num_threads()
     rows: list[dict[str, Any]] = []
     for name in options.models:
         target, draft, tokenizer = load_pair(name)
-        torch.set_num_threads(1 if name == "embedded" else threads)  # a second one costs it more than it gives
         shapes = [(n, k, s, b) for b in options.batches for n, k in SHAPES for s in SUFFIXES]
         if name == "smollm2":  # minutes a pass otherwise
             shapes = [(n, k, s, b) for n, k, s, b in shapes if b * (n + k * s) <= 2560]
@@ -179,7 +177,6 @@ def main(arguments: list[str] | None = None) -> int:
                 bar.update()
             rows += [{"model": name, "N": ANSWER, **row} for row in horizon_ratios(engine, options.repeats)]
             bar.update()
-    torch.set_num_threads(threads)
     print(f"\n{hardware()}\n\n{tables(rows)}\n")
     print(json.dumps({"hardware": hardware(), "rows": rows}))
     return 0

@@ -279,7 +279,7 @@ class Answer:
                 if wanted is None:  # it has grown
                     self._first_token()
                     if same:
-                        self.ids.append(own[-1])
+                        self.ids += own[len(self.ids) - len(before) :]
                 output = yield wanted
         except StopIteration as finished:
             self.ended = finished.value.ended

@@ -159,7 +159,7 @@ class PrefixCache(Cache):
         """All keys and values, a pair a layer, [rows, heads, capacity, D], grown to so many rows and tokens."""
         layers, held = self._prefix_layers, self._buffers
         rows = max(rows, self.window.rows)
-        if not held or held[-1] is not layers[-1].buffers or rows > len(held[0][0]) or tokens > held[0][0].shape[2]:
+        if not held or held[-1] is not layers[-1].buffers or rows > held[0][0].shape[0] or tokens > held[0][0].shape[2]:
             for layer in layers:
                 layer.grow(rows, tokens)
             self._buffers = [layer.buffers for layer in layers]

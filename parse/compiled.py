@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Cache, PreTrainedModel
 
+from parse.ahead import ANY, library, trace
 from parse.cache import BufferLayer, PrefixCache
 from parse.layout import sight, visible
 from parse.linear import few_rows, linears
@@ -64,28 +66,41 @@ class Compiled:
 
     def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
         """A graph for passes like this one. A step's has no guards: it is looked up by all that it is made for."""
-        model, wide, inductor = self.model, arguments[4] is not None, self._backend == "inductor"
+        if not self.graph:
+            return self._compile_ahead(arguments)
+        model = self.model
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-        if wide:
+        if arguments[4] is not None:
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # weights do not change
-        elif inductor:
-            options["triton.cudagraphs" if self.graph else "cpp_wrapper"] = True
-        ahead = inductor and not self.graph
-        with torch._dynamo.config.patch(enable_aot_compile=ahead):
-            compiled: Any = torch.compile(  # type: ignore[call-overload]
-                lambda *arguments: forward(model, *arguments),
-                fullgraph=True,
-                dynamic=False,  # but for what is marked
-                backend=self._backend,
-                options=options,
-                isolate_recompiles=True,  # without guards another model's graph would be taken for this one's
-                recompile_limit=256,
-            )
-            if not ahead:
-                return compiled  # type: ignore[no-any-return]
-            compiled = compiled.aot_compile((arguments, {}))  # called without a detour, a sixth of a small step's time
-        compiled.disable_guard_check()
-        return compiled  # type: ignore[no-any-return]
+        elif self._backend == "inductor":
+            options["triton.cudagraphs"] = True
+        return torch.compile(  # type: ignore[call-overload, no-any-return]
+            lambda *arguments: forward(model, *arguments),
+            fullgraph=True,
+            dynamic=False,  # but for what is marked
+            backend=self._backend,
+            options=options,
+            isolate_recompiles=True,  # without guards another model's graph would be taken for this one's
+            recompile_limit=256,
+        )
+
+    def _compile_ahead(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
+        """A step of the first texts, for any number of keys and rows, see `parse.ahead`."""
+        numbers, _, key, buffers, _, with_states = arguments
+        step = lambda model, numbers, key, buffers: forward(model, numbers, None, key, buffers, None, with_states)
+        larger = {0: ANY, 2: ANY} if len(buffers[0][0]) > 1 else {2: ANY}  # a size of one is special, and stays
+        inputs = numbers, key, buffers
+        program = trace(self.model, step, inputs, sizes=({}, {0: ANY}, [(larger, larger)] * len(buffers)))
+        if not isinstance(self._backend, str):
+            graph = self._backend(program.module(), inputs)
+            return lambda numbers, rows, key, buffers, *_: graph(numbers, key, buffers)
+        run = library(program)
+
+        def call(numbers: Tensor, _: None, key: Tensor, buffers: Buffers, *__: Any) -> Read:
+            logits, *states = run([numbers, key, *chain.from_iterable(buffers)])
+            return logits, tuple(states)
+
+        return call
 
     def shape(self, rows: int, width: int, longest: int) -> Shape | None:
         """The bucket of a pass, or None where it does not pay to compile it.
@@ -131,7 +146,7 @@ class Compiled:
             kept: M indices of the tokens whose logits are needed.
         """
         keys = shape[1] or -(-longest // _KEYS) * _KEYS
-        if len(self._key) != keys:
+        if self._key.shape[0] != keys:
             self._key = torch.arange(keys, device=self.device)
         fixed = self.graph and shape != WIDE  # else never read buffers to their very end, which is a graph of its own
         buffers = cache.buffers(shape[0], keys if fixed else keys + 1)
@@ -153,14 +168,12 @@ class Compiled:
         advice = "a minute or more, once: it is kept on disk"
         print(f"compiling {what} of {name} ({advice}) ...", file=sys.stderr, flush=True)
         started = perf_counter()
-        if self.graph and keep is None:
-            for buffer in (part for pair in buffers for part in pair):
-                torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
-        else:
-            key = _of_any_size(key, 0)
-            buffers = [(_of_any_size(k, 0, 2), _of_any_size(v, 0, 2)) for k, v in buffers]
         if keep is not None:
             numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
+            key, buffers = _of_any_size(key, 0), [(_of_any_size(k, 0, 2), _of_any_size(v, 0, 2)) for k, v in buffers]
+        elif self.graph:
+            for buffer in chain.from_iterable(buffers):
+                torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
         try:
             arguments = numbers, places, key, buffers, keep, made[1]
             with few_rows(self._linears, numbers[0].numel()):
@@ -215,13 +228,13 @@ def forward(
         logits [B, M, V], and the hidden states [B, T, D] behind 0, 1, ... layers where asked for.
     """
     ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
-    for buffer in (part for pair in buffers for part in pair):
+    for buffer in chain.from_iterable(buffers):
         torch._check(buffer.shape[2] == buffers[0][0].shape[2])  # type: ignore[no-untyped-call]  # one unknown, not L
     output = model(
         input_ids=ids,
         position_ids=positions,
-        attention_mask=masks(model, limit, own, at, positions, keys=len(key)),
-        past_key_values=Cache(layers=[BufferLayer(pair, rows, at, len(key)) for pair in buffers]),
+        attention_mask=masks(model, limit, own, at, positions, keys=key.shape[0]),
+        past_key_values=Cache(layers=[BufferLayer(pair, rows, at, key.shape[0]) for pair in buffers]),
         use_cache=True,
         output_hidden_states=with_states,
         logits_to_keep=1 if keep is None else keep,

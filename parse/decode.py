@@ -17,7 +17,6 @@ from transformers import (
 
 from parse.passes import Pass, Reader, Steps, drive
 
-Sampler = Callable[[Tensor], int]  # logits [V] -> token id
 Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
 SHORT = 512  # tokens: a longer text is not read along by a packed pass, see `Context.awaiting`
 
@@ -28,11 +27,6 @@ class Written:
 
     ids: list[int]
     ended: bool  # whether the end-of-sequence token came next
-
-
-def greedy(logits: Tensor) -> int:
-    """The most likely token of logits [V]."""
-    return int(logits.argmax())
 
 
 class Sampling:
@@ -69,7 +63,7 @@ class Sampling:
 
     def __call__(self, logits: Tensor) -> int:
         """A token."""
-        return greedy(logits) if self.greedy else self._draw(self._probabilities(logits))
+        return int(logits.argmax()) if self.greedy else self._draw(self._probabilities(logits))
 
     def settle(self, token: int, proposer: Tensor, logits: Tensor) -> int:
         """The token to write where another model proposed one: that one, or another; distributed as by `logits` alone.
@@ -82,7 +76,7 @@ class Sampling:
             proposer, logits: [V] each.
         """
         if self.greedy:
-            return greedy(logits)
+            return self(logits)
         ours, theirs = self._probabilities(logits), self._probabilities(proposer)  # [V] each
         if torch.rand((), generator=self._generator) * theirs[token] < ours[token]:
             return token
@@ -95,6 +89,9 @@ class Sampling:
 
     def _draw(self, weights: Tensor) -> int:
         return int(torch.multinomial(weights, 1, generator=self._generator))
+
+
+GREEDY = Sampling()
 
 
 class Context:
@@ -114,11 +111,16 @@ class Context:
         """Make room for another text."""
         self.reader.close(self.row)
 
-    def reading(self, ids: Sequence[int]) -> Steps[None]:
-        """Append tokens to the text in one causal pass."""
-        output = yield Pass(self.reader, self.row, [*self.waiting, *ids])
-        self.has_read(ids)
+    def reading(self, ids: Sequence[int], more: int = 0) -> Steps[Sequence[int]]:
+        """Append tokens to the text in one causal pass, and the greedy ones that follow, as `Pass.more` allows.
+
+        Returns:
+            those that followed.
+        """
+        output = yield Pass(self.reader, self.row, [*self.waiting, *ids], more=more)
+        self.has_read([*ids, *output.written])
         self.next_logits = output.logits[-1]
+        return output.written  # type: ignore[no-any-return]
 
     def awaiting(self, ids: Sequence[int]) -> Steps[None]:
         """Append tokens that the next pass, a packed one, reads as well; more than `SHORT` in a pass of their own.
@@ -166,7 +168,7 @@ class Context:
         yield from self.reading(ids[common:])
 
     def writing(
-        self, limit: int, sample: Sampler = greedy, stop: Stop | None = None, written: list[int] | None = None
+        self, limit: int, sample: Sampling = GREEDY, stop: Stop | None = None, written: list[int] | None = None
     ) -> Steps[Written]:
         """Write on, up to `limit` tokens, to the end of sequence, or to where `stop` says so; the last one waits.
 
@@ -174,8 +176,11 @@ class Context:
             written: a list to write into; then the steps say whenever it has grown.
         """
         seen, written = written is not None, [] if written is None else written
+        unattended = sample.greedy and not stop
         while len(written) < limit:
-            token = sample((yield from self.knowing()))
+            logits, more = yield from self.knowing(limit - len(written) - 1 if unattended else 0)
+            written += more
+            token = sample(logits)
             if token in self.reader.eos_ids:
                 return Written(written, ended=True)
             written.append(token)
@@ -186,20 +191,21 @@ class Context:
                 break
         return Written(written, ended=False)
 
-    def knowing(self) -> Steps[Tensor]:
-        """The logits [V] of the next token; what waits is read."""
+    def knowing(self, more: int = 0) -> Steps[tuple[Tensor, Sequence[int]]]:
+        """The logits [V] of the next token; what waits is read, and what is written behind it, see `reading`."""
+        written: Sequence[int] = ()
         if self.next_logits is None:
             if not self.waiting:
                 raise RuntimeError("the logits behind this text are not known: read or roll back with them")
-            yield from self.reading([])
+            written = yield from self.reading([], more)
         assert self.next_logits is not None
-        return self.next_logits
+        return self.next_logits, written
 
     def read(self, ids: Sequence[int]) -> None:
         """`reading`, alone."""
         drive(self.reading(ids))
 
-    def write(self, limit: int, sample: Sampler = greedy, stop: Stop | None = None) -> Written:
+    def write(self, limit: int, sample: Sampling = GREEDY, stop: Stop | None = None) -> Written:
         """`writing`, alone."""
         return drive(self.writing(limit, sample, stop))
 
@@ -224,7 +230,7 @@ def speculating(
     distributed as by the target alone, see `Sampling.settle`.
     """
     seen, written = written is not None, [] if written is None else written
-    token = sample((yield from target.knowing()))
+    token = sample((yield from target.knowing())[0])
     while token not in target.reader.eos_ids:
         written.append(token)
         if seen:
@@ -261,7 +267,7 @@ def _proposing(draft: Context, count: int, sample: Sampling) -> Steps[tuple[list
     tokens: list[int] = []
     proposers: list[Tensor] = []
     while len(tokens) < count:
-        logits = yield from draft.knowing()
+        logits, _ = yield from draft.knowing()
         token = sample(logits)
         tokens.append(token)
         proposers.append(logits)

@@ -19,6 +19,7 @@ from math import gcd
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 FEW = 16  # rows
 
@@ -47,26 +48,41 @@ class _FewRows(nn.Linear):
         return torch.bmm(weight, x.t().expand(blocks, -1, -1)).view(1, -1)  # [1, out]
 
 
-def linears(model: nn.Module) -> list[nn.Linear]:
+class _FewRowsTransposed(Conv1D):
+    """The same for GPT-2's linear layers, whose weights are [in, out]; BLAS reads those well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if x.numel() > self.nx or not torch.compiler.is_compiling():
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        return (self.weight * x.view(self.nx, 1)).sum(0).view(*x.shape[:-1], self.nf) + self.bias  # [in, out] to [out]
+
+
+_QUICK: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _FewRows, Conv1D: _FewRowsTransposed}
+
+
+def linears(model: nn.Module) -> list[nn.Module]:
     """A model's plain float32 linear layers on a CPU: none that is built upon another, quantised, or split up."""
-    return [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
+    return [module for module in model.modules() if type(module) in _QUICK and _is_plain(module)]
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Whether BLAS reads it: quantised and distributed weights are tensors of their own types."""
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether BLAS reads its weight: quantised and distributed ones are tensors of their own types."""
+    weight = layer.weight
     return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 @contextmanager
-def few_rows(layers: Sequence[nn.Linear], rows: int) -> Iterator[None]:
+def few_rows(layers: Sequence[nn.Module], rows: int) -> Iterator[None]:
     """Within, these layers compute as is best for so many rows; all others who hold the model find it as it was."""
     if rows > FEW:
         yield
         return
-    for layer in layers:
-        layer.__class__ = _FewRows
+    plain = [type(layer) for layer in layers]
+    for layer, kind in zip(layers, plain, strict=True):
+        layer.__class__ = _QUICK[kind]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = nn.Linear
+        for layer, kind in zip(layers, plain, strict=True):
+            layer.__class__ = kind

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
 
 from parse import Engine
+from parse.ahead import ANY, _place, trace
 from parse.compiled import WIDE, Compiled
 from parse.decode import Context
 from parse.layout import pack
@@ -28,7 +28,7 @@ class Counter:
 
     def __call__(self, graph, inputs, **_):
         self.graphs += 1
-        return graph.forward
+        return graph
 
 
 def compiled_reader(model, counter, as_on_gpu=False, patience=0.0) -> Reader:
@@ -115,15 +115,11 @@ def test_any_texts_are_stepped_as_each_alone(texts):
             torch.testing.assert_close(outputs[i // 2].logits[-1], alone.next_logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["as it is", "functional", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["counted", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(kind):
-    """600 tokens: ten times more keys at the end, and buffers that were enlarged twice.
-
-    What a compiler makes of the graph in functional form may specialise on more, such as on buffers read to their end;
-    no guard would notice.
-    """
+    """600 tokens: ten times more keys at the end, and buffers that were enlarged twice."""
     model, counter = random_model("llama", 60), Counter()
-    backend = {"as it is": counter, "functional": aot_autograd(fw_compiler=counter), "inductor": "inductor"}[kind]
+    backend = {"counted": counter, "inductor": "inductor"}[kind]
     model.config.max_position_embeddings = 1024
     mine, plain = Context(compiled_reader(model, backend)), Context(Reader(model))
     for context in (mine, plain):
@@ -202,6 +198,66 @@ def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
         written = mine.write(6)
     assert written == plain.write(6)
     assert len([w for w in seen if "cannot be compiled" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
+    model, counter = make(name), Counter()
+    readers = compiled_reader(model, counter), Reader(model)
+    prompts = [list(range(5, 18 - i)) for i in range(texts)]
+    for _ in range(3):
+        outputs = []
+        for reader in readers:
+            contexts = [Context(reader) for _ in prompts]
+            reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
+            for token in (7, 9):
+                outputs += [o.logits for o in reader.forward([Pass(reader, c.row, [token]) for c in contexts])]
+            for context in contexts:
+                context.close()
+        for mine, plain in zip(outputs[: 2 * texts], outputs[2 * texts :], strict=True):
+            torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
+    assert counter.graphs == len(readers[0].compiled._graphs) == 1
+
+
+def test_a_library_is_kept_under_all_that_it_depends_on():
+    """Not the weights; but all that the code is made of, and for."""
+    step = lambda model, x: model(x)
+    traced = lambda model, width=3: _place(trace(model, step, (torch.zeros(2, width),), ({0: ANY},)))
+    place, before = traced(torch.nn.Linear(3, 4)), torch.get_num_threads()
+    assert traced(torch.nn.Linear(3, 4)) == place
+    others = [torch.nn.Linear(3, 5), torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(3, 4).bfloat16()]
+    transposed = torch.nn.Linear(3, 4)
+    transposed.weight = torch.nn.Parameter(torch.zeros(3, 4).t())
+    sequence = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    places = {traced(model) for model in (*others[:2], transposed, sequence)}
+    torch.set_num_threads(before + 1)
+    places.add(traced(torch.nn.Linear(3, 4)))
+    torch.set_num_threads(before)
+    assert len(places - {place}) == 5
+
+
+@pytest.mark.slow
+def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made = set()
+    for seed in (0, 1):
+        model = random_model("llama", 60, seed=seed)
+        mine, plain = (Context(reader) for reader in (compiled_reader(model, "inductor"), Reader(model)))
+        for change in range(2):
+            with torch.no_grad():
+                model.get_output_embeddings().weight += change
+            for context in (mine, plain):
+                context.rollback(0)
+                context.read([5, 6, 7])
+                context.read([8])
+            torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+        assert len(mine.reader.compiled._graphs) == 1
+        (library,) = (tmp_path / "parse").iterdir()
+        made.add(library.stat().st_mtime_ns)
+    assert len(made) == 1  # the second model found what the first one had made
 
 
 @pytest.mark.slow

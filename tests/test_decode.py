@@ -10,9 +10,10 @@ from scipy.stats import chi2
 
 from parse import Engine
 from parse.decode import Context, Sampling, speculating
-from parse.passes import Pass, Reader, drive
+from parse.passes import Pass, Reader, drive, drive_together, growing
 from parse.verifiers import Likelihood
 from tests.conftest import random_model
+from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
 MODELS = {
@@ -46,17 +47,76 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     written = drive(speculating(target, draft, limit, Sampling(), lookahead, stop))
     assert written == alone.write(limit, stop=stop)
     assert target.ids == alone.ids
-    torch.testing.assert_close(drive(target.knowing()), drive(alone.knowing()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(drive(target.knowing())[0], drive(alone.knowing())[0], atol=1e-4, rtol=1e-4)
     for mine, theirs in zip(target.reader.cache.states(), alone.reader.cache.states(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, 59), min_size=1, max_size=20),
+    limit=st.integers(1, 25),
+    end=st.integers(0, 59),
+    read=st.booleans(),
+)
+def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read):
+    """The same words, logits and cache as token by token, whether the text was read or waits, and an end or a limit."""
+    contexts = []
+    for _ in range(2):
+        contexts.append(Context(Reader(TARGET, frozenset([end]))))
+        if read:
+            contexts[-1].read(prompt)
+        else:
+            drive(contexts[-1].awaiting(prompt))
+    alone, watched = contexts
+    asked, forward = [], alone.reader.forward
+    alone.reader.forward = lambda some, alone: asked.append(alone) or forward(some, alone)
+    growth, seen = [], []
+    steps = growing(watched.writing(limit, written=growth))
+    try:
+        while True:
+            next(steps)
+            seen.append(len(growth))
+    except StopIteration as finished:
+        written = finished.value
+    assert alone.write(limit) == written
+    assert seen == list(range(1, len(written.ids) + 1))
+    assert asked == [True] * len(asked)
+    assert len(asked) <= 2 - read
+    assert alone.ids == watched.ids
+    assert alone.waiting == watched.waiting
+    torch.testing.assert_close(drive(alone.knowing())[0], drive(watched.knowing())[0], atol=1e-4, rtol=1e-4)
+    assert_same_cache(alone, watched)
+
+
+def test_texts_that_run_together_write_token_by_token():
+    """Each leaves when it is done, and the last one, left alone, goes on at once."""
+    reader = Reader(TARGET)
+    limits = (3, 9)
+    together, asked, forward = [Context(reader) for _ in limits], [], reader.forward
+    for context in together:
+        drive(context.awaiting([5, 6, 7]))
+    reader.forward = lambda some, alone: asked.append(len(some)) or forward(some, alone)
+    texts = (context.writing(limit) for context, limit in zip(together, limits, strict=True))
+    written = dict(drive_together(texts, at_once=2))
+    alone = Context(Reader(TARGET))
+    alone.read([5, 6, 7])
+    ids = alone.write(9).ids
+    assert [written[i].ids for i in range(2)] == [ids[:3], ids]
+    assert asked == [2, 2, 2, 1]
 
 
 def test_proposals_that_are_kept_save_passes(monkeypatch):
     target, draft = contexts("same", [5, 6, 7])
     passes = []
     run = Reader.forward
-    count = lambda self, some: (passes.append(len(some[0].ids)) if self is target.reader else None, run(self, some))[1]
-    monkeypatch.setattr(Reader, "forward", count)
+
+    def counting(self, some, alone=False):
+        if self is target.reader:
+            passes.append(len(some[0].ids))
+        return run(self, some, alone)
+
+    monkeypatch.setattr(Reader, "forward", counting)
     drive(speculating(target, draft, 20, Sampling(), lookahead=4))
     assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
 

@@ -227,7 +227,7 @@ def test_the_next_draft_is_written_before_the_verdicts_are_waited_for(target, dr
         return lambda *arguments: (events.append(name), call(*arguments))[1]
 
     for role, reader in engine.readers.items():
-        monkeypatch.setattr(reader, "forward", noting(role, reader.forward))
+        monkeypatch.setattr(reader, "_run", noting(role, reader._run))
         monkeypatch.setattr(reader, "eos_ids", frozenset())
     monkeypatch.setattr("parse.engine.accept", noting("accept", accept))
     engine.generate(PROMPT, 12, threshold=0.0, horizon=4)

@@ -6,6 +6,7 @@ import pytest
 
 from parse import Engine
 from parse.answer import Answer
+from parse.decode import Sampling
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS
 from tests.test_engine import PROMPT
@@ -50,7 +51,8 @@ def test_streamed_characters_are_whole(smollm, monkeypatch):
     settings = engine.settings(method="target", max_new_tokens=len(ids))
     answer = engine._start([1], settings, None)
     replay = iter([*ids, *engine.readers["target"].eos_ids])
-    answer.sample = lambda _: next(replay)
+    answer.sample = Sampling(temperature=1.0)
+    answer.sample._draw = lambda _: next(replay)
     monkeypatch.setattr(engine, "_start", lambda *_: answer)
     pieces = list(engine.stream("x", method="target"))
     assert "".join(pieces) == text

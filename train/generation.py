@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from parse.decode import Context, Sampler, Written, greedy
+from parse.decode import GREEDY, Context, Sampling, Written
 from parse.passes import Reader, Steps, drive_together
 from train.run import progress_bar
 
@@ -98,7 +98,7 @@ def write_all(reader: Reader, prompts: Sequence[Sequence[int]], limit: int, at_o
     return [written[i] for i in range(len(prompts))]
 
 
-def going_on(reader: Reader, ids: Iterable[int], limit: int, sample: Sampler = greedy) -> Steps[Written]:
+def going_on(reader: Reader, ids: Iterable[int], limit: int, sample: Sampling = GREEDY) -> Steps[Written]:
     """What a model writes behind a text of its own."""
     context = Context(reader)
     try:
