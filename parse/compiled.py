@@ -2,7 +2,7 @@
 
 Where a model is small or the hardware fast, most of a decoding step is Python and the start of kernels, not
 arithmetic. A compiled step has neither, but costs seconds to minutes to make: it is made once a bucket of shapes,
-kept on disk (in torch's own cache, TORCHINDUCTOR_CACHE_DIR), and only once the same step has taken `patience`
+kept on disk (in torch's own folder, TORCHINDUCTOR_CACHE_DIR), and only once the same step has taken `patience`
 seconds without it. Where it pays:
 
     on a CPU   decoding steps of models up to `LARGEST` bytes. Larger ones are bound by memory and take the

@@ -6,9 +6,9 @@ does. So for few rows we compute (W @ x.T).T, and for one row in blocks of W, on
 result. Measured with MKL on 2 cores: a decoding step of SmolLM2 takes 0.66 of its time for one text, 0.63 for 4, 0.85
 for 16.
 
-In a compiled step one row is written as a sum of products, for which the compiler makes a loop of its own, fused with
-what stands around it: a step of 12 layers of 128 takes 0.6 of its time. With more rows a compiled layer stays as it is
-(W @ x.T gained nothing there), as do all layers on a GPU.
+In a compiled step one row is written as a sum of products, in GPT-2's layers too, for which the compiler makes a loop
+of its own, fused with what stands around it: a step of 12 layers of 128 takes 0.6 of its time. With more rows a
+compiled layer stays as it is (W @ x.T gained nothing there), as do all layers on a GPU.
 """
 
 from __future__ import annotations

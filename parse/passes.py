@@ -103,7 +103,7 @@ class Reader:
         return [by_index[i] for i in range(len(passes))]
 
     def _write_on(self, one: Pass, output: Output) -> Output:
-        """Write what the pass allows: steps without a detour through whoever asked, half the time of a small one."""
+        """Write what the pass allows: steps without a detour through whoever asked."""
         written: list[int] = []
         logits, rows = output.logits, [one.row]  # [1, V]
         while len(written) < one.more and (token := int(logits.argmax())) not in self.eos_ids:
