@@ -75,7 +75,7 @@ def test_becoming_a_text_reads_only_what_is_new(monkeypatch):
     context.read(list(range(20)))
     read = []
     original = Reader.forward
-    counted = lambda self, passes: (read.extend(len(one.ids) for one in passes), original(self, passes))[1]
+    counted = lambda self, some, alone: (read.extend(len(one.ids) for one in some), original(self, some, alone))[1]
     monkeypatch.setattr(Reader, "forward", counted)
     drive(context.becoming([*range(15), 40, 41]))
     assert read == [2]
