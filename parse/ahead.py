@@ -62,9 +62,9 @@ def library(program: ExportedProgram) -> Callable[[list[Tensor]], list[Tensor]]:
             )
             unfinished.rename(path)
         runner = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-    weights = {**program.constants, **program.state_dict}
+    weights = _weights(program)
     runner.load_constants(
-        {name: weights[name].detach() for name in runner.get_constant_fqns()}, check_full_update=True, user_managed=True
+        {name: weights[name] for name in runner.get_constant_fqns()}, check_full_update=True, user_managed=True
     )
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -74,11 +74,17 @@ def library(program: ExportedProgram) -> Callable[[list[Tensor]], list[Tensor]]:
     return run
 
 
+def _weights(program: ExportedProgram) -> dict[str, Tensor]:
+    """The parameters and buffers that a graph reads, by name."""
+    return {name: tensor.detach() for name, tensor in {**program.constants, **program.state_dict}.items()}
+
+
 def _place(program: ExportedProgram) -> Path:
     """Where the library of a graph is kept: named after all that it depends on."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    strides = [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in program.state_dict.items()]
+    strides = [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in _weights(program).items()]
+    code = [line for line in str(program).splitlines() if not line.lstrip().startswith("#")]  # they name folders
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    depends = *machine, OPTIONS, strides, str(program)
+    depends = *machine, OPTIONS, strides, code
     return Path(cache_dir()) / "parse" / f"{sha256(repr(depends).encode()).hexdigest()[:32]}.pt2"

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from parse.models import FLEX, SLIDING, attention_types
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
 Read = tuple[Tensor, tuple[Tensor, ...]]  # logits [B, M, V] and hidden states [B, T, D] of a forward pass
-Backend = Callable[..., Any]  # one of `torch.compile`
+Backend = Literal["inductor"] | Callable[..., Any]  # a function of the graph and its inputs, as of `torch.compile`
 
 PATIENCE = 20.0  # seconds
 LARGEST = 200 * 2**20  # bytes of weights
@@ -46,12 +46,12 @@ _KEYS = 64  # keys are a multiple of it, and on a GPU four times a power of two 
 class Compiled:
     """A model's compiled passes."""
 
-    def __init__(self, model: PreTrainedModel, patience: float = PATIENCE, backend: str | Backend = "inductor") -> None:
+    def __init__(self, model: PreTrainedModel, patience: float = PATIENCE, backend: Backend = "inductor") -> None:
         """Set up; nothing is compiled yet.
 
         Args:
             patience: seconds that a step may take, over all its passes, before it is compiled.
-            backend: what compiles the graph, see `torch.compile`.
+            backend: what compiles the graph.
         """
         self.model, self.patience, self.device = model, patience, model.device
         self.graph = self.device.type != "cpu"
@@ -91,7 +91,7 @@ class Compiled:
         larger = {0: ANY, 2: ANY} if len(buffers[0][0]) > 1 else {2: ANY}  # a size of one is special, and stays
         inputs = numbers, key, buffers
         program = trace(self.model, step, inputs, sizes=({}, {0: ANY}, [(larger, larger)] * len(buffers)))
-        if not isinstance(self._backend, str):
+        if self._backend != "inductor":
             graph = self._backend(program.module(), inputs)
             return lambda numbers, rows, key, buffers, *_: graph(numbers, key, buffers)
         run = library(program)

@@ -1,12 +1,14 @@
 """What a request may be and what it gives: streams, prompts, settings, the context's limit, plain data."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
 from parse import Engine
 from parse.answer import Answer
 from parse.decode import Sampling
+from parse.passes import growing
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS
 from tests.test_engine import PROMPT
@@ -40,6 +42,19 @@ def test_a_stream_shows_an_accepted_draft_before_the_target_goes_on(target, draf
     pieces = engine.stream(PROMPT, max_new_tokens=30, threshold=first.confidence)
     monkeypatch.setattr(Answer, "proceed", lambda _: pytest.fail("the target goes on before the draft is shown"))
     assert next(pieces).startswith(first.text)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("method", ["target", "draft", "parse"])
+def test_an_answer_grows_by_what_it_keeps(target, draft, tokenizer, method, watched):
+    """Whenever it has grown, the tokens so far are those that it ends up with, many at once where nobody watches."""
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4)
+    answer = engine._start(engine.encode(PROMPT), engine.settings(method=method, max_new_tokens=30), None)
+    seen = [list(answer.ids) for _ in growing(engine._steps(answer), watched)]
+    assert len(seen) > 1
+    assert seen == [answer.ids[: len(ids)] for ids in seen]
+    if method != "parse":
+        assert max(len(later) - len(ids) for ids, later in pairwise(seen)) == (1 if watched else len(answer.ids) - 1)
 
 
 def test_streamed_characters_are_whole(smollm, monkeypatch):
