@@ -178,9 +178,9 @@ class Context:
         seen, written = written is not None, [] if written is None else written
         unattended = sample.greedy and not stop
         while len(written) < limit:
-            logits, more = yield from self.knowing(limit - len(written) - 1 if unattended else 0)
-            written += more
-            token = sample(logits)
+            if unattended and self.waiting:
+                written += yield from self.reading([], more=limit - len(written) - 1)
+            token = sample((yield from self.knowing()))
             if token in self.reader.eos_ids:
                 return Written(written, ended=True)
             written.append(token)
@@ -191,15 +191,14 @@ class Context:
                 break
         return Written(written, ended=False)
 
-    def knowing(self, more: int = 0) -> Steps[tuple[Tensor, Sequence[int]]]:
-        """The logits [V] of the next token; what waits is read, and what is written behind it, see `reading`."""
-        written: Sequence[int] = ()
+    def knowing(self) -> Steps[Tensor]:
+        """The logits [V] of the next token; what waits is read."""
         if self.next_logits is None:
             if not self.waiting:
                 raise RuntimeError("the logits behind this text are not known: read or roll back with them")
-            written = yield from self.reading([], more)
+            yield from self.reading([])
         assert self.next_logits is not None
-        return self.next_logits, written
+        return self.next_logits
 
     def read(self, ids: Sequence[int]) -> None:
         """`reading`, alone."""
@@ -230,7 +229,7 @@ def speculating(
     distributed as by the target alone, see `Sampling.settle`.
     """
     seen, written = written is not None, [] if written is None else written
-    token = sample((yield from target.knowing())[0])
+    token = sample((yield from target.knowing()))
     while token not in target.reader.eos_ids:
         written.append(token)
         if seen:
@@ -267,7 +266,7 @@ def _proposing(draft: Context, count: int, sample: Sampling) -> Steps[tuple[list
     tokens: list[int] = []
     proposers: list[Tensor] = []
     while len(tokens) < count:
-        logits, _ = yield from draft.knowing()
+        logits = yield from draft.knowing()
         token = sample(logits)
         tokens.append(token)
         proposers.append(logits)
