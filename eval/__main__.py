@@ -67,8 +67,9 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     agreement = noise.get("threshold", 0.5)  # where the target compares answers: as it labelled them
     outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup, agreement=agreement)
     rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
-    known = "draft" in outcomes and not isinstance(task, Rows)  # which sentences of an answer are right
-    pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"]) if known else None
+    pair = None
+    if "draft" in outcomes and not isinstance(task, Rows):  # it is known which sentences of an answer are right
+        pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
     sweep = _sweep(engine, task, recipe, methods, outcomes, agreement) if "parse" in outcomes else []
     summary = {
         "name": recipe.name,

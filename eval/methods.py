@@ -52,7 +52,7 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
     limit = {"max_new_tokens": section.max_new_tokens}
     rounds = {"policy": section.policy, "handback": section.handback, "lookahead": section.lookahead}
     threshold = {"threshold": thresholds.get(section.policy)}
-    every = {
+    every: dict[str, dict[str, Any]] = {
         "target": {**limit, "method": "target"},
         "speculation": {**limit, "method": "target", "lookahead": LOOKAHEAD},
         "draft": {**limit, "method": "draft"},

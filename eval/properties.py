@@ -15,8 +15,9 @@ import torch
 
 from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
 from eval.methods import Outcome
-from eval.tasks import Task
+from eval.tasks import Prompt, Task
 from parse import Engine
+from parse.models import text_of
 from parse.passes import Reader
 from parse.segments import cut
 from train.generation import write_all
@@ -29,7 +30,7 @@ def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers
     for number, outcome in enumerate(outcomes):
         ids, ended = outcome.generation.token_ids, outcome.generation.finish_reason == "stop"
         ends = cut(ids, engine.tokenizer, engine.segments)
-        prefixes = [engine.tokenizer.decode(ids[:end]) for end in ends]
+        prefixes = [text_of(ids[:end], engine.tokenizer) for end in ends]
         valid = [task.first_wrong(outcome.prompt, prefix) is None for prefix in prefixes]
         if ids:
             valid[-1] = outcome.right if ended else valid[-1]
@@ -69,7 +70,7 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
     }
 
 
-def generate_over_target_loop(engine: Engine, prompts: Sequence[str], limit: int = 128) -> float:
+def generate_over_target_loop(engine: Engine, prompts: Sequence[Prompt], limit: int = 128) -> float:
     """Seconds of `transformers` generate over those of our own target-alone loop, in turns, greedy, the same tokens."""
     ours = theirs = 0.0
     with progress_bar("transformers' generate", total=len(prompts)) as bar:
@@ -88,7 +89,7 @@ def generate_over_target_loop(engine: Engine, prompts: Sequence[str], limit: int
     return theirs / ours
 
 
-def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[str]) -> float | None:
+def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> float | None:
     """How often the target finishes rightly a right prefix in a foreign manner; None where the task has none."""
     write_foreign = getattr(task, "foreign_prefix", None)
     if write_foreign is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def console_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def html_report(name: str, report: dict[str, Any], tested: dict[str, Sequence[Scored]]) -> str:
+def html_report(name: str, report: dict[str, Any], tested: Mapping[str, Sequence[Scored]]) -> str:
     """The whole report as one HTML document.
 
     Args:

@@ -28,7 +28,7 @@ from parse.trained import (
 )
 from parse.verifiers import Evidence, Likelihood, Prompt
 from tests.conftest import MODELS, random_adapter, random_model
-from tests.test_architectures import ARCHITECTURES, make
+from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.hazards import AdapterModule, ProbeModule, fit
 from train.recipe import AdapterSection, ProbeSection
 from train.verifier import choose, gather, train_adapter, train_probe, up_to_first_invalid
@@ -79,7 +79,7 @@ def test_the_adapter_leaves_what_was_read_bit_by_bit(name, tokenizer):
         logits.append(behind)
         states.append(evidence.suffix_states)
     # where suffixes choose other experts, these multiply other rows at a time: equal but for rounding
-    same = torch.equal if name not in ("qwen3 moe", "deepseek v3") else partial(torch.allclose, atol=1e-5)
+    same = partial(torch.allclose, atol=1e-5) if name in WITH_EXPERTS else torch.equal
     assert all(same(mine, plain) for mine, plain in zip(*caches, strict=True))
     assert same(*logits)
     assert states[0].shape == (3, model.config.hidden_size)

@@ -60,12 +60,12 @@ def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:
             comparing.append("align.method=on_policy")
     if comparing:
         draft = recipe.draft if isinstance(recipe.draft, str) else recipe.target
-        tokenizers = [AutoTokenizer.from_pretrained(source) for source in (draft, recipe.target)]
+        own, theirs = (AutoTokenizer.from_pretrained(source) for source in (draft, recipe.target))
         with torch.device("meta"):
             width = empty_draft(recipe).config.vocab_size
         widths = (width, AutoConfig.from_pretrained(recipe.target).vocab_size)
         for method in comparing:
-            same_vocabulary(recipe, method, *tokenizers, widths)
+            same_vocabulary(recipe, method, own, theirs, widths)
 
 
 def _check_gold(recipe: Recipe) -> None:

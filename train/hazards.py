@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -55,7 +56,7 @@ class ProbeModule(nn.Module):
 class AdapterModule(nn.Module):
     """What an adapter trains: a LoRA on the suffixes of the packed layout, and the head behind each of them."""
 
-    def __init__(self, adapted: nn.Module, base: PreTrainedModel, head: HazardHead, suffix_ids: list[int]) -> None:
+    def __init__(self, adapted: PeftModel, base: PreTrainedModel, head: HazardHead, suffix_ids: list[int]) -> None:
         super().__init__()
         self.adapted, self.head, self.suffix_ids = adapted, head, suffix_ids
         self._masks = lambda *rows, keys: masks(base, *rows, keys=keys)

@@ -75,7 +75,7 @@ def with_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     places = {old: new for new, old in enumerate(kept)}
     for module in model.modules():
         if isinstance(index := getattr(module, "layer_idx", None), int):
-            module.layer_idx = places[index]
+            module.layer_idx = places[index]  # type: ignore[assignment]
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:  # layer_types and their like: a value a layer
             setattr(config, name, [value[i] for i in kept])

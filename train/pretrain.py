@@ -52,7 +52,7 @@ def run(recipe: Recipe, run: Run) -> None:
         model = _train(name, section, recipe.seed, tokenizer, run.folder / "pretrain")
         folder = Path(section.output)
         scratch = folder.with_name(f".{folder.name}.part")
-        model.to(torch.bfloat16).save_pretrained(scratch)
+        model.bfloat16().save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)

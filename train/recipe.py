@@ -25,7 +25,7 @@ SHARES = {"answers": 6, "train": 4, "calibration": 4, "test": 2}  # of the split
 CHAIN = ("answers", "distill", "rollouts", "verifier")  # without alignment; "relabel" comes with it by itself
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML in which 1e-4 is a number, as it is to everybody but YAML 1.1."""
 
 

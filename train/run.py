@@ -90,7 +90,7 @@ class Run:
             wandb.init(
                 project=section.project,
                 name=section.name or self.recipe.name,
-                mode=section.wandb,
+                mode=section.wandb,  # type: ignore[arg-type]  # the recipe has been checked
                 id=identity.read_text(),
                 resume="allow",
                 dir=self.folder,
@@ -239,7 +239,7 @@ class _Lines(io.TextIOBase):
         return sys.stderr.write(f"{line}\n") if line else 0
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A progress bar that estimates once there is something to go by: texts that begin together end together."""
 
     @property

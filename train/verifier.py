@@ -257,5 +257,5 @@ def _advice(kind: str, n: int, promise: float) -> str:
 def _kept(evidence: Evidence) -> Evidence:
     """What training reads of the evidence, in the computer's memory."""
     tensors = {name: getattr(evidence, name) for name in ("log_prob", "entropy", "margin", "states")}
-    moved = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
+    moved: dict[str, Any] = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
     return replace(evidence, **moved)

@@ -135,9 +135,9 @@ def _prompt_of(row: Mapping[str, Any], system: str | None, where: str) -> Prompt
         raise ValueError(f"{where}: `prompt` must be text, and is {type(prompt).__name__}")
     if not (messages or (prompt or "").strip()):
         raise ValueError(f"{where}: the prompt is empty")
-    if messages is None and system is None:
-        return str(prompt)
-    turns = messages if messages is not None else [{"role": "user", "content": prompt}]
+    if prompt is not None and system is None:
+        return prompt
+    turns: Messages = messages if messages is not None else [{"role": "user", "content": str(prompt)}]
     try:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     except (TypeError, KeyError) as error:
