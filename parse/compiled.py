@@ -5,8 +5,8 @@ arithmetic. A compiled step has neither, but costs seconds to minutes to make: i
 kept on disk (in torch's own folder, TORCHINDUCTOR_CACHE_DIR), and only once the same step has taken `patience`
 seconds without it. Where it pays:
 
-    on a CPU   decoding steps of models up to `LARGEST` bytes. Larger ones are bound by memory and take the
-               same time; wide passes gain a quarter, at a minute's compilation. A bucket a count of texts.
+    on a CPU   decoding steps of models up to `LARGEST` bytes, a bucket a count of texts: larger ones are bound
+               by memory and take the same time. Wide passes, layer by layer, in one graph.
     on a GPU   decoding steps, replayed as a CUDA graph, a bucket a count of texts and a length of the cache; and
                wide passes (prompts, packed passes), of any width, length and count in one graph.
 """
@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Cache, PreTrainedModel
 
-from parse.ahead import ANY, library, trace
+from parse.ahead import ANY, Run, layered, library, trace
 from parse.cache import BufferLayer, PrefixCache
 from parse.layout import sight, visible
 from parse.linear import few_rows, linears
@@ -57,7 +58,8 @@ class Compiled:
         self.graph = self.device.type != "cpu"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
-        self.pays = not spread and (self.graph or weights <= LARGEST)
+        pays = not spread and (self.graph or weights <= LARGEST)
+        self.pays = {"steps": pays, "wide": pays}
         self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
         self._key = torch.arange(0)  # [P] of the last pass
@@ -85,22 +87,41 @@ class Compiled:
         )
 
     def _compile_ahead(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
-        """A step of the first texts, for any number of keys and rows, see `parse.ahead`."""
-        numbers, _, key, buffers, _, with_states = arguments
-        step = lambda model, numbers, key, buffers: forward(model, numbers, None, key, buffers, None, with_states)
-        larger = {0: ANY, 2: ANY} if len(buffers[0][0]) > 1 else {2: ANY}  # a size of one is special, and stays
-        inputs = numbers, key, buffers
-        program = trace(self.model, step, inputs, sizes=({}, {0: ANY}, [(larger, larger)] * len(buffers)))
-        if self._backend != "inductor":
-            graph = self._backend(program.module(), inputs)
-            return lambda numbers, rows, key, buffers, *_: graph(numbers, key, buffers)
-        run = library(program)
+        """A graph for any number of keys and rows, and where the pass is wide, of texts and tokens."""
+        numbers, _, _, buffers, keep, with_states = arguments
+        wide, held = keep is not None, [buffer.shape for buffer in chain.from_iterable(buffers)]
+        texts, tokens = (2, 24) if wide else (numbers.shape[1], 1)
+        room = [torch.empty(texts + 1, heads, 160, size, dtype=self.model.dtype) for _, heads, _, size in held]
+        examples = [torch.zeros(5, texts, tokens, dtype=torch.long), torch.arange(128), *room]
+        sizes: list[dict[int, Any]] = [{1: ANY, 2: ANY} if wide else {}, {0: ANY}, *[{0: ANY, 2: ANY}] * len(room)]
+        if wide:
+            examples += [torch.arange(texts), torch.arange(5)]
+            sizes += [{0: ANY}, {0: ANY}]
 
-        def call(numbers: Tensor, _: None, key: Tensor, buffers: Buffers, *__: Any) -> Read:
-            logits, *states = run([numbers, key, *chain.from_iterable(buffers)])
+        def flat(model: PreTrainedModel, numbers: Tensor, key: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            pairs = list(zip(rest[: len(room) : 2], rest[1 : len(room) : 2], strict=True))
+            rows, keep = rest[len(room) :] or (None, None)
+            logits, states = forward(model, numbers, rows, key, pairs, keep, with_states)
+            return logits, *states
+
+        program = trace(self.model, flat, tuple(examples), tuple(sizes))
+        run = layered(program, self.model._no_split_modules or (), self._make) if wide else self._make(program)
+
+        def call(
+            numbers: Tensor, rows: Tensor | None, key: Tensor, buffers: Buffers, keep: Tensor | None, _: bool
+        ) -> Read:
+            more = [] if rows is None or keep is None else [rows, keep]
+            logits, *states = run([numbers, key, *chain.from_iterable(buffers), *more])
             return logits, tuple(states)
 
         return call
+
+    def _make(self, program: ExportedProgram) -> Run:
+        """What runs a graph on a CPU."""
+        if self._backend == "inductor":
+            return library(program)
+        graph = self._backend(program.module(check_guards=False), program.example_inputs)
+        return lambda inputs: graph(*inputs)
 
     def shape(self, rows: int, width: int, longest: int) -> Shape | None:
         """The bucket of a pass, or None where it does not pay to compile it.
@@ -110,7 +131,7 @@ class Compiled:
             width: tokens of the widest.
             longest: keys of the longest text after the pass.
         """
-        if not self.pays or (width > 1 and not self.graph):
+        if not self.pays["wide" if width > 1 else "steps"]:
             return None
         if width > 1:
             return WIDE
@@ -121,7 +142,7 @@ class Compiled:
 
     def is_due(self, shape: Shape) -> bool:
         """Whether passes of this shape are compiled, or have waited long enough to be."""
-        return self.pays and self._waited[shape] >= self.patience
+        return self._waited[shape] >= self.patience
 
     def waited(self, shape: Shape, seconds: float) -> None:
         """Count the time that passes of this shape have taken without."""
@@ -154,8 +175,13 @@ class Compiled:
         places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
         arguments = numbers.to(self.device), places, self._key, buffers, keep, with_states
         held = buffers[0][0].shape
-        one = len(kept) == 1, shape == WIDE and numbers.shape[1] == 1, held[0] == 1  # a graph has 1, or any number
-        made = (shape, with_states, held if fixed else one, torch.get_num_threads())
+        one = (
+            len(kept) == 1,
+            numbers.shape[1] == 1,
+            held[0] == 1,
+        )  # a graph that torch.compile traces has 1, or any number
+        sizes = None if not self.graph else held if fixed else one
+        made = (shape, with_states, sizes, torch.get_num_threads())
         graph = self._graphs.get(made)
         return self._first(made, arguments) if graph is None else self.run(graph, arguments)
 
@@ -168,7 +194,7 @@ class Compiled:
         advice = "a minute or more, once: it is kept on disk"
         print(f"compiling {what} of {name} ({advice}) ...", file=sys.stderr, flush=True)
         started = perf_counter()
-        if keep is not None:
+        if keep is not None and self.graph:
             numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
             key, buffers = _of_any_size(key, 0), [(_of_any_size(k, 0, 2), _of_any_size(v, 0, 2)) for k, v in buffers]
         elif self.graph:
@@ -176,11 +202,11 @@ class Compiled:
                 torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
         try:
             arguments = numbers, places, key, buffers, keep, made[1]
-            with few_rows(self._linears, numbers[0].numel()):
+            with few_rows(self._linears if keep is None else [], numbers[0].numel()):
                 graph = self._compile(arguments)
                 output = self.run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise
-            self.pays = False
+            self.pays["steps" if keep is None else "wide"] = False
             reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(
                 f"{name} cannot be compiled here and runs without: {type(error).__name__}: {reason}", stacklevel=2

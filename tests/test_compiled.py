@@ -10,6 +10,7 @@ from parse.ahead import ANY, _place, trace
 from parse.compiled import WIDE, Compiled
 from parse.decode import Context
 from parse.layout import pack
+from parse.models import attention_types
 from parse.passes import Pass, Reader
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import random_model
@@ -177,12 +178,12 @@ def test_what_does_not_pay_is_left_alone():
     compiled = Compiled(model)
     assert compiled.shape(1, 1, 70) == (1, 0)
     assert compiled.shape(5, 1, 70) == (16, 0)
-    assert compiled.shape(1, 20, 70) is None  # arithmetic decides
+    assert compiled.shape(1, 20, 70) == WIDE
     compiled.graph = True
     assert compiled.shape(3, 20, 280) == WIDE
     assert compiled.shape(2, 1, 280) == (2, 512)
     assert compiled.shape(1, 1, 70) == (1, 256)
-    compiled.pays = False
+    compiled.pays["steps"] = False
     assert compiled.shape(1, 1, 70) is None
 
 
@@ -224,6 +225,39 @@ def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
         for mine, plain in zip(outputs[: 2 * texts], outputs[2 * texts :], strict=True):
             torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
     assert counter.graphs == len(readers[0].compiled._graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name):
+    """Prompts and packed passes, alone and together; each of the layers that do the same is compiled once."""
+    model, counter = make(name), Counter()
+    mine, plain = compiled_reader(model, counter), Reader(model)
+    for reader in (mine, plain):
+        reader.forward([Pass(reader, reader.open(), [5, 6])])  # tells what a layer keeps
+    layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=5)
+    everything = range(len(layout.ids))
+    with_states = name == "llama"  # another graph
+    for texts in (1, 3):
+        outputs = []
+        for reader in (mine, plain):
+            reader.cache.truncate(0, 0)
+            rows = [0, *(reader.open() for _ in range(1, texts))]
+            read = [Pass(reader, row, list(range(7, 12 + row))) for row in rows]
+            outputs += [output.logits for output in reader.forward(read)]
+            for row in rows:
+                reader.cache.truncate(5, row)
+            packed = [Pass(reader, row, layout.ids, layout, everything, with_states) for row in rows]
+            for output in reader.forward(packed):
+                outputs += [output.logits, *output.states]
+            for row in rows[1:]:
+                reader.close(row)
+        half = len(outputs) // 2
+        for ours, theirs in zip(outputs[:half], outputs[half:], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert len(mine.compiled._graphs) == 1 + with_states
+    assert counter.graphs == len(mine.compiled._graphs)  # of the three layers two or three are the same
 
 
 def test_a_library_is_kept_under_all_that_it_depends_on(monkeypatch):
