@@ -10,7 +10,6 @@ from parse.ahead import ANY, _place, trace
 from parse.compiled import WIDE, Compiled
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import attention_types
 from parse.passes import Pass, Reader
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import random_model
