@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from parse import Engine
 from parse.ahead import ANY, _place, trace
-from parse.compiled import WIDE, Compiled
+from parse.compiled import DEEP, WIDE, Compiled
 from parse.decode import Context
 from parse.layout import pack
 from parse.passes import Pass, Reader
@@ -31,9 +32,10 @@ class Counter:
         return graph
 
 
-def compiled_reader(model, counter, as_on_gpu=False, patience=0.0) -> Reader:
+def compiled_reader(model, counter, as_on_gpu=False, patience=0.0, wide=False) -> Reader:
     compiled = Compiled(model, patience, counter)
     compiled.graph = as_on_gpu
+    compiled.pays["wide"] = as_on_gpu or wide
     return Reader(model, frozenset([1]), compiled)
 
 
@@ -45,6 +47,7 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
         counters[role] = Counter()
         reader.compiled = Compiled(reader.model, 0.0, counters[role])
         reader.compiled.graph = as_on_gpu
+        reader.compiled.pays["wide"] = as_on_gpu or role == "target"
     return *pair, counters
 
 
@@ -177,13 +180,16 @@ def test_what_does_not_pay_is_left_alone():
     compiled = Compiled(model)
     assert compiled.shape(1, 1, 70) == (1, 0)
     assert compiled.shape(5, 1, 70) == (16, 0)
-    assert compiled.shape(1, 20, 70) == WIDE
-    compiled.graph = True
+    assert compiled.shape(1, 20, 70) is None  # of two layers
+    deep = AutoConfig.for_model("llama", num_hidden_layers=DEEP, hidden_size=8, num_attention_heads=1, vocab_size=9)
+    assert Compiled(AutoModelForCausalLM.from_config(deep)).shape(1, 20, 70) == WIDE
+    compiled = compiled_reader(model, Counter(), as_on_gpu=True).compiled
     assert compiled.shape(3, 20, 280) == WIDE
     assert compiled.shape(2, 1, 280) == (2, 512)
     assert compiled.shape(1, 1, 70) == (1, 256)
     compiled.pays["steps"] = False
     assert compiled.shape(1, 1, 70) is None
+    assert compiled.shape(3, 20, 280) == WIDE
 
 
 def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
@@ -232,7 +238,7 @@ def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
 def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name):
     """Prompts and packed passes, alone and together; each of the layers that do the same is compiled once."""
     model, counter = make(name), Counter()
-    mine, plain = compiled_reader(model, counter), Reader(model)
+    mine, plain = compiled_reader(model, counter, wide=True), Reader(model)
     for reader in (mine, plain):
         reader.forward([Pass(reader, reader.open(), [5, 6])])  # tells what a layer keeps
     layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=5)
@@ -299,12 +305,13 @@ def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_really_compiled_step_gives_the_same_words(target, draft, tokenizer, capsys):
+def test_really_compiled_passes_give_the_same_words(target, draft, tokenizer, capsys):
     plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
     compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
-    for method in ("target", "draft"):
+    compiled.readers["target"].compiled.pays["wide"] = True
+    for method in ("target", "draft", "parse"):
         assert compiled.generate(PROMPTS[0], 20, method=method)[0].token_ids == (
             plain.generate(PROMPTS[0], 20, method=method)[0].token_ids
         )
     said = capsys.readouterr().err
-    assert said.count("compiling") == said.count("... compiled in") == 2
+    assert said.count("compiling") == said.count("... compiled in") == 3
