@@ -114,12 +114,17 @@ class _Part:
         return trace(self.graph, lambda graph, *inputs: graph(*inputs), examples, sizes)
 
 
-def layered(program: ExportedProgram, layers: Collection[str], compile: Callable[[ExportedProgram], Run]) -> Run:
+def layered(
+    program: ExportedProgram, layers: Collection[str], compile: Callable[[ExportedProgram], Run]
+) -> Callable[[list[Tensor], int | None], list[Tensor]]:
     """A graph of which the layers are compiled, those that do the same once.
 
     Args:
         layers: the names of the layers' classes.
         compile: `library`.
+
+    Returns:
+        runs it: takes how many of its outputs are wanted as well, None for all.
     """
     parts = _split(program, layers)
     signatures = [part.signature() for part in parts]
@@ -129,18 +134,20 @@ def layered(program: ExportedProgram, layers: Collection[str], compile: Callable
     given = [node.name for node in program.graph.nodes if node.op == "placeholder" and node.name not in fixed]
     results = [node.name for node in _results(program)]
     last = {name: i for i, part in enumerate(parts) for name in part.inputs}  # who reads it last
-    forgotten = [[name for name in last if last[name] == i and name not in results] for i in range(len(parts))]
+    done = [[name for name in part.inputs if last[name] == i] for i, part in enumerate(parts)]
 
-    def run(inputs: list[Tensor]) -> list[Tensor]:
+    def run(inputs: list[Tensor], wanted: int | None) -> list[Tensor]:
         values = {**fixed, **dict(zip(given, inputs, strict=True))}
-        for part, signature, names in zip(parts, signatures, forgotten, strict=True):
+        returned = results[:wanted]
+        for part, signature, names in zip(parts, signatures, done, strict=True):
             read = [values[name] for name in part.inputs]
             outputs = made[signature](read) if signature in made else part.graph(*read)
             for name, output in zip(part.outputs, outputs, strict=True):
                 values[name] = output.contiguous()  # as the parts' programs have them
             for name in names:
-                del values[name]
-        return [values[name] for name in results]
+                if name not in returned:
+                    del values[name]
+        return [values[name] for name in returned]
 
     return run
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import chain
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ from parse.models import FLEX, SLIDING, attention_types
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
-Read = tuple[Tensor, tuple[Tensor, ...]]  # logits [B, M, V] and hidden states [B, T, D] of a forward pass
 Backend = Literal["inductor"] | Callable[..., Any]  # a function of the graph and its inputs, as of `torch.compile`
 
 PATIENCE = 20.0  # seconds
@@ -44,6 +43,14 @@ LARGEST = 200 * 2**20  # bytes of weights
 DEEP = 8  # layers: what a wide pass gains is by the layer
 WIDE: Shape = (0, 0)  # a pass of more than one token a text
 _KEYS = 64  # keys are a multiple of it, and on a GPU four times a power of two of it
+
+
+class Read(NamedTuple):
+    """What a forward pass gives B texts."""
+
+    logits: Tensor  # [B, M, V]
+    states: tuple[Tensor, ...] = ()  # hidden states [B, T, D] behind 0, 1, ... layers, where asked for
+    following: Tensor | None = None  # behind a step: int64 [5, B, 1], the numbers of the one that reads its likeliest
 
 
 class Compiled:
@@ -90,7 +97,7 @@ class Compiled:
         )
 
     def _compile_ahead(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
-        """A graph for any number of keys and rows, and where the pass is wide, of texts and tokens."""
+        """A graph for any number of keys and rows, and where the pass is wide, of texts and tokens, with states."""
         numbers, _, _, buffers, keep, with_states = arguments
         wide, held = keep is not None, [buffer.shape for buffer in chain.from_iterable(buffers)]
         texts, tokens = (2, 24) if wide else (numbers.shape[1], 1)
@@ -104,20 +111,28 @@ class Compiled:
         def flat(model: PreTrainedModel, numbers: Tensor, key: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             pairs = list(zip(rest[: len(room) : 2], rest[1 : len(room) : 2], strict=True))
             rows, keep = rest[len(room) :] or (None, None)
-            logits, states = forward(model, numbers, rows, key, pairs, keep, with_states)
-            return logits, *states
+            logits, states, following = forward(model, numbers, rows, key, pairs, keep, wide or with_states)
+            return (logits, *states) if following is None else (following, logits, *states)
 
         program = trace(self.model, flat, tuple(examples), tuple(sizes))
-        run = layered(program, self.model._no_split_modules or (), self._make) if wide else self._make(program)
+        if wide:
+            run_layers = layered(program, self.model._no_split_modules or (), self._make)
 
-        def call(
-            numbers: Tensor, rows: Tensor | None, key: Tensor, buffers: Buffers, keep: Tensor | None, _: bool
-        ) -> Read:
-            more = [] if rows is None or keep is None else [rows, keep]
-            logits, *states = run([numbers, key, *chain.from_iterable(buffers), *more])
-            return logits, tuple(states)
+            def read(
+                numbers: Tensor, rows: Tensor, key: Tensor, buffers: Buffers, keep: Tensor, with_states: bool
+            ) -> Read:
+                inputs = [numbers, key, *chain.from_iterable(buffers), rows, keep]
+                logits, *states = run_layers(inputs, None if with_states else 1)
+                return Read(logits, tuple(states))
 
-        return call
+            return read
+        run = self._make(program)
+
+        def step(numbers: Tensor, _: None, key: Tensor, buffers: Buffers, *__: Any) -> Read:
+            following, logits, *states = run([numbers, key, *chain.from_iterable(buffers)])
+            return Read(logits, tuple(states), following)
+
+        return step
 
     def _make(self, program: ExportedProgram) -> Run:
         """What runs a graph on a CPU."""
@@ -169,6 +184,48 @@ class Compiled:
             longest: keys of the longest text after the pass.
             kept: M indices of the tokens whose logits are needed.
         """
+        arguments = self._arguments(shape, numbers, rows, longest, cache, kept, with_states)
+        graph = self._graphs.get(made := self._made(shape, arguments))
+        return self._first(made, arguments) if graph is None else self.run(graph, arguments)
+
+    def follow(
+        self, numbers: Tensor, row: int, cache: PrefixCache, limit: int, ends: Container[int]
+    ) -> tuple[list[int], Read | None]:
+        """Go on behind a step, each step reading the likeliest token behind the one before it, as far as its keys go.
+
+        Args:
+            numbers: int64 [5, B, 1], what followed.
+            row: the text that writes; its length does not change.
+            limit: tokens at most.
+            ends: the tokens that end a text.
+
+        Returns:
+            the tokens read, and what the last step gave.
+        """
+        length, written, read = cache.lengths[row], list[int](), None
+        shape = self.shape(row + 1, 1, length + 1)
+        assert shape is not None
+        numbers, places, key, *rest = self._arguments(shape, numbers, None, length + 1, cache, [0], False)
+        graph = self._graphs[self._made(shape, (numbers, places, key, *rest))]
+        limit = min(limit, len(key) - length)
+        while len(written) < limit and (token := int(numbers[0, row])) not in ends:
+            written.append(token)
+            read = self.run(graph, (numbers, places, key, *rest))
+            assert read.following is not None
+            numbers = read.following
+        return written, read
+
+    def _arguments(
+        self,
+        shape: Shape,
+        numbers: Tensor,
+        rows: list[int] | None,
+        longest: int,
+        cache: PrefixCache,
+        kept: Sequence[int],
+        with_states: bool,
+    ) -> tuple[Any, ...]:
+        """`forward`'s, but for the model."""
         keys = shape[1] or -(-longest // _KEYS) * _KEYS
         if self._key.shape[0] != keys:
             self._key = torch.arange(keys, device=self.device)
@@ -176,21 +233,21 @@ class Compiled:
         buffers = cache.buffers(shape[0], keys if fixed else keys + 1)
         keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
         places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
-        arguments = numbers.to(self.device), places, self._key, buffers, keep, with_states
+        return numbers.to(self.device), places, self._key, buffers, keep, with_states
+
+    def _made(self, shape: Shape, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All that a graph is made for."""
+        numbers, _, _, buffers, keep, with_states = arguments
+        if not self.graph:
+            return shape, with_states and shape != WIDE, torch.get_num_threads()
         held = buffers[0][0].shape
-        one = (
-            len(kept) == 1,
-            numbers.shape[1] == 1,
-            held[0] == 1,
-        )  # a graph that torch.compile traces has 1, or any number
-        sizes = None if not self.graph else held if fixed else one
-        made = (shape, with_states, sizes, torch.get_num_threads())
-        graph = self._graphs.get(made)
-        return self._first(made, arguments) if graph is None else self.run(graph, arguments)
+        if shape != WIDE:
+            return shape, with_states, held
+        return shape, with_states, len(keep) == 1, numbers.shape[1] == 1, held[0] == 1  # one, or any other number
 
     def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
         """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
-        numbers, places, key, buffers, keep, _ = arguments
+        numbers, places, key, buffers, keep, with_states = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
         texts = "one text" if numbers.shape[1] == 1 else f"{numbers.shape[1]} texts"
         what = "wide passes" if keep is not None else f"decoding steps of {texts}"
@@ -204,7 +261,7 @@ class Compiled:
             for buffer in chain.from_iterable(buffers):
                 torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
         try:
-            arguments = numbers, places, key, buffers, keep, made[1]
+            arguments = numbers, places, key, buffers, keep, with_states
             with few_rows(self._linears if keep is None else [], numbers[0].numel()):
                 graph = self._compile(arguments)
                 output = self.run(graph, arguments)
@@ -221,10 +278,10 @@ class Compiled:
 
     def run(self, graph: Callable[..., Read], arguments: tuple[Any, ...]) -> Read:
         """One pass; the arguments are `forward`'s, but for the model."""
-        logits, states = graph(*arguments)
-        if self.graph and arguments[4] is None:  # out of the memory that the CUDA graph's next replay writes over
-            return logits.clone(), tuple(state.clone() for state in states)
-        return logits, states
+        logits, states, following = graph(*arguments)
+        if self.graph and following is not None:  # out of the memory that the CUDA graph's next replay writes over
+            return Read(logits.clone(), tuple(state.clone() for state in states), following.clone())
+        return Read(logits, states, following)
 
 
 def _of_any_size(tensor: Tensor, *dimensions: int) -> Tensor:
@@ -253,8 +310,6 @@ def forward(
             written into them.
         keep: int64 [M], indices of the tokens whose logits are needed; None: the last one.
 
-    Returns:
-        logits [B, M, V], and the hidden states [B, T, D] behind 0, 1, ... layers where asked for.
     """
     ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
     for buffer in chain.from_iterable(buffers):
@@ -268,7 +323,11 @@ def forward(
         output_hidden_states=with_states,
         logits_to_keep=1 if keep is None else keep,
     )
-    return output.logits, output.hidden_states or ()
+    following = None
+    if keep is None:
+        likeliest = output.logits.argmax(-1)  # [B, 1]
+        following = torch.cat([likeliest[None], numbers[1:] + (limit > 0)])  # [5, B, 1]; the idle stay where they are
+    return Read(output.logits, output.hidden_states or (), following)
 
 
 def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Any:

@@ -108,9 +108,15 @@ class Reader:
         logits, rows = output.logits, [one.row]  # [1, V]
         while len(written) < one.more and (token := int(logits.argmax())) not in self.eos_ids:
             written.append(token)
-            (slot,), (of_all, _) = self._run([Pass(self, one.row, [token])], rows, 1, [0], False)  # [B, 1, V]
+            (slot,), read = self._run([Pass(self, one.row, [token])], rows, 1, [0], False)
             self.cache.extend(rows, [1])
-            logits = of_all[slot]
+            if self.compiled and read.following is not None:
+                more, last = self.compiled.follow(
+                    read.following, one.row, self.cache, one.more - len(written), self.eos_ids
+                )
+                self.cache.extend(rows, [len(more)])
+                written, read = [*written, *more], last or read
+            logits = read.logits[slot]
         return Output(logits, (), written)
 
     def _together(self, passes: Sequence[Pass]) -> list[Output]:
@@ -118,7 +124,7 @@ class Reader:
         rows, widths = [one.row for one in passes], [len(one.ids) for one in passes]
         kept = passes[0].kept if len(passes) == 1 else sorted({index for one in passes for index in one.kept})
         with_states = any(one.with_states for one in passes)
-        slots, (logits, states) = self._run(passes, rows, max(widths), kept, with_states)  # [B, M, V], [B, T, D] each
+        slots, (logits, states, _) = self._run(passes, rows, max(widths), kept, with_states)
         self.cache.extend(rows, widths)
         place = {index: i for i, index in enumerate(kept)}
         outputs = []
@@ -178,7 +184,7 @@ class Reader:
                 logits_to_keep=1 if last else torch.tensor(list(kept), device=device),
                 **options,
             )
-        return output.logits, output.hidden_states or ()
+        return Read(output.logits, output.hidden_states or ())
 
     def _numbers(self, passes: Sequence[Pass], rows: list[int], width: int) -> Tensor:
         """The numbers of the texts that take part: int64 [5, B, T], see `parse.compiled.forward`."""
