@@ -220,9 +220,9 @@ class Answer:
         kept = len(self.prompt_ids) + len(self.ids) + end
         if draft.ids:
             self.target.rollback(kept, verdict.logits[k])
-        for index, (start, stop) in enumerate(pairwise([0, *verdict.ends])):
-            text = self._piece([*self.ids, *draft.ids[:start]], draft.ids[start:stop])
-            self.segments.append(Segment(text, "draft", confidences[index], index < k))
+        texts = [text_of([*self.ids, *draft.ids[:stop]], self.engine.tokenizer) for stop in (0, *verdict.ends)]
+        for index, (before, text) in enumerate(pairwise(texts)):
+            self.segments.append(Segment(text[len(before) :], "draft", confidences[index], index < k))
         self.ids += draft.ids[:end]
         self.stats.accepted_tokens += end
         if end:
@@ -286,18 +286,14 @@ class Answer:
         added = own if same else self.engine.to_target(own)
         self.ids = before + added
         if added:
-            self.segments.append(Segment(self._piece(before, added), role, None, True))
+            texts = [text_of(ids, self.engine.tokenizer) for ids in (before, self.ids)]
+            self.segments.append(Segment(texts[1][len(texts[0]) :], role, None, True))
         if role == "target":
             self.stats.target_tokens += len(added)
         else:
             self.stats.draft_tokens += len(added)
             self.stats.accepted_tokens += len(added)
         self._clock(role)
-
-    def _piece(self, before: list[int], ids: list[int]) -> str:
-        """The text that tokens add to those before them."""
-        tokenizer = self.engine.tokenizer
-        return text_of([*before, *ids], tokenizer)[len(text_of(before, tokenizer)) :]
 
     def _first_token(self) -> None:
         """The user can see something from now on."""

@@ -208,7 +208,7 @@ class Compiled:
         numbers, places, key, *rest = self._arguments(shape, numbers, None, length + 1, cache, [0], False)
         graph = self._graphs[self._made(shape, (numbers, places, key, *rest))]
         limit = min(limit, len(key) - length)
-        while len(written) < limit and (token := int(numbers[0, row])) not in ends:
+        while len(written) < limit and (token := numbers.tolist()[0][row][0]) not in ends:
             written.append(token)
             read = self.run(graph, (numbers, places, key, *rest))
             assert read.following is not None
@@ -278,10 +278,10 @@ class Compiled:
 
     def run(self, graph: Callable[..., Read], arguments: tuple[Any, ...]) -> Read:
         """One pass; the arguments are `forward`'s, but for the model."""
-        logits, states, following = graph(*arguments)
+        logits, states, following = read = graph(*arguments)
         if self.graph and following is not None:  # out of the memory that the CUDA graph's next replay writes over
             return Read(logits.clone(), tuple(state.clone() for state in states), following.clone())
-        return Read(logits, states, following)
+        return read
 
 
 def _of_any_size(tensor: Tensor, *dimensions: int) -> Tensor:

@@ -182,7 +182,7 @@ class Engine:
         many = cast(Sequence[str | Messages], prompts)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        steps = (self._steps(self._start(self.encode(p), settings, self.encode_for_draft(p))) for p in many)
+        steps = (self._steps(self._start(*self._encoded(p), settings)) for p in many)
         finished = dict(drive_together(steps, batch_size))
         return [finished[i] for i in range(len(many))]
 
@@ -193,7 +193,7 @@ class Engine:
         target's own words token by token. A character that is not complete yet waits for its other bytes.
         """
         settings = self.settings(**options)
-        answer = self._start(self.encode(prompt), settings, self.encode_for_draft(prompt))
+        answer = self._start(*self._encoded(prompt), settings)
         shown = ""
         for _ in growing(self._steps(answer)):
             text = text_of(answer.ids, self.tokenizer)
@@ -207,13 +207,13 @@ class Engine:
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        return drive(self._steps(self._start(prompt_ids, settings, draft_prompt_ids)))
+        return drive(self._steps(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)))
 
-    def _start(self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None) -> Answer:
+    def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Answer:
         budget = self._budget(len(prompt_ids), settings)
         roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
         readers = {role: self.readers[role] for role in roles}
-        return Answer(self, prompt_ids, draft_prompt_ids or prompt_ids, settings, budget, readers)
+        return Answer(self, prompt_ids, draft_prompt_ids, settings, budget, readers)
 
     def _steps(self, answer: Answer) -> Steps[Generation]:
         """The algorithm: draft, cut, verify, accept, commit, continue."""
@@ -321,6 +321,11 @@ class Engine:
     def encode_for_draft(self, prompt: str | Messages) -> list[int]:
         """The draft's tokens of a prompt, up to where the answer begins; the target's where it has the same words."""
         return self.encode(prompt) if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer)
+
+    def _encoded(self, prompt: str | Messages) -> tuple[list[int], list[int]]:
+        """The target's tokens of a prompt and the draft's."""
+        ids = self.encode(prompt)
+        return ids, ids if self.same_tokens else self.encode_for_draft(prompt)
 
     def to_target(self, draft_ids: Sequence[int]) -> list[int]:
         """The draft's tokens as the target's; as text where the vocabularies differ."""

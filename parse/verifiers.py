@@ -44,7 +44,7 @@ class Evidence:
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
-_ROWS = 32  # token rows over the vocabulary that are worked on at a time
+_LOGITS = 2**20  # numbers that are worked on at a time, whole rows over the vocabulary
 
 
 def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tens
     """
     parts = []
     start = 0
-    for chunk in (before[None], *torch.split(logits, _ROWS)):
+    for chunk in (before[None], *_by_rows(logits)):
         chosen = tokens[start : start + len(chunk)]  # [rows]
         rows = chunk[: len(chosen)].float()  # [rows, V]
         start += len(chunk)
@@ -74,10 +74,15 @@ def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tens
 def token_divergence(target: Tensor, draft: Tensor) -> Tensor:
     """KL divergence in nats of the draft's distribution from the target's, from logits [M, V] each: float32 [M]."""
     parts = []
-    for ours, theirs in zip(torch.split(target, _ROWS), torch.split(draft, _ROWS), strict=True):
+    for ours, theirs in zip(_by_rows(target), _by_rows(draft), strict=True):
         log_q = theirs.float().log_softmax(-1)  # [rows, V]
         parts.append((log_q.exp() * (log_q - ours.float().log_softmax(-1))).sum(-1))
     return torch.cat(parts)
+
+
+def _by_rows(logits: Tensor) -> tuple[Tensor, ...]:
+    """Logits [M, V], some rows at a time."""
+    return torch.split(logits, max(1, _LOGITS // logits.shape[1]))
 
 
 class Verifier(Protocol):

@@ -49,7 +49,7 @@ def test_a_stream_shows_an_accepted_draft_before_the_target_goes_on(target, draf
 def test_an_answer_grows_by_what_it_keeps(target, draft, tokenizer, method, watched):
     """Whenever it has grown, the tokens so far are those that it ends up with, many at once where nobody watches."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4)
-    answer = engine._start(engine.encode(PROMPT), engine.settings(method=method, max_new_tokens=30), None)
+    answer = engine._start(*engine._encoded(PROMPT), engine.settings(method=method, max_new_tokens=30))
     seen = [list(answer.ids) for _ in growing(engine._steps(answer), watched)]
     assert len(seen) > 1
     assert seen == [answer.ids[: len(ids)] for ids in seen]
@@ -64,7 +64,7 @@ def test_streamed_characters_are_whole(smollm, monkeypatch):
     text = "👩‍🚀 é ❤️ नमस्ते done"
     ids = tokenizer.encode(text, add_special_tokens=False)
     settings = engine.settings(method="target", max_new_tokens=len(ids))
-    answer = engine._start([1], settings, None)
+    answer = engine._start([1], [1], settings)
     replay = iter([*ids, *engine.readers["target"].eos_ids])
     answer.sample = Sampling(temperature=1.0)
     answer.sample._draw = lambda _: next(replay)
