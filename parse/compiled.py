@@ -203,9 +203,10 @@ class Compiled:
             the tokens read, and what the last step gave.
         """
         length, written, read = cache.lengths[row], list[int](), None
-        shape = self.shape(row + 1, 1, length + 1)
+        longest = max(cache.lengths) + 1
+        shape = self.shape(row + 1, 1, longest)
         assert shape is not None
-        numbers, places, key, *rest = self._arguments(shape, numbers, None, length + 1, cache, [0], False)
+        numbers, places, key, *rest = self._arguments(shape, numbers, None, longest, cache, [0], False)
         graph = self._graphs[self._made(shape, (numbers, places, key, *rest))]
         limit = min(limit, len(key) - length)
         while len(written) < limit and (token := numbers.tolist()[0][row][0]) not in ends:
