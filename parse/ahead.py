@@ -246,8 +246,9 @@ def _place(program: ExportedProgram) -> Path:
     """Where the library of a graph is kept: named after all that it depends on."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    strides = [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in _weights(program).items()]
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]  # weights among them
+    inputs = [(value.dtype, value.shape, value.stride()) for value in values]
     code = [line for line in str(program).splitlines() if not line.lstrip().startswith("#")]  # they name folders
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    depends = *machine, OPTIONS, strides, code
+    depends = *machine, OPTIONS, inputs, code
     return Path(cache_dir()) / "parse" / f"{sha256(repr(depends).encode()).hexdigest()[:32]}.pt2"

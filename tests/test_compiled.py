@@ -298,6 +298,11 @@ def test_a_library_is_kept_under_all_that_it_depends_on(monkeypatch):
     places.append(place(linear(3, 4)))
     assert len({same, *places}) == 1 + len(places)
 
+    def fed(weight):
+        return _place(trace(linear(1, 1), lambda _, x, w: x @ w, (torch.zeros(2, 3), weight), ({0: ANY}, {})))
+
+    assert fed(torch.zeros(3, 3)) != fed(torch.zeros(3, 3).t())
+
 
 @pytest.mark.slow
 def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, monkeypatch):
