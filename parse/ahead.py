@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,17 @@ class _Step(nn.Module):
         return self.function(self.model, *arguments)
 
 
-def trace(model: nn.Module, function: Callable[..., Any], examples: tuple[Any, ...], sizes: Any) -> ExportedProgram:
+def trace(
+    model: nn.Module, function: Callable[..., Any], examples: tuple[Tensor, ...], sizes: tuple[dict[int, Any], ...]
+) -> ExportedProgram:
     """The graph of `function(model, *examples)`.
 
     Args:
-        examples: tensors, and lists and tuples of them; no two sizes that may differ are the same, and none is one.
-        sizes: for each tensor, in the same lists and tuples, the dimensions of `ANY` size.
+        examples: no size that may differ is one, which is special.
+        sizes: for each of them the dimensions of `ANY` size.
     """
     with torch.inference_mode(False), torch.no_grad():  # inference tensors may not be traced
-        like = torch.utils._pytree.tree_map(_like, examples)
+        like = tuple(_like(example) for example in examples)
         how: dict[str, Any] = {"args": like, "dynamic_shapes": (sizes,)}
         try:
             return export(_Step(model, function), **how, strict=False)
@@ -154,38 +157,32 @@ def layered(
 
 def _split(program: ExportedProgram, layers: Collection[str]) -> list[_Part]:
     """The graph in the order that it runs in: what comes before the first layer, each layer, and what comes behind."""
-    place: dict[fx.Node, int] = {}
+    groups: list[list[fx.Node]] = [[]]
     inside: str | None = None
-    count = 0
     for node in program.graph.nodes:
         if node.op == "call_function" and not _is_free(node):
             modules = node.meta.get("nn_module_stack", {}).values()
             layer = next((path for path, kind in modules if str(kind).rpartition(".")[2] in layers), None)
             if node.target is getitem:  # of several outputs: where they are
                 layer = inside
-            count += layer != inside
-            place[node], inside = count, layer
-    reads: list[list[fx.Node]] = []
-    for i in range(count + 1):
-        read: dict[fx.Node, None] = {}
-        for node in place:
-            if place[node] == i:
-                read.update(dict.fromkeys(source for source in _sources(node) if place.get(source) != i))
-        reads.append(list(read))
-    wanted = {node for read in reads for node in read} | set(_results(program))
-    parts = []
-    for i, inputs in enumerate(reads):
-        own = [node for node in place if place[node] == i]
-        outputs = [node for node in own if node in wanted]
-        graph = _subgraph(program, inputs, own, outputs)
-        parts.append(_Part(graph, [node.name for node in inputs], [node.name for node in outputs]))
-    return parts
+            if layer != inside:
+                groups.append([])
+            groups[-1].append(node)
+            inside = layer
+    reads = []
+    for own in groups:
+        mine = set(own)
+        read = [source for node in own for source in _sources(node) if source not in mine]
+        reads.append(list(dict.fromkeys(read)))
+    wanted = {*chain.from_iterable(reads), *_results(program)}
+    return [
+        _part(program, inputs, own, [node for node in own if node in wanted])
+        for inputs, own in zip(reads, groups, strict=True)
+    ]
 
 
-def _subgraph(
-    program: ExportedProgram, inputs: list[fx.Node], own: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
-    """Nodes of a graph as one of its own; what is free is copied."""
+def _part(program: ExportedProgram, inputs: list[fx.Node], own: list[fx.Node], outputs: list[fx.Node]) -> _Part:
+    """Nodes of a graph as one of their own; what is free is copied."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
@@ -199,7 +196,8 @@ def _subgraph(
     for node in own:
         copy(node)
     graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(program.graph_module, graph)
+    module = fx.GraphModule(program.graph_module, graph)
+    return _Part(module, [node.name for node in inputs], [node.name for node in outputs])
 
 
 def _is_free(node: fx.Node) -> bool:

@@ -192,7 +192,10 @@ class Compiled:
             longest: keys of the longest text after the pass.
             kept: M indices of the tokens whose logits are needed.
         """
-        arguments = self._arguments(shape, numbers, rows, longest, cache, kept, with_states)
+        key, buffers = self._held(shape, longest, cache)
+        keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
+        places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
+        arguments = numbers.to(self.device), places, key, buffers, keep, with_states
         graph = self._graphs.get(made := self._made(shape, arguments))
         return self._first(made, arguments) if graph is None else self.run(graph, arguments)
 
@@ -208,41 +211,31 @@ class Compiled:
             ends: the tokens that end a text.
 
         Returns:
-            the tokens read, and what the last step gave.
+            the tokens read, and what the last step gave; none where the next bucket is not compiled yet.
         """
         length, written, read = cache.lengths[row], list[int](), None
         longest = max(cache.lengths) + 1
         shape = self.shape(row + 1, 1, longest)
         assert shape is not None
-        numbers, places, key, *rest = self._arguments(shape, numbers, None, longest, cache, [0], False)
-        graph = self._graphs[self._made(shape, (numbers, places, key, *rest))]
+        key, buffers = self._held(shape, longest, cache)  # [P], a pair a layer
+        graph = self._graphs.get(self._made(shape, (numbers, None, key, buffers, None, False)))
+        if graph is None:
+            return written, read
         limit = min(limit, len(key) - length)
         while len(written) < limit and (token := numbers.tolist()[0][row][0]) not in ends:
             written.append(token)
-            read = self.run(graph, (numbers, places, key, *rest))
+            read = self.run(graph, (numbers, None, key, buffers, None, False))
             assert read.following is not None
-            numbers = read.following
+            numbers = read.following  # [5, B, 1]
         return written, read
 
-    def _arguments(
-        self,
-        shape: Shape,
-        numbers: Tensor,
-        rows: list[int] | None,
-        longest: int,
-        cache: PrefixCache,
-        kept: Sequence[int],
-        with_states: bool,
-    ) -> tuple[Any, ...]:
-        """`forward`'s, but for the model."""
+    def _held(self, shape: Shape, longest: int, cache: PrefixCache) -> tuple[Tensor, Buffers]:
+        """The key numbers and the buffers of a pass, see `forward`."""
         keys = shape[1] or -(-longest // _KEYS) * _KEYS
         if self._key.shape[0] != keys:
             self._key = torch.arange(keys, device=self.device)
         fixed = self.graph and shape != WIDE  # else never read buffers to their very end, which is a graph of its own
-        buffers = cache.buffers(shape[0], keys if fixed else keys + 1)
-        keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
-        places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
-        return numbers.to(self.device), places, self._key, buffers, keep, with_states
+        return self._key, cache.buffers(shape[0], keys if fixed else keys + 1)
 
     def _made(self, shape: Shape, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """All that a graph is made for."""
@@ -322,8 +315,7 @@ def forward(
         key: int64 [P], 0 to P - 1: how many keys to read.
         buffers: a pair a layer, [rows, heads, capacity, D] with P positions at least; the new keys and values are
             written into them.
-        keep: int64 [M], indices of the tokens whose logits are needed; None: the last one.
-
+        keep: int64 [M], indices of the tokens whose logits are needed; None: the last one, of a decoding step.
     """
     ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
     for buffer in chain.from_iterable(buffers):

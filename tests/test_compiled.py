@@ -102,6 +102,16 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(target, draft, to
         assert counters[role].graphs == len(reader.compiled._graphs)
 
 
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+def test_a_text_is_written_on_behind_the_last_key_of_a_bucket(as_on_gpu):
+    model = random_model("llama", 60)
+    mine, alone = Context(compiled_reader(model, Counter(), as_on_gpu)), Context(Reader(model, frozenset([1])))
+    for context in (mine, alone):
+        context.read([i % 50 + 5 for i in range(254)])  # on a GPU a bucket ends at 256 keys
+    assert mine.write(9) == alone.write(9)
+    assert mine.ids == alone.ids
+
+
 def test_one_text_writes_on_while_another_waits():
     """Steps that follow each other leave the idle text where it is, at the end of the room that there is for keys."""
     model = random_model("llama", 60)
