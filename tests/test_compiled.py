@@ -107,8 +107,8 @@ def test_a_text_is_written_on_behind_the_last_key_of_a_bucket(as_on_gpu):
     model = random_model("llama", 60)
     mine, alone = Context(compiled_reader(model, Counter(), as_on_gpu)), Context(Reader(model, frozenset([1])))
     for context in (mine, alone):
-        context.read([i % 50 + 5 for i in range(254)])  # on a GPU a bucket ends at 256 keys
-    assert mine.write(9) == alone.write(9)
+        context.read([i % 50 + 5 for i in range(254)])  # buckets end at 256 keys, and on a CPU at 320
+    assert mine.write(80) == alone.write(80)
     assert mine.ids == alone.ids
 
 
