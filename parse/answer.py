@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from parse.decode import Context, Sampling, Stop, Written, speculating
+from parse.decode import Context, Sampling, Written, speculating
 from parse.models import text_of
-from parse.passes import Reader, Steps
+from parse.passes import Reader, Steps, Stop
 from parse.segments import cut, ends_segment
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -200,34 +200,41 @@ class Compiled:
         return self._first(made, arguments) if graph is None else self.run(graph, arguments)
 
     def follow(
-        self, numbers: Tensor, row: int, cache: PrefixCache, limit: int, ends: Container[int]
-    ) -> tuple[list[int], Read | None]:
+        self,
+        numbers: Tensor,
+        row: int,
+        cache: PrefixCache,
+        written: list[int],
+        limit: int,
+        is_last: Callable[[int], bool],
+    ) -> Read | None:
         """Go on behind a step, each step reading the likeliest token behind the one before it, as far as its keys go.
 
         Args:
             numbers: int64 [5, B, 1], what followed.
             row: the text that writes; its length does not change.
-            limit: tokens at most.
-            ends: the tokens that end a text.
+            written: the tokens so far; those that are read are put behind.
+            limit: tokens in it at most.
+            is_last: whether a token is not to be read.
 
         Returns:
-            the tokens read, and what the last step gave; none where the next bucket is not compiled yet.
+            what the last step gave; None where there was none, or the next bucket is not compiled yet.
         """
-        length, written, read = cache.lengths[row], list[int](), None
+        length, read = cache.lengths[row], None
         longest = max(cache.lengths) + 1
         shape = self.shape(row + 1, 1, longest)
         assert shape is not None
         key, buffers = self._held(shape, longest, cache)  # [P], a pair a layer
         graph = self._graphs.get(self._made(shape, (numbers, None, key, buffers, None, False)))
         if graph is None:
-            return written, read
-        limit = min(limit, len(key) - length)
-        while len(written) < limit and (token := numbers.tolist()[0][row][0]) not in ends:
+            return None
+        limit = min(limit, len(written) + len(key) - length)
+        while len(written) < limit and not is_last(token := numbers.tolist()[0][row][0]):
             written.append(token)
             read = self.run(graph, (numbers, None, key, buffers, None, False))
             assert read.following is not None
             numbers = read.following  # [5, B, 1]
-        return written, read
+        return read
 
     def _held(self, shape: Shape, longest: int, cache: PrefixCache) -> tuple[Tensor, Buffers]:
         """The key numbers and the buffers of a pass, see `forward`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,9 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from parse.passes import Pass, Reader, Steps, drive
+from parse.passes import Pass, Reader, Steps, Stop, drive
 
-Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
 SHORT = 512  # tokens: a longer text is not read along by a packed pass, see `Context.awaiting`
 
 
@@ -111,13 +110,13 @@ class Context:
         """Make room for another text."""
         self.reader.close(self.row)
 
-    def reading(self, ids: Sequence[int], more: int = 0) -> Steps[Sequence[int]]:
-        """Append tokens to the text in one causal pass, and the greedy ones that follow, as `Pass.more` allows.
+    def reading(self, ids: Sequence[int], more: int = 0, stop: Stop | None = None) -> Steps[Sequence[int]]:
+        """Append tokens to the text in one causal pass, and the greedy ones that follow, as `Pass` allows.
 
         Returns:
             those that followed.
         """
-        output = yield Pass(self.reader, self.row, [*self.waiting, *ids], more=more)
+        output = yield Pass(self.reader, self.row, [*self.waiting, *ids], more=more, stop=stop)
         self.has_read([*ids, *output.written])
         self.next_logits = output.logits[-1]
         return output.written  # type: ignore[no-any-return]
@@ -176,10 +175,12 @@ class Context:
             written: a list to write into; then the steps say whenever it has grown.
         """
         seen, written = written is not None, [] if written is None else written
-        unattended = sample.greedy and not stop
+        before: list[int] = []  # those of `written` that are read or wait
+        behind = stop and (lambda more: stop([*before, *more]))
         while len(written) < limit:
-            if unattended and self.waiting:
-                written += yield from self.reading([], more=limit - len(written) - 1)
+            if sample.greedy and self.waiting:
+                before = list(written)
+                written += yield from self.reading([], limit - len(written) - 1, behind)
             token = sample((yield from self.knowing()))
             if token in self.reader.eos_ids:
                 return Written(written, ended=True)

@@ -7,7 +7,7 @@ Shape letters: B texts, T tokens of the widest pass, P keys of the longest text,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import perf_counter
@@ -26,6 +26,7 @@ from parse.models import FLEX
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
 T = TypeVar("T")
+Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
 Steps = Generator["Pass | None", Any, T]  # yields passes and is sent their outputs; None: the answer has grown
 
 
@@ -40,7 +41,8 @@ class Pass:
     keep: Sequence[int] | None = None  # increasing indices of tokens whose logits are needed; None: the last one
     with_states: bool = False
     adapted: PeftModel | None = None  # the reader's model under a LoRA that acts on the layout's suffixes alone
-    more: int = 0  # the most likely tokens may be written behind, so many and none that ends the text, if it is alone
+    more: int = 0  # if it is alone, the most likely tokens may be written behind: so many,
+    stop: Stop | None = None  # none that ends the text, and none behind which this, given all of them, stops
 
     @property
     def kept(self) -> Sequence[int]:
@@ -106,16 +108,18 @@ class Reader:
         """Write what the pass allows: steps without a detour through whoever asked."""
         written: list[int] = []
         logits, rows = output.logits, [one.row]  # [1, V]
-        while len(written) < one.more and (token := int(logits.argmax())) not in self.eos_ids:
+
+        def is_last(token: int) -> bool:
+            return token in self.eos_ids or (one.stop is not None and one.stop([*written, token]))
+
+        while len(written) < one.more and not is_last(token := int(logits.argmax())):
             written.append(token)
             (slot,), read = self._run([Pass(self, one.row, [token])], rows, 1, [0], False)
             self.cache.extend(rows, [1])
             if self.compiled and read.following is not None:
-                more, last = self.compiled.follow(
-                    read.following, one.row, self.cache, one.more - len(written), self.eos_ids
-                )
-                self.cache.extend(rows, [len(more)])
-                written, read = [*written, *more], last or read
+                known, before = read.following, len(written)  # [5, B, 1]
+                read = self.compiled.follow(known, one.row, self.cache, written, one.more, is_last) or read
+                self.cache.extend(rows, [len(written) - before])
             logits = read.logits[slot]
         return Output(logits, (), written)
 

@@ -108,6 +108,8 @@ def test_a_text_is_written_on_behind_the_last_key_of_a_bucket(as_on_gpu):
     mine, alone = Context(compiled_reader(model, Counter(), as_on_gpu)), Context(Reader(model, frozenset([1])))
     for context in (mine, alone):
         context.read([i % 50 + 5 for i in range(254)])  # buckets end at 256 keys, and on a CPU at 320
+    stop = lambda ids: len(ids) == 20
+    assert mine.write(80, stop=stop) == alone.write(80, stop=stop)
     assert mine.write(80) == alone.write(80)
     assert mine.ids == alone.ids
 

@@ -58,9 +58,11 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     limit=st.integers(1, 25),
     end=st.integers(0, 59),
     read=st.booleans(),
+    every=st.one_of(st.none(), st.integers(1, 9)),
 )
-def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read):
-    """The same words, logits and cache as token by token, whether the text was read or waits, and an end or a limit."""
+def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read, every):
+    """The same words, logits and cache as token by token, whether the text was read or waits, up to what ends it."""
+    stop = every and (lambda ids: len(ids) % every == 0)
     contexts = []
     for _ in range(2):
         contexts.append(Context(Reader(TARGET, frozenset([end]))))
@@ -72,14 +74,14 @@ def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read):
     asked, forward = [], alone.reader.forward
     alone.reader.forward = lambda some, alone: asked.append(alone) or forward(some, alone)
     growth, seen = [], []
-    steps = growing(watched.writing(limit, written=growth))
+    steps = growing(watched.writing(limit, Sampling(), stop, growth))
     try:
         while True:
             next(steps)
             seen.append(len(growth))
     except StopIteration as finished:
         written = finished.value
-    assert alone.write(limit) == written
+    assert alone.write(limit, Sampling(), stop) == written
     assert seen == list(range(1, len(written.ids) + 1))
     assert asked == [True] * len(asked)
     assert len(asked) <= 2 - read
