@@ -125,8 +125,10 @@ class Compiled:
             logits, states, _ = forward(model, numbers, rows, key, _pairs(held), keep, True)
             return logits, *states
 
-        room = self._room(buffers, 3)
-        examples = torch.zeros(5, 2, 24, dtype=torch.long), torch.arange(2), torch.arange(128), torch.arange(5), *room
+        texts = 2 if torch.get_num_threads() == 3 else 3  # as many as threads would seem parallel enough
+        room = self._room(buffers, texts + 1)
+        numbers = torch.zeros(5, texts, 24, dtype=torch.long)  # [5, B, T]
+        examples = numbers, torch.arange(texts), torch.arange(128), torch.arange(5), *room
         sizes = {1: ANY, 2: ANY}, {0: ANY}, {0: ANY}, {0: ANY}, *[{0: ANY, 2: ANY}] * len(room)
         program = trace(self.model, flat, examples, sizes)
         run = layered(program, self.model._no_split_modules or (), self._make)
@@ -271,7 +273,7 @@ class Compiled:
                 torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
         try:
             arguments = numbers, places, key, buffers, keep, with_states
-            with few_rows(self._linears if keep is None else [], numbers[0].numel()):
+            with few_rows(self._linears if keep is None else []):
                 graph = self._compile(arguments)
                 output = self.run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise

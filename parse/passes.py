@@ -177,7 +177,7 @@ class Reader:
         if adapted := next((one.adapted for one in passes if one.adapted), None):
             # the tokens at the end of each row on which the LoRA acts: the suffixes, and what is padding behind them
             model, options = adapted, {"alora_offsets": [padded - _suffixes_start(one) for one in passes]}
-        with self.cache.reading(rows), few_rows(self._linears, ids.numel()):
+        with self.cache.reading(rows), few_rows(self._linears):
             output = model(
                 input_ids=ids,
                 position_ids=positions,

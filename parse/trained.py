@@ -123,7 +123,8 @@ class Probe:
 class Adapter:
     """A short suffix behind every prefix, a LoRA that acts on the suffixes alone, and a head on the last token of each.
 
-    What the target has read keeps its states, bit by bit: it goes on from the accepted prefix as if nobody had asked.
+    What the target has read keeps its states (but for rounding in a pass of few tokens): it goes on from the accepted
+    prefix as if nobody had asked.
     """
 
     adapted: PeftModel

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from parse.linear import FEW, few_rows, linears
+from parse.linear import FEW, _FewRows, few_rows, linears
 from parse.passes import Pass, Reader
 from tests.conftest import random_model
 
@@ -25,7 +25,7 @@ def test_few_rows_give_the_same_products(leading: list[int], width: int, out: in
     expected = layer(x)
     torch.set_num_threads(threads)
     try:
-        with few_rows([layer], 1):
+        with few_rows([layer]):
             output = layer(x)
     finally:
         torch.set_num_threads(before)
@@ -44,7 +44,7 @@ def test_a_compiled_layer_multiplies_one_row_in_a_loop_of_its_own(rows: int, lay
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method"))
         return graph.forward
 
-    with few_rows([layer], rows):
+    with few_rows([layer]):
         output = torch.compile(lambda x: layer(x), backend=backend, fullgraph=True)(x)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     assert ("sum" in seen) == (rows == 1)
@@ -54,7 +54,7 @@ def test_whoever_else_holds_the_model_finds_it_as_it_was() -> None:
     layer = nn.Linear(2, 2)
 
     def fail_within() -> None:
-        with few_rows([layer], FEW):
+        with few_rows([layer]):
             assert isinstance(layer, nn.Linear)
             assert type(layer) is not nn.Linear
             layer(torch.zeros(1, 3))  # of another width
@@ -62,8 +62,6 @@ def test_whoever_else_holds_the_model_finds_it_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="invalid for input|shape"):
         fail_within()
     assert type(layer) is nn.Linear
-    with few_rows([layer], FEW + 1):
-        assert type(layer) is nn.Linear
 
 
 class _Other(nn.Linear):
@@ -81,11 +79,13 @@ def test_layers_and_weights_of_other_kinds_stay_themselves() -> None:
     assert linears(nn.Sequential(*others, plain)) == [plain]
 
 
-def test_steps_of_few_rows_use_it_and_wide_passes_do_not() -> None:
-    reader, asked = Reader(random_model("llama", 40)), list[bool]()
-    head = reader.model.get_output_embeddings()
-    head.register_forward_pre_hook(lambda layer, _: asked.append(type(layer) is nn.Linear))
-    for width in (FEW + 1, 1, FEW):
-        reader.forward([Pass(reader, reader.open(), list(range(1, width + 1)))])
-    assert asked == [True, False, False]
-    assert type(head) is nn.Linear
+def test_layers_of_few_rows_use_it_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a wide pass the head alone: it reads what logits are asked for."""
+    reader, asked, by_blas = Reader(random_model("llama", 80)), list[int](), _FewRows._by_blas
+    monkeypatch.setattr(_FewRows, "_by_blas", lambda layer, x: asked.append(len(x)) or by_blas(layer, x))
+    count, row = len(linears(reader.model)), reader.open()
+    for width, expected in ((FEW + 1, [3]), (1, [1] * count), (FEW, [*[FEW] * (count - 1), 3])):
+        asked.clear()
+        reader.forward([Pass(reader, row, list(range(1, width + 1)), keep=range(min(width, 3)))])
+        assert asked == expected
+    assert type(reader.model.get_output_embeddings()) is nn.Linear
