@@ -1,7 +1,7 @@
 """python -m eval.bench engine: how close the engine comes to its models' own forward passes.
 
-Every figure is a ratio of medians within one process, its parts measured in turns, so that a machine
-that drifts slows all of them alike. What the models answer plays no part: a script says where a draft is wrong.
+Every figure is a median of ratios within one process, the parts of each measured one behind the other, so that a
+machine that drifts slows them alike. What the models answer plays no part: a script says where a draft is wrong.
 """
 
 from __future__ import annotations
@@ -206,8 +206,12 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
-def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each way, run in turns; one turn before them is for warming up."""
+def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> Callable[[str, str], float]:
+    """Run the ways in turns, once more before for warming up.
+
+    Returns:
+        the median over the turns of one way's seconds over another's.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
@@ -215,7 +219,7 @@ def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str,
             way()
             _synchronize()
             seconds[name].append(perf_counter() - started)
-    return {name: median(some[1:]) for name, some in seconds.items()}
+    return lambda one, other: median(a / b for a, b in zip(seconds[one][1:], seconds[other][1:], strict=True))
 
 
 def some_prompts(model: PreTrainedModel, count: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
@@ -263,7 +267,7 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
             forget(PROMPT_TOKENS + stop)
         forget()
 
-    took = take_turns(
+    ratio = take_turns(
         {
             "packed": lambda: packed(False),
             "evidence": lambda: packed(True),
@@ -274,10 +278,10 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
         repeats,
     )
     return {
-        "verify_over_prefill": took["packed"] / took["prefill"],
-        "verify_over_equal_prefill": took["packed"] / took["equal"],
-        "sequential_over_verify": took["sequential"] / took["packed"],
-        "evidence_over_verify": took["evidence"] / took["packed"],
+        "verify_over_prefill": ratio("packed", "prefill"),
+        "verify_over_equal_prefill": ratio("packed", "equal"),
+        "sequential_over_verify": ratio("sequential", "packed"),
+        "evidence_over_verify": ratio("evidence", "packed"),
     }
 
 
@@ -296,8 +300,7 @@ def decode_ratio(
         engine.generate([PROMPT] * batch, tokens, method="target", batch_size=batch)
 
     with endless(engine), torch.inference_mode():
-        took = take_turns({"ours": ours, "theirs": theirs}, repeats)
-    return took["theirs"] / took["ours"]
+        return take_turns({"ours": ours, "theirs": theirs}, repeats)("theirs", "ours")
 
 
 def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:

@@ -64,3 +64,13 @@ def test_a_stopwatch_counts_no_second_twice(target, draft, tokenizer):
     assert len(watch.passes["target", False]) == stats.target_tokens - 1  # the first comes from the packed pass
     assert len(watch.passes["target", True]) == stats.verify_passes
     assert sum(map(sum, watch.passes.values())) == pytest.approx(watch.seconds["models"])
+
+
+def test_ratios_are_taken_within_a_turn(monkeypatch):
+    """What drifts between turns is in both parts of each; the first turn warms up."""
+    seconds = [9, 1, 1, 2, 40, 20, 300, 100]  # one, other; one, other; ...
+    clock = iter([reading for took in seconds for reading in (0, took)])
+    monkeypatch.setattr(bench, "perf_counter", lambda: next(clock))
+    ratio = bench.take_turns({"one": lambda: None, "other": lambda: None}, repeats=3)
+    assert ratio("one", "other") == 2
+    assert ratio("other", "one") == 1 / 2
