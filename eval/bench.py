@@ -344,13 +344,12 @@ def horizon_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
                 started = perf_counter()
                 stats = engine.generate(PROMPT, ANSWER, threshold=0.0, horizon=horizon)[0].stats
                 seconds[horizon].append((stats.first_token_seconds, perf_counter() - started))
-    first, last = {}, {}
-    for horizon, some in seconds.items():
-        first[horizon], last[horizon] = (median(part) for part in zip(*some[1:], strict=True))
-    return [
-        {"horizon": h, "first_token_over_whole": first[h] / first[None], "seconds_over_whole": last[h] / last[None]}
-        for h in HORIZONS
-    ]
+    rows: list[dict[str, Any]] = []
+    for horizon in HORIZONS:
+        turns = list(zip(seconds[horizon], seconds[None], strict=True))[1:]  # the first one was for warming up
+        first, last = (median(mine[i] / whole[i] for mine, whole in turns) for i in range(2))
+        rows.append({"horizon": horizon, "first_token_over_whole": first, "seconds_over_whole": last})
+    return rows
 
 
 @contextmanager
