@@ -25,10 +25,11 @@ class Counter:
     """A backend that counts the graphs it is given and runs them as they are."""
 
     def __init__(self) -> None:
-        self.graphs = 0
+        self.graphs, self.operations = 0, set()
 
     def __call__(self, graph, inputs, **_):
         self.graphs += 1
+        self.operations |= {str(node.target) for node in graph.graph.nodes}
         return graph
 
 
@@ -220,6 +221,27 @@ def test_what_does_not_pay_is_left_alone():
     compiled.pays["steps"] = False
     assert compiled.shape(1, 1, 70) is None
     assert compiled.shape(3, 20, 280) == WIDE
+
+
+@pytest.mark.parametrize(("layers", "as_on_gpu"), [(DEEP - 1, False), (DEEP, False), (2, True)])
+def test_steps_of_few_layers_on_a_cpu_attend_in_loops_and_nobody_else_does(layers, as_on_gpu):
+    """Grouped heads, texts of several lengths, an idle one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("llama", num_hidden_layers=layers, vocab_size=60, **sizes)
+    model, counter = AutoModelForCausalLM.from_config(config).eval(), Counter()
+    readers = compiled_reader(model, counter, as_on_gpu), Reader(model)
+    outputs = []
+    for reader in readers:
+        contexts = [Context(reader) for _ in range(3)]
+        for context, length in zip(contexts, (9, 2, 5), strict=True):
+            context.read(range(length))
+        if reader is readers[0]:
+            counter.operations.clear()  # of prompts
+        outputs.append([o.logits for o in reader.forward([Pass(reader, c.row, [7]) for c in contexts[1:]])])
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    fused = any("scaled_dot_product" in operation for operation in counter.operations)
+    assert counter.operations
+    assert fused == (layers >= DEEP or as_on_gpu)
 
 
 def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
