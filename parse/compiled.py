@@ -5,10 +5,11 @@ arithmetic. A compiled step has neither, but costs seconds to minutes to make: i
 kept on disk (in torch's own folder, TORCHINDUCTOR_CACHE_DIR), and only once the same step has taken `patience`
 seconds without it. Where it pays:
 
-    on a CPU   decoding steps of models up to `LARGEST` bytes, a bucket a count of texts: larger ones are bound
-               by memory and take the same time. Wide passes of those of `DEEP` layers or more, layer by layer,
-               in one graph: a quarter to two fifths less time, half a minute to make. Those of fewer layers compute
-               a step's attention in loops, see `_attention_in_loops`.
+    on a CPU   models up to `LARGEST` bytes: larger ones are bound by memory and take the same time. Decoding
+               steps, a bucket a count of texts, and wide passes, of any size in one graph. Wide passes of models of
+               `DEEP` layers or more are made layer by layer, half a minute: a quarter to two fifths less time. Those
+               of fewer layers are made whole, as quickly: a short pass of two layers takes a fifth of its time. Their
+               steps compute attention in loops, see `_attention_in_loops`.
     on a GPU   decoding steps, replayed as a CUDA graph, a bucket a count of texts and a length of the cache; and
                wide passes (prompts, packed passes), of any width, length and count in one graph.
 """
@@ -44,7 +45,7 @@ Backend = Literal["inductor"] | Callable[..., Any]  # a function of the graph an
 
 PATIENCE = 20.0  # seconds
 LARGEST = 200 * 2**20  # bytes of weights
-DEEP = 8  # layers: what a wide pass gains is by the layer; steps of so many are better off with kernels that recur
+DEEP = 8  # layers: of so many the same code is better run again and again than made into one piece
 WIDE: Shape = (0, 0)  # a pass of more than one token a text
 _KEYS = 64  # keys are a multiple of it, and on a GPU four times a power of two of it
 
@@ -73,7 +74,7 @@ class Compiled:
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
         pays = not spread and (self.graph or weights <= LARGEST)
         self._deep = model.config.num_hidden_layers >= DEEP
-        self.pays = {"steps": pays, "wide": pays and (self.graph or self._deep)}
+        self.pays = {"steps": pays, "wide": pays}
         self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
         self._key = torch.arange(0)  # [P] of the last pass
@@ -121,7 +122,7 @@ class Compiled:
         return step
 
     def _compile_wide(self, buffers: Buffers) -> Callable[..., Read]:
-        """Wide passes on a CPU by layers, for any number of texts, tokens, keys, rows and logits, and for states."""
+        """Wide passes on a CPU, for any number of texts, tokens, keys, rows and logits, and for states."""
 
         def flat(
             model: PreTrainedModel, numbers: Tensor, rows: Tensor, key: Tensor, keep: Tensor, *held: Tensor
@@ -135,7 +136,11 @@ class Compiled:
         examples = numbers, torch.arange(texts), torch.arange(128), torch.arange(5), *room
         sizes = {1: ANY, 2: ANY}, {0: ANY}, {0: ANY}, {0: ANY}, *[{0: ANY, 2: ANY}] * len(room)
         program = trace(self.model, flat, examples, sizes)
-        run = layered(program, self.model._no_split_modules or (), self._make)
+        if self._deep:
+            run = layered(program, self.model._no_split_modules or (), self._make)
+        else:
+            whole = self._make(program)
+            run = lambda inputs, wanted: whole(inputs)[:wanted]
 
         def read(numbers: Tensor, rows: Tensor, key: Tensor, buffers: Buffers, keep: Tensor, with_states: bool) -> Read:
             logits, *states = run([numbers, rows, key, keep, *chain.from_iterable(buffers)], None if with_states else 1)

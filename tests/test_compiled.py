@@ -206,14 +206,12 @@ def test_nothing_is_compiled_before_a_step_has_taken_its_patience():
     assert counter.graphs == 1
 
 
-def test_what_does_not_pay_is_left_alone():
+def test_what_does_not_pay_is_left_alone(monkeypatch):
     model = random_model("llama", 60)
     compiled = Compiled(model)
     assert compiled.shape(1, 1, 70) == (1, 0)
     assert compiled.shape(5, 1, 70) == (16, 0)
-    assert compiled.shape(1, 20, 70) is None  # of two layers
-    deep = AutoConfig.for_model("llama", num_hidden_layers=DEEP, hidden_size=8, num_attention_heads=1, vocab_size=9)
-    assert Compiled(AutoModelForCausalLM.from_config(deep)).shape(1, 20, 70) == WIDE
+    assert compiled.shape(1, 20, 70) == WIDE
     compiled = compiled_reader(model, Counter(), as_on_gpu=True).compiled
     assert compiled.shape(3, 20, 280) == WIDE
     assert compiled.shape(2, 1, 280) == (2, 512)
@@ -221,6 +219,9 @@ def test_what_does_not_pay_is_left_alone():
     compiled.pays["steps"] = False
     assert compiled.shape(1, 1, 70) is None
     assert compiled.shape(3, 20, 280) == WIDE
+    monkeypatch.setattr("parse.compiled.LARGEST", 1000)
+    for width in (1, 20):
+        assert Compiled(model).shape(1, width, 70) is None  # bound by memory
 
 
 @pytest.mark.parametrize(("layers", "as_on_gpu"), [(DEEP - 1, False), (DEEP, False), (2, True)])
@@ -285,12 +286,18 @@ def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES]
+    ("name", "deep"),
+    [
+        ("llama", False),
+        *[pytest.param(name, False, marks=pytest.mark.slow) for name in sorted(KINDS - {"llama"})],
+        *[pytest.param(name, True, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES],
+    ],
 )
-def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name):
-    """Prompts and packed passes, alone and together; each of the layers that do the same is compiled once."""
+def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name, deep):
+    """Prompts and packed passes, alone and together; of deep models, each of the layers that do the same made once."""
     model, counter = make(name), Counter()
     mine, plain = compiled_reader(model, counter, wide=True), Reader(model)
+    mine.compiled._deep = deep
     for reader in (mine, plain):
         reader.forward([Pass(reader, reader.open(), [5, 6])])  # tells what a layer keeps
     layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=5)
@@ -363,10 +370,10 @@ def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, m
 def test_really_compiled_passes_give_the_same_words(target, draft, tokenizer, capsys):
     plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
     compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
-    compiled.readers["target"].compiled.pays["wide"] = True
+    compiled.readers["target"].compiled._deep = True
     for method in ("target", "draft", "parse"):
         assert compiled.generate(PROMPTS[0], 20, method=method)[0].token_ids == (
             plain.generate(PROMPTS[0], 20, method=method)[0].token_ids
         )
     said = capsys.readouterr().err
-    assert said.count("compiling") == said.count("... compiled in") == 3
+    assert said.count("compiling") == said.count("... compiled in") == 4  # steps and wide passes of both
