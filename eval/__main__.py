@@ -43,7 +43,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     import torch
 
     from eval.measure import summarize
-    from eval.methods import compare, settings_of
+    from eval.methods import compare, compile_in_two, settings_of
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table
     from eval.tasks import draw_prompts, load_task
@@ -65,6 +65,8 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     labels = recipe.rollouts_folder / "labels.json"
     noise = json.loads(labels.read_text()) if labels.is_file() else {}
     agreement = noise.get("threshold", 0.5)  # where the target compares answers: as it labelled them
+    if not (recipe.folder / "eval").exists():  # else this pair was compiled before
+        compile_in_two(recipe, engine, prompts[0])
     outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup, agreement=agreement)
     rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
     pair = None

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from eval.methods import compile_in_two
 from parse import Engine
 from parse.ahead import ANY, _place, trace
 from parse.compiled import DEEP, WIDE, Compiled
@@ -17,6 +18,8 @@ from tests.conftest import random_model
 from tests.test_architectures import ARCHITECTURES, make
 from tests.test_batch import PROMPTS, assert_same_answers
 from tests.test_cache import assert_same_cache
+from train.models import load_engine
+from train.recipe import load_recipe
 
 KINDS = {"llama", "gemma 3", "gpt-2", "deepseek v3"}  # so different from each other that the others can wait
 
@@ -377,3 +380,21 @@ def test_really_compiled_passes_give_the_same_words(target, draft, tokenizer, ca
         )
     said = capsys.readouterr().err
     assert said.count("compiling") == said.count("... compiled in") == 4  # steps and wide passes of both
+
+
+@pytest.mark.slow
+def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(target, draft, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    recipe = load_recipe("recipes/quickstart.yaml", [f"target={tmp_path / 'target'}", f"runs={tmp_path}"])
+    for model, folder in ((target, tmp_path / "target"), (draft, recipe.draft_folder)):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    engine = load_engine(recipe, recipe.draft_folder, compile=True)
+    compile_in_two(recipe, engine, PROMPTS[0])
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()}
+    assert len(made) == 4  # steps and wide passes of both
+    assert not engine.readers["draft"].compiled._graphs  # those of the draft not here
+    for method in ("draft", "target", "draft"):
+        engine.generate(PROMPTS[0], 4, method=method)
+    assert all(len(reader.compiled._graphs) == 2 for reader in engine.readers.values())
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()} == made
