@@ -211,37 +211,29 @@ class Compiled:
         return self._first(made, arguments) if graph is None else self.run(graph, arguments)
 
     def follow(
-        self,
-        numbers: Tensor,
-        row: int,
-        cache: PrefixCache,
-        written: list[int],
-        limit: int,
-        is_last: Callable[[int], bool],
+        self, numbers: Tensor, rows: Sequence[int], cache: PrefixCache, take: Callable[[Sequence[int]], bool]
     ) -> Read | None:
         """Go on behind a step, each step reading the likeliest token behind the one before it, as far as its keys go.
 
         Args:
             numbers: int64 [5, B, 1], what followed.
-            row: the text that writes; its length does not change.
-            written: the tokens so far; those that are read are put behind.
-            limit: tokens in it at most.
-            is_last: whether a token is not to be read.
+            rows: the texts that write; their lengths do not change.
+            take: is given a token for each of them; whether they are to be read.
 
         Returns:
             what the last step gave; None where there was none, or the next bucket is not compiled yet.
         """
-        length, read = cache.lengths[row], None
-        longest = max(cache.lengths) + 1
-        shape = self.shape(row + 1, 1, longest)
+        read, longest = None, max(cache.lengths) + 1
+        shape = self.shape(max(rows) + 1, 1, longest)
         assert shape is not None
         key, buffers = self._held(shape, longest, cache)  # [P], a pair a layer
         graph = self._graphs.get(self._made(shape, (numbers, None, key, buffers, None, False)))
         if graph is None:
             return None
-        limit = min(limit, len(written) + len(key) - length)
-        while len(written) < limit and not is_last(token := numbers.tolist()[0][row][0]):
-            written.append(token)
+        for _ in range(len(key) - max(cache.lengths[row] for row in rows)):
+            likeliest = numbers.tolist()[0]  # [B][1]; faster than to choose first
+            if not take([likeliest[row][0] for row in rows]):
+                break
             read = self.run(graph, (numbers, None, key, buffers, None, False))
             assert read.following is not None
             numbers = read.following  # [5, B, 1]

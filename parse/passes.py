@@ -41,7 +41,7 @@ class Pass:
     keep: Sequence[int] | None = None  # increasing indices of tokens whose logits are needed; None: the last one
     with_states: bool = False
     adapted: PeftModel | None = None  # the reader's model under a LoRA that acts on the layout's suffixes alone
-    more: int = 0  # if it is alone, the most likely tokens may be written behind: so many,
+    more: int = 0  # if nobody else waits, the most likely tokens may be written behind: so many at most,
     stop: Stop | None = None  # none that ends the text, and none behind which this, given all of them, stops
 
     @property
@@ -94,34 +94,41 @@ class Reader:
         """Run passes as few forward passes, each of like widths; the order is kept.
 
         Args:
-            alone: nobody waits for these but who asks, so that a single one may write more.
+            alone: nobody else waits, so that they may write more.
         """
-        if len(passes) == 1:
-            outputs = self._together(passes)
-            return [self._write_on(passes[0], outputs[0])] if alone and passes[0].more else outputs
         by_index: dict[int, Output] = {}
-        for group in _of_like_width(passes):
+        for group in _of_like_width(passes) if len(passes) > 1 else [[0]]:
             by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
-        return [by_index[i] for i in range(len(passes))]
+        outputs = [by_index[i] for i in range(len(passes))]
+        return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
 
-    def _write_on(self, one: Pass, output: Output) -> Output:
-        """Write what the pass allows: steps without a detour through whoever asked."""
-        written: list[int] = []
-        logits, rows = output.logits, [one.row]  # [1, V]
+    def _write_on(self, passes: Sequence[Pass], outputs: Sequence[Output]) -> list[Output]:
+        """Write on in all texts, to where the first of them stops: steps without a detour through whoever asked."""
+        rows, written = [one.row for one in passes], [list[int]() for _ in passes]
+        limit = min(one.more for one in passes)
 
-        def is_last(token: int) -> bool:
-            return token in self.eos_ids or (one.stop is not None and one.stop([*written, token]))
+        def take(tokens: Sequence[int]) -> bool:
+            """Take a token for each text, unless one of them must not be read."""
+            if len(written[0]) >= limit:
+                return False
+            for one, own, token in zip(passes, written, tokens, strict=True):
+                if token in self.eos_ids or (one.stop is not None and one.stop([*own, token])):
+                    return False
+            for own, token in zip(written, tokens, strict=True):
+                own.append(token)
+            return True
 
-        while len(written) < one.more and not is_last(token := int(logits.argmax())):
-            written.append(token)
-            (slot,), read = self._run([Pass(self, one.row, [token])], rows, 1, [0], False)
-            self.cache.extend(rows, [1])
+        logits = [output.logits for output in outputs]  # [1, V] each
+        while take(tokens := [int(own.argmax()) for own in logits]):
+            steps = [Pass(self, row, [token]) for row, token in zip(rows, tokens, strict=True)]
+            slots, read = self._run(steps, rows, 1, [0], False)
+            self.cache.extend(rows, [1] * len(rows))
             if self.compiled and read.following is not None:
-                known, before = read.following, len(written)  # [5, B, 1]
-                read = self.compiled.follow(known, one.row, self.cache, written, one.more, is_last) or read
-                self.cache.extend(rows, [len(written) - before])
-            logits = read.logits[slot]
-        return Output(logits, (), written)
+                before = len(written[0])
+                read = self.compiled.follow(read.following, rows, self.cache, take) or read
+                self.cache.extend(rows, [len(written[0]) - before] * len(rows))
+            logits = [read.logits[slot] for slot in slots]
+        return [Output(last, (), own) for last, own in zip(logits, written, strict=True)]
 
     def _together(self, passes: Sequence[Pass]) -> list[Output]:
         """One forward pass over several texts."""
@@ -273,7 +280,7 @@ def drive_together(waiting: Iterable[Steps[T]], at_once: int) -> Iterator[tuple[
             return
         for reader in {id(one.reader): one.reader for _, one in wanted.values()}.values():
             asking = [i for i, (_, one) in wanted.items() if one.reader is reader]
-            outputs = reader.forward([wanted[i][1] for i in asking], alone=len(wanted) == 1)
+            outputs = reader.forward([wanted[i][1] for i in asking], alone=len(asking) == len(wanted))
             for index, output in zip(asking, outputs, strict=True):
                 steps, _ = wanted[index]
                 finished = _advance(steps, output)

@@ -91,21 +91,25 @@ def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read, every)
     assert_same_cache(alone, watched)
 
 
-def test_texts_that_run_together_write_token_by_token():
-    """Each leaves when it is done, and the last one, left alone, goes on at once."""
-    reader = Reader(TARGET)
-    limits = (3, 9)
-    together, asked, forward = [Context(reader) for _ in limits], [], reader.forward
-    for context in together:
+@pytest.mark.parametrize("readers", [1, 2])
+def test_texts_that_run_together_write_on_to_where_one_of_them_stops(readers):
+    """Each leaves when it is done. Those of two models write token by token, lest one be behind with its next pass."""
+    readers = [Reader(TARGET) for _ in range(readers)]
+    stops = [(9, lambda ids: len(ids) == 4), (7, None), (12, None)]
+    texts, asked = [Context(readers[i % len(readers)]) for i in range(3)], []
+    for context in texts:
         drive(context.awaiting([5, 6, 7]))
-    reader.forward = lambda some, alone: asked.append(len(some)) or forward(some, alone)
-    texts = (context.writing(limit) for context, limit in zip(together, limits, strict=True))
-    written = dict(drive_together(texts, at_once=2))
+    for reader in readers:
+        forward = reader.forward
+        reader.forward = lambda some, alone, forward=forward: asked.append(len(some)) or forward(some, alone)
+    writing = (context.writing(limit, stop=stop) for context, (limit, stop) in zip(texts, stops, strict=True))
+    written = dict(drive_together(writing, at_once=3))
     alone = Context(Reader(TARGET))
     alone.read([5, 6, 7])
-    ids = alone.write(9).ids
-    assert [written[i].ids for i in range(2)] == [ids[:3], ids]
-    assert asked == [2, 2, 2, 1]
+    ids = alone.write(12).ids
+    assert [written[i].ids for i in range(3)] == [ids[:4], ids[:7], ids]
+    assert [context.ids for context in texts] == [[5, 6, 7, *written[i].ids] for i in range(3)]
+    assert asked == ([3, 2, 1] if len(readers) == 1 else [*[2, 1] * 4, *[1] * 6])
 
 
 def test_proposals_that_are_kept_save_passes(monkeypatch):
