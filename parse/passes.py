@@ -106,14 +106,14 @@ class Reader:
         """Write on in all texts, to where the first of them stops: steps without a detour through whoever asked."""
         rows, written = [one.row for one in passes], [list[int]() for _ in passes]
         limit = min(one.more for one in passes)
+        stops = [(i, one.stop) for i, one in enumerate(passes) if one.stop]
 
         def take(tokens: Sequence[int]) -> bool:
-            """Take a token for each text, unless one of them must not be read."""
-            if len(written[0]) >= limit:
+            """Take a token for each text, unless one of them must not be read. Called for every step: be quick."""
+            if len(written[0]) >= limit or not self.eos_ids.isdisjoint(tokens):
                 return False
-            for one, own, token in zip(passes, written, tokens, strict=True):
-                if token in self.eos_ids or (one.stop is not None and one.stop([*own, token])):
-                    return False
+            if any(stop([*written[i], tokens[i]]) for i, stop in stops):
+                return False
             for own, token in zip(written, tokens, strict=True):
                 own.append(token)
             return True

@@ -57,12 +57,13 @@ def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tens
         logits: [N, V], those behind each token; the last row predicts the end of sequence, where M is N+1.
         tokens: int64 [M].
     """
-    parts = []
+    parts: list[Tensor] = []
     start = 0
-    for chunk in (before[None], *_by_rows(logits)):
-        chosen = tokens[start : start + len(chunk)]  # [rows]
-        rows = chunk[: len(chosen)].float()  # [rows, V]
-        start += len(chunk)
+    for chunk in _by_rows(logits):
+        known = chunk if parts else torch.cat([before[None], chunk])  # [rows, V]
+        chosen = tokens[start : start + len(known)]  # [rows]
+        rows = known[: len(chosen)].float()  # [rows, V]
+        start += len(known)
         total = rows.logsumexp(-1)  # [rows]
         token = rows.gather(1, chosen[:, None])[:, 0]  # [rows]
         mean = ((rows - total[:, None]).exp() * rows).sum(-1)  # [rows], of the logits
