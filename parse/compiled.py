@@ -262,9 +262,9 @@ class Compiled:
         numbers, places, key, buffers, keep, with_states = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
         texts = "one text" if numbers.shape[1] == 1 else f"{numbers.shape[1]} texts"
-        what = "wide passes" if keep is not None else f"decoding steps of {texts}"
+        what = f"{'wide passes' if keep is not None else f'decoding steps of {texts}'} of {name}"
         advice = "a minute or more, once: it is kept on disk"
-        print(f"compiling {what} of {name} ({advice}) ...", file=sys.stderr, flush=True)
+        print(f"compiling {what} ({advice}) ...", file=sys.stderr, flush=True)
         started = perf_counter()
         if keep is not None and self.graph:
             numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
@@ -287,7 +287,7 @@ class Compiled:
                 f"{name} cannot be compiled here and runs without: {type(error).__name__}: {reason}", stacklevel=2
             )
             return None
-        print(f"... compiled in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        print(f"... compiled {what} in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         self._graphs[made] = graph
         return output
 

@@ -97,7 +97,7 @@ class Reader:
             alone: nobody else waits, so that they may write more.
         """
         by_index: dict[int, Output] = {}
-        for group in _of_like_width(passes) if len(passes) > 1 else [[0]]:
+        for group in _of_like_width(passes):
             by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
         outputs = [by_index[i] for i in range(len(passes))]
         return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
