@@ -107,8 +107,12 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def launch(topology: str, *words: str) -> subprocess.Popen[str]:
-    """`python -m train` in two processes, under "ddp" or "fsdp2"; see `tests.two_processes`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    """`python -m train` in two processes, under "ddp", "fsdp2" or "zero3"; see `tests.two_processes`."""
+    if topology == "zero3":
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/zero3.yaml"]
+        command += ["--num_processes", "2", "--mixed_precision", "no"]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["tests/two_processes.py", topology, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

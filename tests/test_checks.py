@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import MODELS, random_model
 from train.__main__ import main as train
-from train.checks import check_disk, check_methods, check_prompts, size_of
+from train.checks import check_disk, check_launch, check_methods, check_prompts, size_of
 from train.recipe import RecipeError, load_recipe
 
 QUICK = "recipes/quickstart.yaml"
@@ -86,6 +86,14 @@ def test_gold_needs_byte_level_tokens_and_chat_templates(other):
     check_methods(load_recipe(QUICK, ["distill.method=gold", f"target={other}", f"draft={other}"]), ["distill"])
     with pytest.raises(RecipeError, match="ledger-draft has no byte-level tokens: use distill.method=sequence"):
         check_methods(load_recipe(QUICK, ["distill.method=gold"]), ["distill"])
+
+
+def test_the_verifier_is_refused_under_deepspeed(monkeypatch, capsys):
+    assert train([QUICK, "verifier", "--dry-run"]) == 0
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert train([QUICK, "verifier", "--dry-run"]) == 2
+    assert "not under DeepSpeed: name the stages before it here" in capsys.readouterr().err
+    check_launch(["answers", "distill", "rollouts", "align"])
 
 
 def test_prompts_that_leave_no_room_are_refused():

@@ -1,7 +1,7 @@
-"""`python -m train` as one of several CPU processes that torchrun starts, under DDP or FSDP2.
+"""`python -m train` as one of several CPU processes, under DDP or FSDP2 where torchrun starts them, or under ZeRO-3.
 
-Accelerate shards weights on GPUs only. Where "fsdp2" is asked for, its plugin is put in its place by hand, so that what
-runs is Accelerate's own FSDP2, over gloo. What becomes of each module is printed.
+Accelerate shards weights by FSDP2 on GPUs only. Where "fsdp2" is asked for, its plugin is put in its place by hand, so
+that what runs is Accelerate's own FSDP2, over gloo. What becomes of each module is printed.
 """
 
 import sys

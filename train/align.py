@@ -18,7 +18,7 @@ from trl import DistillationConfig, DPOConfig, DPOTrainer
 from parse import Engine
 from parse.models import load_model
 from train.distill import prompts
-from train.models import load_engine
+from train.models import load_engine, whole_weights
 from train.recipe import Recipe, RecipeError
 from train.rollouts import first_segment
 from train.run import Run
@@ -39,8 +39,10 @@ def run(recipe: Recipe, run: Run) -> None:
         rollouts = load_from_disk(run.path("rollouts"))
         assert isinstance(rollouts, Dataset)
         tokenizer = AutoTokenizer.from_pretrained(draft)
+        with whole_weights():
+            model = load_model(draft, dtype=torch.float32)
         common: dict[str, Any] = {
-            "model": load_model(draft, dtype=torch.float32),
+            "model": model,
             "args": trainer_config(recipe, checkpoints(folder)),
             "processing_class": tokenizer,
             "peft_config": lora_config(section.lora, "align.lora"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import str_to_bool
 from transformers import AutoConfig, AutoTokenizer
 
 from eval.judges import labeller_of
@@ -33,10 +35,20 @@ def check_all(recipe: Recipe, stages: Sequence[str]) -> int:
     Raises:
         RecipeError: naming the key, what was given and the remedy.
     """
+    check_launch(stages)
     check_models(recipe)
     check_methods(recipe, stages)
     check_prompts(recipe, stages)
     return sum(check_disk(recipe, stages).values())
+
+
+def check_launch(stages: Sequence[str]) -> None:
+    """Refuse a topology that a stage cannot learn under."""
+    if "verifier" in stages and str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
+        raise RecipeError(
+            "the verifier learns in one process, under DDP or under FSDP2, not under DeepSpeed: name the stages before "
+            "it here (distill, align), and start the rest with recipes/accelerate/ddp.yaml or fsdp2.yaml"
+        )
 
 
 def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:

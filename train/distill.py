@@ -10,6 +10,7 @@ Each trains every weight, or a LoRA that is merged afterwards.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trl import DistillationConfig, SFTConfig, SFTTrainer
 
 from parse.models import encode_continuation, encode_prompt, load_model
 from train.logits import LogitsTrainer, likely_tokens
-from train.models import first_draft
+from train.models import first_draft, whole_weights
 from train.recipe import Recipe
 from train.run import KEPT, Run
 from train.trainers import OnPolicyTrainer, arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
@@ -55,7 +56,8 @@ def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, f
         common["peft_config"] = lora_config(section.lora, "distill.lora")
     if section.method == "sequence":
         return training_kind(SFTTrainer)(train_dataset=examples(recipe, answers, tokenizer), **common)
-    target = load_model(recipe.target, options=recipe.engine.target_options)
+    with whole_weights() if section.method == "logits" else nullcontext():
+        target = load_model(recipe.target, options=recipe.engine.target_options)
     if section.method == "gold":
         from trl.experimental.gold import GOLDTrainer
 
@@ -132,8 +134,9 @@ def _turn(role: str, content: str) -> dict[str, str]:
 def _merge(recipe: Recipe, adapter: Path, folder: Path) -> None:
     """Save the draft with the LoRA added to its weights."""
     set_seed(recipe.seed)  # a new draft's weights are drawn again
-    model, _ = first_draft(recipe)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with whole_weights():
+        model, _ = first_draft(recipe)
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(folder)
     losses = adapter / "losses.json"
     losses.rename(folder / losses.name)

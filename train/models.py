@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
 from parse import Engine
 from parse.models import load_model
@@ -17,15 +20,30 @@ def load_engine(
     recipe: Recipe, draft: Path | None = None, verifier: Path | None = None, compile: bool | None = False
 ) -> Engine:
     """The recipe's target, with the draft and the verifier of some folders."""
-    return Engine.from_pretrained(
-        recipe.target,
-        draft,
-        verifier,
-        segments=recipe.segments,
-        compile=compile,
-        target_options=recipe.engine.target_options,
-        draft_options=recipe.engine.draft_options,
-    )
+    with whole_weights():
+        return Engine.from_pretrained(
+            recipe.target,
+            draft,
+            verifier,
+            segments=recipe.segments,
+            compile=compile,
+            target_options=recipe.engine.target_options,
+            draft_options=recipe.engine.draft_options,
+        )
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within, every process loads all weights of a model.
+
+    From a trainer's arguments on, DeepSpeed's ZeRO-3 deals those of each model out over the processes, for a trainer.
+    """
+    dealing = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = dealing
 
 
 def first_draft(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
