@@ -256,7 +256,7 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
 
     def packed(all_tokens: bool) -> None:
         layout = pack(draft, ends, suffix, past=PROMPT_TOKENS)
-        keep = [*(range(n) if all_tokens else (end - 1 for end in ends)), *layout.last_suffix.tolist()]
+        keep = [*(range(n) if all_tokens else (end - 1 for end in ends)), *layout.last_suffix]
         reader.forward([Pass(reader, context.row, layout.ids, layout, keep) for context in contexts])
         forget()
 

@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parse.ahead import ANY, Run, layered, library, trace
 from parse.cache import BufferLayer, PrefixCache
-from parse.layout import sight, visible
+from parse.layout import integers, sight, visible
 from parse.linear import few_rows, linears
 from parse.models import FLEX, SLIDING, attention_types
 
@@ -77,7 +77,7 @@ class Compiled:
         self.pays = {"steps": pays, "wide": pays}
         self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
-        self._key = torch.arange(0)  # [P] of the last pass
+        self._key = torch.arange(0)  # as long as the longest text so far, or longer
         self._linears = linears(model)
         self._backend = backend
 
@@ -204,8 +204,8 @@ class Compiled:
             kept: M indices of the tokens whose logits are needed.
         """
         key, buffers = self._held(shape, longest, cache)
-        keep = None if shape != WIDE else torch.tensor(list(kept), device=self.device)  # [M]
-        places = None if rows is None else torch.tensor(rows, device=self.device)  # [B]
+        keep = None if shape != WIDE else integers(kept).to(self.device)  # [M]
+        places = None if rows is None else integers(rows).to(self.device)  # [B]
         arguments = numbers.to(self.device), places, key, buffers, keep, with_states
         graph = self._graphs.get(made := self._made(shape, arguments))
         return self._first(made, arguments) if graph is None else self.run(graph, arguments)
@@ -242,10 +242,10 @@ class Compiled:
     def _held(self, shape: Shape, longest: int, cache: PrefixCache) -> tuple[Tensor, Buffers]:
         """The key numbers and the buffers of a pass, see `forward`."""
         keys = shape[1] or -(-longest // _KEYS) * _KEYS
-        if self._key.shape[0] != keys:
-            self._key = torch.arange(keys, device=self.device)
+        if self._key.shape[0] < keys:
+            self._key = torch.arange(2 * keys, device=self.device)
         fixed = self.graph and shape != WIDE  # else never read buffers to their very end, which is a graph of its own
-        return self._key, cache.buffers(shape[0], keys if fixed else keys + 1)
+        return self._key[:keys], cache.buffers(shape[0], keys if fixed else keys + 1)
 
     def _made(self, shape: Shape, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """All that a graph is made for."""

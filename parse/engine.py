@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from parse.answer import Answer, Generation, Settings, accept
 from parse.compiled import PATIENCE, Compiled
 from parse.decode import Context
-from parse.layout import pack
+from parse.layout import integers, pack
 from parse.models import (
     ATTENTION,
     Messages,
@@ -271,7 +271,7 @@ class Engine:
         layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
         whole = verifier.reads_draft or draft_logits is not None
         read = range(w - lead, w + n) if whole else sorted({*range(w - lead, w), w + n - 1, *(w + e - 1 for e in ends)})
-        verdicts = layout.last_suffix.tolist() if verifier.suffix_ids else []
+        verdicts = layout.last_suffix
         keep = [*read, *verdicts] if verifier.adapted is None else list(read)
         with_states = bool(verifier.layers) or verifier.adapted is not None
         output = yield Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
@@ -286,7 +286,7 @@ class Engine:
         tokens = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]  # M
         log_prob = entropy = margin = torch.empty(0, device=device)
         if whole:
-            log_prob, entropy, margin = token_evidence(before, drafted, torch.tensor(tokens, device=device))
+            log_prob, entropy, margin = token_evidence(before, drafted, integers(tokens).to(device))
         divergence = None
         if draft_logits is not None:
             divergence = token_divergence(torch.cat([before[None], drafted])[: len(tokens)], draft_logits)

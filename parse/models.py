@@ -178,6 +178,8 @@ def encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of tokens, exactly: special tokens and spaces as they are."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # the same, without a look at the type of each token
+        return cast(str, backend.decode(list(ids), skip_special_tokens=False))
     return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
-from parse.layout import Layout, pack, row_numbers, stack
+from parse.layout import Layout, integers, pack, row_numbers, stack
 from parse.linear import few_rows, linears
 from parse.models import FLEX
 
@@ -112,9 +112,9 @@ class Reader:
             """Take a token for each text, unless one of them must not be read. Called for every step: be quick."""
             if len(written[0]) >= limit or not self.eos_ids.isdisjoint(tokens):
                 return False
-            if any(stop([*written[i], tokens[i]]) for i, stop in stops):
+            if stops and any(stop([*written[i], tokens[i]]) for i, stop in stops):
                 return False
-            for own, token in zip(written, tokens, strict=True):
+            for own, token in zip(written, tokens, strict=False):  # as many: a check takes time
                 own.append(token)
             return True
 
@@ -192,7 +192,7 @@ class Reader:
                 past_key_values=self.cache,
                 use_cache=True,
                 output_hidden_states=with_states,
-                logits_to_keep=1 if last else torch.tensor(list(kept), device=device),
+                logits_to_keep=1 if last else integers(kept).to(device),
                 **options,
             )
         return Read(output.logits, output.hidden_states or ())
@@ -212,7 +212,7 @@ class Reader:
         ids, positions, limit = [0] * texts, [0] * texts, [0] * texts
         for one in passes:
             (ids[one.row],), positions[one.row], limit[one.row] = one.ids, starts[one.row], starts[one.row] + 1
-        return torch.tensor([*ids, *positions, *limit, *starts, *starts]).view(5, texts, 1)
+        return integers([*ids, *positions, *limit, *starts, *starts]).view(5, texts, 1)
 
 
 def _suffixes_start(one: Pass) -> int:
@@ -308,7 +308,7 @@ def check_packing(model: PreTrainedModel) -> None:
     reader = Reader(model)
     reader.forward([Pass(reader, 0, prompt)])
     layout = pack(draft, ends, suffix, past=len(prompt))
-    packed = reader.forward([Pass(reader, 0, layout.ids, layout, layout.last_suffix.tolist())])[0].logits  # [K, V]
+    packed = reader.forward([Pass(reader, 0, layout.ids, layout, layout.last_suffix)])[0].logits  # [K, V]
     rows = [[*prompt, *draft[:end], *suffix] for end in ends]
     with torch.inference_mode():
         alone = [

@@ -62,12 +62,11 @@ def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tens
     for chunk in _by_rows(logits):
         known = chunk if parts else torch.cat([before[None], chunk])  # [rows, V]
         chosen = tokens[start : start + len(known)]  # [rows]
-        rows = known[: len(chosen)].float()  # [rows, V]
+        log_probs = known[: len(chosen)].float().log_softmax(-1)  # [rows, V]
         start += len(known)
-        total = rows.logsumexp(-1)  # [rows]
-        token = rows.gather(1, chosen[:, None])[:, 0]  # [rows]
-        mean = ((rows - total[:, None]).exp() * rows).sum(-1)  # [rows], of the logits
-        parts.append(torch.stack([token - total, total - mean, rows.amax(-1) - token]))
+        token = log_probs.gather(1, chosen[:, None])[:, 0]  # [rows]
+        entropy = -(log_probs.exp() * log_probs).sum(-1)  # [rows]
+        parts.append(torch.stack([token, entropy, log_probs.amax(-1) - token]))
     log_prob, entropy, margin = torch.cat(parts, dim=1)  # [3, M]
     return log_prob, entropy, margin
 

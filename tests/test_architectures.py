@@ -90,7 +90,7 @@ def both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, Conte
     """Logits of the draft's tokens and of the K verdicts: from the packed pass, and from plain passes."""
     context = read(model)
     layout = pack(DRAFT, ENDS, SUFFIX, past=len(PROMPT))
-    keep = [*range(len(DRAFT)), *layout.last_suffix.tolist()]
+    keep = [*range(len(DRAFT)), *layout.last_suffix]
     packed = context.reader.forward([Pass(context.reader, context.row, layout.ids, layout, keep)])[
         0
     ].logits  # [N + K, V]
@@ -119,7 +119,7 @@ def test_texts_of_a_batch_are_read_as_each_alone(name):
     prompts = [PROMPT, PROMPT[:5], PROMPT[3:]]
     layouts = [pack(DRAFT, ENDS, SUFFIX, past=len(PROMPT)), pack(DRAFT[:18], [4, 18], SUFFIX, past=5), None]
     reads = [layouts[0].ids, layouts[1].ids, DRAFT]
-    keeps = [[2, *layouts[0].last_suffix.tolist()], layouts[1].last_suffix.tolist(), None]
+    keeps = [[2, *layouts[0].last_suffix], layouts[1].last_suffix, None]
 
     def passes(contexts):
         zipped = zip(contexts, reads, layouts, keeps, strict=True)

@@ -12,8 +12,8 @@ from tests.conftest import random_model
 
 def test_mask_of_the_documented_example():
     layout = pack([10, 11, 12, 13, 14, 15], [2, 4, 6], [20, 21], past=3)
-    assert layout.position_ids.tolist() == [3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10]
-    assert layout.last_suffix.tolist() == [7, 9, 11]
+    assert layout.positions == [3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10]
+    assert layout.last_suffix == [7, 9, 11]
     rows = ["".join("#" if seen else "." for seen in row) for row in layout.mask().tolist()]
     assert rows[0] == "####..........."
     assert rows[5] == "#########......"
@@ -50,7 +50,7 @@ def test_packed_pass_equals_separate_passes(kind, case, past, suffix, data):
         plain = model(torch.tensor([prompt + draft])).logits[0, past:]
         torch.testing.assert_close(logits[:n], plain, atol=1e-4, rtol=1e-4)
         if suffix:
-            for end, index in zip(ends, layout.last_suffix.tolist(), strict=True):
+            for end, index in zip(ends, layout.last_suffix, strict=True):
                 alone = model(torch.tensor([prompt + draft[:end] + tail])).logits[0, -1]
                 torch.testing.assert_close(logits[index], alone, atol=1e-4, rtol=1e-4)
 
@@ -64,7 +64,7 @@ def test_stacked_rows_equal_rows_alone():
         logits = model(ids, position_ids=positions, attention_mask=mask).logits
         for b, row in enumerate(rows):
             own = row.mask()[None, None]
-            single = model(row.input_ids[None], position_ids=row.position_ids[None], attention_mask=own).logits[0]
+            single = model(torch.tensor([row.ids]), position_ids=torch.tensor([row.positions]), attention_mask=own).logits[0]
             torch.testing.assert_close(logits[b, : single.shape[0]], single, atol=1e-4, rtol=1e-4)
 
 

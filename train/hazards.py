@@ -83,7 +83,7 @@ class AdapterModule(nn.Module):
             ends = [len(before) + end for end in one.draft.ends]
             layout = pack([*before, *one.draft.ids], ends, self.suffix_ids)
             layouts.append(layout)
-            places += [(row, index) for index in layout.last_suffix.tolist()]
+            places += [(row, index) for index in layout.last_suffix]
         starts = torch.tensor([layout.draft_length for layout in layouts])  # [B]
         evidence = torch.cat([segment_evidence(one.evidence) for one in judged])  # [sum K, 13]
         return stack_layouts(layouts), torch.tensor(places), starts, evidence
