@@ -63,8 +63,8 @@ def test_stacked_rows_equal_rows_alone():
     with torch.inference_mode():
         logits = model(ids, position_ids=positions, attention_mask=mask).logits
         for b, row in enumerate(rows):
-            own = row.mask()[None, None]
-            single = model(torch.tensor([row.ids]), position_ids=torch.tensor([row.positions]), attention_mask=own).logits[0]
+            own, positions = row.mask()[None, None], torch.tensor([row.positions])
+            single = model(torch.tensor([row.ids]), position_ids=positions, attention_mask=own).logits[0]
             torch.testing.assert_close(logits[b, : single.shape[0]], single, atol=1e-4, rtol=1e-4)
 
 
