@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from parse.linear import FEW, _FewRows, few_rows, linears
+from parse.linear import FEW, NEAR, _FewRows, few_rows, linears
 from parse.passes import Pass, Reader
 from tests.conftest import random_model
 
@@ -34,8 +34,12 @@ def test_few_rows_give_the_same_products(leading: list[int], width: int, out: in
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(24, 10), nn.Linear(24, 10, bias=False), Conv1D(10, 24)])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_compiled_layer_multiplies_one_row_in_a_loop_of_its_own(rows: int, layer: nn.Module) -> None:
+@pytest.mark.parametrize(("rows", "near", "loop"), [(1, 0, True), (4, NEAR, True), (4, 900, False), (5, NEAR, False)])
+def test_a_compiled_layer_multiplies_a_row_or_four_in_a_loop_of_its_own(
+    rows: int, near: int, loop: bool, layer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One always; as many as four where the weight, here of 960 bytes, is small enough to be near."""
+    monkeypatch.setattr("parse.linear.NEAR", near)
     x, seen = torch.randn(rows, 1, 24), list[str]()
     nn.init.normal_(layer.weight)
     expected = layer(x)
@@ -47,7 +51,7 @@ def test_a_compiled_layer_multiplies_one_row_in_a_loop_of_its_own(rows: int, lay
     with few_rows([layer]):
         output = torch.compile(lambda x: layer(x), backend=backend, fullgraph=True)(x)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    assert ("sum" in seen) == (rows == 1)
+    assert ("sum" in seen) == loop
 
 
 def test_whoever_else_holds_the_model_finds_it_as_it_was() -> None:
