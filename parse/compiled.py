@@ -77,7 +77,7 @@ class Compiled:
         self.pays = {"steps": pays, "wide": pays}
         self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
-        self._key = torch.arange(0)  # as long as the longest text so far, or longer
+        self._key = torch.arange(0)  # [P], or longer: of the longest text so far
         self._linears = linears(model)
         self._backend = backend
 

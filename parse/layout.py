@@ -52,7 +52,8 @@ class Layout:
     def mask(self, window: int | None = None) -> Tensor:
         """Who sees whom: bool [T, L + T], True where the query may attend; see `visible`."""
         keys = self.past + len(self.ids)
-        rows = (torch.tensor([row]) for row in (self.limit, self.own, range(self.past, keys), self.positions))
+        at = range(self.past, keys)
+        rows = (integers(row)[None] for row in (self.limit, self.own, at, self.positions))  # [1, T] each
         return visible(*rows, keys=keys, window=window)[0]
 
 
