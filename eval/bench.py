@@ -10,16 +10,17 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -30,11 +31,13 @@ import parse.answer
 import parse.engine
 import parse.passes
 from parse import Engine
-from parse.decode import Context, Sampling
+from parse.answer import Answer, Verdict
+from parse.decode import Context, Sampling, Written
 from parse.layout import pack
 from parse.models import load_model
-from parse.passes import Pass, Reader
+from parse.passes import Pass, Reader, drive
 from parse.verifiers import Evidence
+from train.models import with_layers
 from train.run import hardware, progress_bar, quieten
 
 EMBEDDED = Path(__file__).parent.parent / "recipes" / "models"
@@ -46,6 +49,7 @@ STEP = 16  # tokens from cut to cut in whole answers
 ANSWER = 128  # tokens of a whole answer
 WRONG = (37, 90)  # where in it the draft is wrong
 HORIZONS = (STEP, 2 * STEP, 4 * STEP)  # tokens of a round's draft, against all of the answer at once
+AHEAD_LAYERS = 4  # of the draft where drafting ahead is measured, out of the target's 30
 PROMPT = "list : " + " ; ".join(f"#{i} fig rome {3 * i}" for i in range(1, 9)) + " ."
 MODELS_LABEL = "models"
 COMPILE = True
@@ -158,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = [(n, k, s, b) for b in options.batches for n, k in SHAPES for s in SUFFIXES]
         if name == "smollm2":  # minutes a pass otherwise
             shapes = [(n, k, s, b) for n, k, s, b in shapes if b * (n + k * s) <= 2560]
-        with progress_bar(name, total=len(shapes) + 2 * len(options.batches) + 1) as bar:
+        with progress_bar(name, total=len(shapes) + 2 * len(options.batches) + 2) as bar:
             for n, k, s, b in shapes:
                 ratios = pass_ratios(target, n, k, s, b, max(2, options.repeats // b))
                 rows.append({"model": name, "N": n, "K": k, "S": s, "batch": b, **ratios})
@@ -176,6 +180,12 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append({"model": name, "N": ANSWER, "K": ANSWER // STEP, "S": 4, "batch": b, **whole})
                 bar.update()
             rows += [{"model": name, "N": ANSWER, **row} for row in horizon_ratios(engine, options.repeats)]
+            bar.update()
+            if name == "smollm2" and target.device.type == "cpu" and torch.get_num_threads() > 1:
+                small = with_layers(load_smollm2()[0], AHEAD_LAYERS)
+                engine = Engine(target, tokenizer, small, tokenizer, script, segments=STEP, compile=False)
+                ahead = ahead_ratios(engine, max(2, options.repeats // 2))
+                rows += [{"model": name, "N": ANSWER, **row} for row in ahead]
             bar.update()
     print(f"\n{hardware()}\n\n{tables(rows)}\n")
     print(json.dumps({"hardware": hardware(), "rows": rows}))
@@ -352,6 +362,63 @@ def horizon_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def ahead_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of an answer that waits for each verdict before it drafts on, over those of one that drafts ahead.
+
+    On two devices, each a core. The draft is kept whole, or wrong where the script says so.
+    """
+    rows: list[dict[str, Any]] = []
+    with endless(engine), two_devices():
+        for horizon in HORIZONS:
+            for kept, threshold in (("whole", 0.0), ("in part", None)):
+                answers: dict[bool, list[int]] = {}
+
+                def answer(apart: bool, options: dict[str, Any], into: dict[bool, list[int]] = answers) -> None:
+                    engine.apart = apart
+                    into[apart] = engine.generate(PROMPT, ANSWER, **options)[0].token_ids
+
+                options = {"threshold": threshold, "horizon": horizon}
+                ways: dict[str, Callable[[], object]] = {}
+                for apart in (False, True):
+                    ways[str(apart)] = partial(answer, apart, options)
+                ratio = take_turns(ways, repeats)("False", "True")
+                assert answers[False] == answers[True]
+                rows.append({"horizon": horizon, "kept": kept, "waiting_over_ahead": ratio})
+    return rows
+
+
+@contextmanager
+def two_devices() -> Iterator[None]:
+    """Draft and target compute at the same time, on a core each: a packed pass and its verdicts run in a thread of
+    their own, and whoever looks at them waits, as on a GPU.
+    """
+    threads, verify = torch.get_num_threads(), Answer.verify
+
+    def started(answer: Answer, draft: Written) -> Generator[Pass | None, Any, Verdict]:
+        return cast(Verdict, _Awaited(device.submit(lambda: drive(verify(answer, draft)))))
+        yield  # the steps of an answer, of which none is another's to run
+
+    torch.set_num_threads(1)
+    try:
+        with (
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as device,
+            patch.object(Answer, "verify", started),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """What is still being computed."""
+
+    future: Future[Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.future.result(), name)
+
+
 @contextmanager
 def endless(engine: Engine) -> Iterator[None]:
     """Nothing that the engine's models write ends an answer, so that each has the tokens that were asked for."""
@@ -388,7 +455,13 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     lines += [
         f"{row['model']:>12s}{row['horizon']:12d}{row['first_token_over_whole']:11.2f}x{row['seconds_over_whole']:11.2f}x"
         for row in rows
-        if "horizon" in row
+        if "seconds_over_whole" in row
+    ]
+    lines += ["", "drafting ahead, on two devices of a core each: the answer's time without it, over that with it"]
+    lines += [
+        f"{row['model']:>12s}{row['horizon']:12d}{row['kept']:>12s}{row['waiting_over_ahead']:11.2f}x"
+        for row in rows
+        if "waiting_over_ahead" in row
     ]
     return "\n".join(lines)
 

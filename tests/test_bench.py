@@ -5,9 +5,11 @@ import math
 from time import perf_counter
 
 import pytest
+import torch
 
 from eval import bench
 from parse import Engine
+from parse.answer import Answer
 
 
 @pytest.mark.slow
@@ -31,7 +33,7 @@ def test_the_benchmark_prints_tables_and_one_json_line(capsys, monkeypatch):
         assert 0 < row["model_time_fraction"] <= 1 <= row["wall_over_ideal"] * 1.5
         assert sum(row["profile"].values()) == pytest.approx(1, abs=0.05)
     assert any("wall time over ideal" in line for line in printed)
-    horizons = [row for row in rows if "horizon" in row]
+    horizons = [row for row in rows if "seconds_over_whole" in row]
     assert [row["horizon"] for row in horizons] == list(bench.HORIZONS)
     assert all(row["first_token_over_whole"] > 0 and row["seconds_over_whole"] > 0 for row in horizons)
 
@@ -48,6 +50,17 @@ def test_a_script_decides_what_is_accepted(target, draft, tokenizer, monkeypatch
         assert runs == [kept] * 2 + [refused] * 6 + [repair] + [kept] * 2 + [refused] * 3 + [repair] + [kept] * 2
         assert result.stats.rounds == 3
         assert len(result.token_ids) == 32
+
+
+def test_drafting_ahead_is_measured_where_both_models_compute_at_once(target, draft, tokenizer, monkeypatch):
+    monkeypatch.setattr(bench, "ANSWER", 32)
+    monkeypatch.setattr(bench, "HORIZONS", (8,))
+    engine = Engine(target, tokenizer, draft, tokenizer, bench.Scripted((9,), [7, 8]), segments=4, compile=False)
+    threads, verify = torch.get_num_threads(), Answer.verify
+    rows = bench.ahead_ratios(engine, repeats=1)
+    assert [(row["horizon"], row["kept"]) for row in rows] == [(8, "whole"), (8, "in part")]
+    assert all(row["waiting_over_ahead"] > 0 for row in rows)
+    assert (torch.get_num_threads(), Answer.verify) == (threads, verify)
 
 
 def test_a_stopwatch_counts_no_second_twice(target, draft, tokenizer):
