@@ -9,34 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial, wraps
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import parse.answer
-import parse.engine
-import parse.passes
+from eval.instruments import MODELS_LABEL, Scripted, endless, stopwatch, take_turns, two_devices
 from parse import Engine
-from parse.answer import Answer, Verdict
-from parse.decode import Context, Sampling, Written
+from parse.decode import Context
 from parse.layout import pack
 from parse.models import load_model
-from parse.passes import Pass, Reader, drive
-from parse.verifiers import Evidence
+from parse.passes import Pass, Reader
 from train.models import with_layers
 from train.run import hardware, progress_bar, quieten
 
@@ -51,100 +41,8 @@ WRONG = (37, 90)  # where in it the draft is wrong
 HORIZONS = (STEP, 2 * STEP, 4 * STEP)  # tokens of a round's draft, against all of the answer at once
 AHEAD_LAYERS = 4  # of the draft where drafting ahead is measured, out of the target's 30
 PROMPT = "list : " + " ; ".join(f"#{i} fig rome {3 * i}" for i in range(1, 9)) + " ."
-MODELS_LABEL = "models"
 COMPILE = True
 PASS_RATIOS = ("verify_over_prefill", "verify_over_equal_prefill", "sequential_over_verify", "evidence_over_verify")
-
-
-@dataclass
-class Scripted:
-    """A verifier that finds a draft right but at chosen places: the engine's speed without a model's skill.
-
-    Every answer has `ANSWER` tokens and a draft writes all that are missing, so its length tells where it begins.
-    """
-
-    places: Sequence[int]  # positions in the answer where the draft's first try is wrong
-    suffix_ids: list[int]
-    kind: str = "scripted"
-    layers: tuple[int, ...] = ()
-    threshold: float = 0.5
-    adapted: None = None
-    reads_draft: bool = True
-
-    def confidences(self, evidence: Evidence) -> Tensor:
-        """1 for the cuts before the next wrong place, 0 behind it: float32 [K]."""
-        begin = ANSWER - evidence.ends[-1]
-        place = next((place for place in self.places if place >= begin), ANSWER)
-        return torch.tensor([float(begin + end <= place) for end in evidence.ends])
-
-
-@dataclass
-class Stopwatch:
-    """Where the time of calls goes: seconds of each label, without those of the labels inside."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    passes: dict[tuple[str, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
-    total: float = 0.0  # of all labels
-    role: str = ""  # of the model whose pass it is
-
-    def timed(
-        self, label: str, call: Callable[..., Any], wide: Callable[..., bool] | None = None
-    ) -> Callable[..., Any]:
-        """The call, timed; for a model's pass, `wide` tells from its arguments whether it is more than a step."""
-
-        @wraps(call)
-        def timing(*args: Any, **kwargs: Any) -> Any:
-            _synchronize()
-            started, before = perf_counter(), self.total
-            result = call(*args, **kwargs)
-            _synchronize()
-            took = perf_counter() - started
-            self.seconds[label] += took - (self.total - before)
-            self.total = before + took
-            if wide is not None:
-                self.passes[self.role, wide(*args, **kwargs)].append(took)
-            return result
-
-        return timing
-
-    def reading(self, role: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A reader's call, which sets the role of the passes inside."""
-
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            self.role = role
-            return call(*args, **kwargs)
-
-        return noting
-
-
-@contextmanager
-def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
-    """Times the parts of an engine."""
-    watch = Stopwatch()
-    patches: list[tuple[Any, str, Any]] = []
-    for model in {reader.model for reader in engine.readers.values()}:
-        step = watch.timed(MODELS_LABEL, model.forward, lambda **inputs: inputs["input_ids"].shape[1] > 1)
-        patches.append((model, "forward", step))
-    for role, reader in engine.readers.items():
-        patches.append((reader, "forward", watch.reading(role, reader.forward)))
-        if reader.compiled:
-            run = watch.timed(MODELS_LABEL, reader.compiled.run, lambda graph, arguments: arguments[0].shape[2] > 1)
-            patches.append((reader.compiled, "run", run))
-    for label, owner, name in (
-        ("numbers and masks", Reader, "_numbers"),
-        ("numbers and masks", Reader, "_step_numbers"),
-        ("numbers and masks", parse.passes, "masks"),
-        ("sampling", Sampling, "__call__"),
-        ("packing and cutting", parse.engine, "pack"),
-        ("packing and cutting", parse.answer, "cut"),
-        ("evidence and verdicts", parse.engine, "token_evidence"),
-        ("evidence and verdicts", Scripted, "confidences"),
-    ):
-        patches.append((owner, name, watch.timed(label, getattr(owner, name))))
-    with ExitStack() as stack:
-        for owner, name, timed in patches:
-            stack.enter_context(patch.object(owner, name, timed))
-        yield watch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = [(n, k, s, b) for b in options.batches for n, k in SHAPES for s in SUFFIXES]
         if name == "smollm2":  # minutes a pass otherwise
             shapes = [(n, k, s, b) for n, k, s, b in shapes if b * (n + k * s) <= 2560]
-        with progress_bar(name, total=len(shapes) + 2 * len(options.batches) + 2) as bar:
+        ahead = name == "smollm2" and target.device.type == "cpu" and torch.get_num_threads() > 1
+        figures = len(shapes) + 2 * len(options.batches) + 1 + 2 * len(HORIZONS) * ahead
+        with progress_bar(name, total=figures) as bar:
             for n, k, s, b in shapes:
                 ratios = pass_ratios(target, n, k, s, b, max(2, options.repeats // b))
                 rows.append({"model": name, "N": n, "K": k, "S": s, "batch": b, **ratios})
@@ -173,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                         ratio = decode_ratio(model, tokenizer, b, options.repeats)
                         rows.append({"model": name, "role": role, "batch": b, "decode_over_generate": ratio})
                 bar.update()
-            script = Scripted(WRONG, suffix_ids=[7, 8, 9, 10])
+            script = Scripted(WRONG, suffix_ids=[7, 8, 9, 10], answer=ANSWER)
             engine = Engine(target, tokenizer, draft, tokenizer, script, segments=STEP, compile=COMPILE)
             for b in options.batches:
                 whole = answer_figures(engine, b, options.repeats)
@@ -181,12 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
                 bar.update()
             rows += [{"model": name, "N": ANSWER, **row} for row in horizon_ratios(engine, options.repeats)]
             bar.update()
-            if name == "smollm2" and target.device.type == "cpu" and torch.get_num_threads() > 1:
+            if ahead:
                 small = with_layers(load_smollm2()[0], AHEAD_LAYERS)
                 engine = Engine(target, tokenizer, small, tokenizer, script, segments=STEP, compile=False)
-                ahead = ahead_ratios(engine, max(2, options.repeats // 2))
-                rows += [{"model": name, "N": ANSWER, **row} for row in ahead]
-            bar.update()
+                for row in ahead_ratios(engine, max(2, options.repeats // 2)):
+                    rows.append({"model": name, "N": ANSWER, **row})
+                    bar.update()
     print(f"\n{hardware()}\n\n{tables(rows)}\n")
     print(json.dumps({"hardware": hardware(), "rows": rows}))
     return 0
@@ -214,22 +114,6 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
-
-
-def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> Callable[[str, str], float]:
-    """Run the ways in turns, once more before for warming up.
-
-    Returns:
-        the median over the turns of one way's seconds over another's.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats + 1):
-        for name, way in ways.items():
-            started = perf_counter()
-            way()
-            _synchronize()
-            seconds[name].append(perf_counter() - started)
-    return lambda one, other: median(a / b for a, b in zip(seconds[one][1:], seconds[other][1:], strict=True))
 
 
 def some_prompts(model: PreTrainedModel, count: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
@@ -362,70 +246,22 @@ def horizon_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def ahead_ratios(engine: Engine, repeats: int) -> list[dict[str, Any]]:
+def ahead_ratios(engine: Engine, repeats: int) -> Iterator[dict[str, Any]]:
     """Seconds of an answer that waits for each verdict before it drafts on, over those of one that drafts ahead.
 
     On two devices, each a core. The draft is kept whole, or wrong where the script says so.
     """
-    rows: list[dict[str, Any]] = []
+
+    def answer(apart: bool, **settings: Any) -> None:
+        engine.apart = apart
+        engine.generate(PROMPT, ANSWER, **settings)
+
     with endless(engine), two_devices():
-        for horizon in HORIZONS:
-            for kept, threshold in (("whole", 0.0), ("in part", None)):
-                answers: dict[bool, list[int]] = {}
-
-                def answer(apart: bool, options: dict[str, Any], into: dict[bool, list[int]] = answers) -> None:
-                    engine.apart = apart
-                    into[apart] = engine.generate(PROMPT, ANSWER, **options)[0].token_ids
-
-                options = {"threshold": threshold, "horizon": horizon}
-                ways: dict[str, Callable[[], object]] = {}
-                for apart in (False, True):
-                    ways[str(apart)] = partial(answer, apart, options)
-                ratio = take_turns(ways, repeats)("False", "True")
-                assert answers[False] == answers[True]
-                rows.append({"horizon": horizon, "kept": kept, "waiting_over_ahead": ratio})
-    return rows
-
-
-@contextmanager
-def two_devices() -> Iterator[None]:
-    """Draft and target compute at the same time, on a core each: a packed pass and its verdicts run in a thread of
-    their own, and whoever looks at them waits, as on a GPU.
-    """
-    threads, verify = torch.get_num_threads(), Answer.verify
-
-    def started(answer: Answer, draft: Written) -> Generator[Pass | None, Any, Verdict]:
-        return cast(Verdict, _Awaited(device.submit(lambda: drive(verify(answer, draft)))))
-        yield  # the steps of an answer, of which none is another's to run
-
-    torch.set_num_threads(1)
-    try:
-        with (
-            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as device,
-            patch.object(Answer, "verify", started),
-        ):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class _Awaited:
-    """What is still being computed."""
-
-    future: Future[Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.future.result(), name)
-
-
-@contextmanager
-def endless(engine: Engine) -> Iterator[None]:
-    """Nothing that the engine's models write ends an answer, so that each has the tokens that were asked for."""
-    with ExitStack() as stack:
-        for reader in engine.readers.values():
-            stack.enter_context(patch.object(reader, "eos_ids", frozenset()))
-        yield
+        for horizon, (kept, threshold) in product(HORIZONS, (("whole", 0.0), ("in part", None))):
+            settings = {"horizon": horizon, "threshold": threshold}
+            ways = {"waiting": partial(answer, False, **settings), "ahead": partial(answer, True, **settings)}
+            ratio = take_turns(ways, repeats)("waiting", "ahead")
+            yield {"horizon": horizon, "kept": kept, "waiting_over_ahead": ratio}
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -464,9 +300,6 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         if "waiting_over_ahead" in row
     ]
     return "\n".join(lines)
-
-
-_synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 import json
 import math
+from threading import Event
 from time import perf_counter
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from eval import bench
+from eval import bench, instruments
+from eval.bench import PROMPT
+from eval.instruments import Scripted, endless, stopwatch, two_devices
 from parse import Engine
-from parse.answer import Answer
 
 
 @pytest.mark.slow
@@ -38,12 +41,11 @@ def test_the_benchmark_prints_tables_and_one_json_line(capsys, monkeypatch):
     assert all(row["first_token_over_whole"] > 0 and row["seconds_over_whole"] > 0 for row in horizons)
 
 
-def test_a_script_decides_what_is_accepted(target, draft, tokenizer, monkeypatch):
+def test_a_script_decides_what_is_accepted(target, draft, tokenizer):
     """Answers of 32 tokens in cuts of 4, the draft wrong at 9 and 20: two repairs of 4 tokens, the rest is kept."""
-    monkeypatch.setattr(bench, "ANSWER", 32)
-    engine = Engine(target, tokenizer, draft, tokenizer, bench.Scripted((9, 20), [7, 8]), segments=4)
-    with bench.endless(engine):
-        results = engine.generate([bench.PROMPT] * 2, 32)
+    engine = Engine(target, tokenizer, draft, tokenizer, Scripted((9, 20), [7, 8], answer=32), segments=4)
+    with endless(engine):
+        results = engine.generate([PROMPT] * 2, 32)
     for result in results:
         runs = [(s.source, s.accepted) for s in result.segments]
         refused, kept, repair = ("draft", False), ("draft", True), ("target", True)
@@ -52,22 +54,49 @@ def test_a_script_decides_what_is_accepted(target, draft, tokenizer, monkeypatch
         assert len(result.token_ids) == 32
 
 
-def test_drafting_ahead_is_measured_where_both_models_compute_at_once(target, draft, tokenizer, monkeypatch):
+def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, tokenizer):
+    """The target's first packed pass does not begin to compute before the draft has written behind it."""
+    script = Scripted((9,), [7, 8], answer=32)
+    engine = Engine(target, tokenizer, draft, tokenizer, script, segments=4, compile=False)
+    engine.apart = True
+    ahead, judging, threads = Event(), Event(), torch.get_num_threads()
+    plain = engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids
+    read, write = engine.readers["target"].forward, engine.readers["draft"].forward
+
+    def reading(passes, alone=False):
+        if passes[0].layout:
+            judging.set()
+            assert ahead.wait(20), "the draft waits for the verdict"
+        return read(passes, alone)
+
+    def writing(passes, alone=False):
+        if judging.is_set():
+            ahead.set()
+        return write(passes, alone)
+
+    with (
+        patch.object(engine.readers["target"], "forward", reading),
+        patch.object(engine.readers["draft"], "forward", writing),
+        two_devices(),
+    ):
+        assert engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids == plain
+    assert torch.get_num_threads() == threads
+
+
+def test_drafting_ahead_is_measured_by_horizon(target, draft, tokenizer, monkeypatch):
     monkeypatch.setattr(bench, "ANSWER", 32)
     monkeypatch.setattr(bench, "HORIZONS", (8,))
-    engine = Engine(target, tokenizer, draft, tokenizer, bench.Scripted((9,), [7, 8]), segments=4, compile=False)
-    threads, verify = torch.get_num_threads(), Answer.verify
-    rows = bench.ahead_ratios(engine, repeats=1)
+    script = Scripted((9,), [7, 8], answer=32)
+    rows = list(bench.ahead_ratios(Engine(target, tokenizer, draft, tokenizer, script, 4, compile=False), repeats=1))
     assert [(row["horizon"], row["kept"]) for row in rows] == [(8, "whole"), (8, "in part")]
-    assert all(row["waiting_over_ahead"] > 0 for row in rows)
-    assert (torch.get_num_threads(), Answer.verify) == (threads, verify)
+    assert all(math.isfinite(row["waiting_over_ahead"]) for row in rows)
 
 
 def test_a_stopwatch_counts_no_second_twice(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, bench.Scripted((37,), [7]), segments=16, compile=False)
-    with bench.endless(engine), bench.stopwatch(engine) as watch:
+    engine = Engine(target, tokenizer, draft, tokenizer, Scripted((37,), [7], answer=128), segments=16, compile=False)
+    with endless(engine), stopwatch(engine) as watch:
         started = perf_counter()
-        stats = engine.generate(bench.PROMPT, bench.ANSWER)[0].stats
+        stats = engine.generate(PROMPT, 128)[0].stats
         wall = perf_counter() - started
     assert 0 < sum(watch.seconds.values()) <= wall
     assert {"models", "sampling", "numbers and masks", "packing and cutting", "evidence and verdicts"} == set(
@@ -83,7 +112,7 @@ def test_ratios_are_taken_within_a_turn(monkeypatch):
     """What drifts between turns is in both parts of each; the first turn warms up."""
     seconds = [9, 1, 1, 2, 40, 20, 300, 100]  # one, other; one, other; ...
     clock = iter([reading for took in seconds for reading in (0, took)])
-    monkeypatch.setattr(bench, "perf_counter", lambda: next(clock))
-    ratio = bench.take_turns({"one": lambda: None, "other": lambda: None}, repeats=3)
+    monkeypatch.setattr(instruments, "perf_counter", lambda: next(clock))
+    ratio = instruments.take_turns({"one": lambda: None, "other": lambda: None}, repeats=3)
     assert ratio("one", "other") == 2
     assert ratio("other", "one") == 1 / 2
