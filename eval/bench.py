@@ -293,11 +293,10 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
         if "seconds_over_whole" in row
     ]
-    lines += ["", "drafting ahead, on two devices of a core each: the answer's time without it, over that with it"]
+    if ahead := [row for row in rows if "waiting_over_ahead" in row]:
+        lines += ["", "drafting ahead, on two devices of a core each: the answer's time without it, over that with it"]
     lines += [
-        f"{row['model']:>12s}{row['horizon']:12d}{row['kept']:>12s}{row['waiting_over_ahead']:11.2f}x"
-        for row in rows
-        if "waiting_over_ahead" in row
+        f"{row['model']:>12s}{row['horizon']:12d}{row['kept']:>12s}{row['waiting_over_ahead']:11.2f}x" for row in ahead
     ]
     return "\n".join(lines)
 
