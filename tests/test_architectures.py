@@ -71,10 +71,10 @@ SUFFIX = [20, 21, 22]
 ENDS = [3, 9, 15, 20]
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make(name: str, dtype: torch.dtype = torch.float32, **others: int) -> PreTrainedModel:
     kind, options = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **BASE | options)
+    config = AutoConfig.for_model(kind, **BASE | options | others)
     config.dtype = dtype
     return AutoModelForCausalLM.from_config(config).eval()
 

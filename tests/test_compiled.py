@@ -22,6 +22,7 @@ from train.models import load_engine
 from train.recipe import load_recipe
 
 KINDS = {"llama", "gemma 3", "gpt-2", "deepseek v3"}  # so different from each other that the others can wait
+MIXED = {"qwen2, windows in some layers", "gemma 2", "gemma 3", "deepseek v3", "gpt-oss"}  # layers of two kinds
 
 
 class Counter:
@@ -36,11 +37,22 @@ class Counter:
         return graph
 
 
+def shallow(name):
+    """As few layers as there are when two of them do the same, for tracing takes long."""
+    return make(name, num_hidden_layers=3 if name in MIXED else 2)
+
+
 def compiled_reader(model, counter, as_on_gpu=False, patience=0.0, wide=False) -> Reader:
     compiled = Compiled(model, patience, counter)
     compiled.graph = as_on_gpu
     compiled.pays["wide"] = as_on_gpu or wide
     return Reader(model, frozenset([1]), compiled)
+
+
+@pytest.fixture(scope="module")
+def shallow_pair(tokenizer):
+    """Target and draft of a layer each."""
+    return random_model("llama", len(tokenizer), layers=1), random_model("gpt2", len(tokenizer), layers=1, seed=1)
 
 
 def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
@@ -61,8 +73,9 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
 )
 def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
     """As on a GPU: no graph breaks, one graph for packed passes of any size and one for steps, equal logits."""
-    model, counter = make(name), Counter()
-    mine, plain = (Context(reader) for reader in (compiled_reader(model, counter, True), Reader(model)))
+    model, counter = shallow(name), Counter()
+    readers = compiled_reader(model, counter, True), Reader(model, frozenset([1]))
+    mine, plain = (Context(reader) for reader in readers)
     for context in (mine, plain):
         context.read(list(range(5, 18)))
     for n, ends in ((20, [5, 20]), (18, [4, 9]), (21, [21])):
@@ -77,7 +90,8 @@ def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
             context.ids = list(range(13 + n))
             context.next_logits = None
             context.read([7])
-            assert context.write(4).ids
+            context.write(4)
+        assert mine.ids == plain.ids
         torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
         assert_same_cache(mine, plain)
         for context in (mine, plain):
@@ -96,8 +110,8 @@ def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
         pytest.param({"threshold": 0.05, "horizon": 7}, True, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_engines_answer_the_same_alone_and_in_batches(target, draft, tokenizer, ways, as_on_gpu):
-    plain, compiled, counters = engines(target, draft, tokenizer, Prompt.of(tokenizer), as_on_gpu)
+def test_compiled_engines_answer_the_same_alone_and_in_batches(shallow_pair, tokenizer, ways, as_on_gpu):
+    plain, compiled, counters = engines(*shallow_pair, tokenizer, Prompt.of(tokenizer), as_on_gpu)
     expected = plain.generate(PROMPTS, 30, batch_size=1, **ways)
     for batch_size in (1, 5):
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
@@ -272,7 +286,7 @@ def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
     ],
 )
 def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
-    model, counter = make(name), Counter()
+    model, counter = shallow(name), Counter()
     readers = compiled_reader(model, counter), Reader(model)
     prompts = [list(range(5, 18 - i)) for i in range(texts)]
     for _ in range(3):
@@ -299,7 +313,7 @@ def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
 )
 def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name, deep):
     """Prompts and packed passes, alone and together; of deep models, each of the layers that do the same made once."""
-    model, counter = make(name), Counter()
+    model, counter = shallow(name), Counter()
     mine, plain = compiled_reader(model, counter, wide=True), Reader(model)
     mine.compiled._deep = deep
     for reader in (mine, plain):
@@ -323,7 +337,7 @@ def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(na
         half = len(outputs) // 2
         for ours, theirs in zip(outputs[:half], outputs[half:], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert counter.graphs == len(mine.compiled._graphs) == 1  # of the three layers two or three are the same
+    assert counter.graphs == len(mine.compiled._graphs) == 1  # two of the layers are the same
     assert any("embedding" in operation for operation in counter.operations) != deep  # a layer, or all of the model
 
 
@@ -372,7 +386,8 @@ def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, m
 
 
 @pytest.mark.slow
-def test_really_compiled_passes_give_the_same_words(target, draft, tokenizer, capsys):
+def test_really_compiled_passes_give_the_same_words(draft, tokenizer, capsys):
+    target = random_model("llama", len(tokenizer))
     plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
     compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
     compiled.readers["target"].compiled._deep = True
@@ -385,10 +400,10 @@ def test_really_compiled_passes_give_the_same_words(target, draft, tokenizer, ca
 
 
 @pytest.mark.slow
-def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(target, draft, tokenizer, tmp_path, monkeypatch):
+def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(shallow_pair, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     recipe = load_recipe("recipes/quickstart.yaml", [f"target={tmp_path / 'target'}", f"runs={tmp_path}"])
-    for model, folder in ((target, tmp_path / "target"), (draft, recipe.draft_folder)):
+    for model, folder in zip(shallow_pair, (tmp_path / "target", recipe.draft_folder), strict=True):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     engine = load_engine(recipe, recipe.draft_folder, compile=True)

@@ -23,7 +23,9 @@ def test_cuda_graphs_give_the_same_answers(ways, batch_size):
     for _ in range(2):  # the second time graphs are replayed
         mine = compiled.generate(PROMPTS, 40, batch_size=batch_size, **ways)
         assert_same_answers(mine, plain.generate(PROMPTS, 40, batch_size=batch_size, **ways))
-    assert all(reader.compiled.pays for reader in compiled.readers.values())
+    for reader in compiled.readers.values():
+        assert reader.compiled._graphs or ways.get("method") == "target"
+        assert all(reader.compiled.pays.values())  # no compilation failed
 
 
 def test_flex_attention_gives_the_same_answers():

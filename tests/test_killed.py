@@ -21,9 +21,9 @@ RECIPE = "recipes/quickstart.yaml"
 def test_killed_at_any_moment_the_chain_goes_on_and_comes_out_the_same(tmp_path):
     """Killed for good again and again, at moments drawn by chance; in the end all is as if nobody had killed it."""
     steps = "per_device_train_batch_size: 4, save_steps: 4, logging_steps: 1, learning_rate: 2e-4"
-    options = ["answers.prompts=24", "answers.batch_size=4", "engine.compile=false", "verifier.kind=probe"]
-    options += [f"rollouts.{split}=16" for split in ("train", "calibration", "test")]
-    options += ["rollouts.batch_size=4", "rollouts.recheck=2", "align.prompts=16", "verifier.max_accuracy_loss=0.2"]
+    options = ["answers.prompts=24", "answers.batch_size=8", "engine.compile=false", "verifier.kind=probe"]
+    options += [f"rollouts.{split}=8" for split in ("train", "calibration", "test")]
+    options += ["rollouts.batch_size=8", "rollouts.recheck=2", "align.prompts=8", "verifier.max_accuracy_loss=0.4"]
     options += [f"distill.trainer={{max_steps: 24, {steps}}}", f"align.trainer={{max_steps: 6, {steps}}}"]
     assert train([RECIPE, *options, f"runs={tmp_path / 'whole'}"]) == 0
     rng, command = random.Random(1), [sys.executable, "-m", "train", RECIPE, *options, f"runs={tmp_path / 'killed'}"]
