@@ -37,7 +37,7 @@ from parse.ahead import ANY, Run, layered, library, trace
 from parse.cache import BufferLayer, PrefixCache
 from parse.layout import integers, sight, visible
 from parse.linear import few_rows, linears
-from parse.models import FLEX, SLIDING, attention_types
+from parse.models import FLEX, SLIDING, attention_types, is_distributed
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
@@ -72,7 +72,7 @@ class Compiled:
         self.graph = self.device.type != "cpu"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
-        pays = not spread and (self.graph or weights <= LARGEST)
+        pays = not (spread or is_distributed(model)) and (self.graph or weights <= LARGEST)
         self._deep = model.config.num_hidden_layers >= DEEP
         self.pays = {"steps": pays, "wide": pays}
         self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for

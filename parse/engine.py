@@ -28,6 +28,7 @@ from parse.models import (
     encode_continuation,
     encode_prompt,
     eos_ids,
+    is_distributed,
     load_model,
     text_behind,
     text_of,
@@ -62,6 +63,8 @@ class Engine:
             self.readers["draft"] = Reader(draft, ends, _compiled(draft, compile))
         # then the next draft is written while the target judges this one; on one device they would wait for each other
         self.apart = draft is not None and draft.device != target.device
+        # then several processes run this engine, in step
+        self.distributed = any(is_distributed(reader.model) for reader in self.readers.values())
 
     @classmethod
     def from_pretrained(
@@ -96,7 +99,7 @@ class Engine:
                 a pass has taken a while over all its uses (short runs never wait for a compiler), False never.
             target_options, draft_options: more arguments of `transformers`' `from_pretrained` for each, such as
                 `{"device_map": "auto"}`, `{"tp_plan": "auto"}` or a `quantization_config`. Draft and target may
-                sit on different devices.
+                sit on different devices. With a `tp_plan`, all processes ask for the same answers, and get them.
 
         Raises:
             ValueError: for an architecture whose cache cannot be rolled back, a verifier made for
@@ -365,6 +368,11 @@ class Engine:
             )
         if settings.method != "target" or settings.lookahead:
             self._reader("draft")
+        if self.distributed and settings.temperature and settings.seed is None:
+            raise ValueError(
+                "seed=None, and the model is split over several processes, each of which would draw tokens of its own: "
+                "give all of them the same seed"
+            )
         if settings.lookahead and not self.same_tokens:
             raise ValueError(
                 f"lookahead={settings.lookahead} lets the draft propose tokens, and its vocabulary is not the "

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +25,12 @@ from transformers import (
 )
 
 Messages = list[dict[str, str]]
-PLACING = {"device_map", "tp_plan", "quantization_config"}  # options that say where a model's weights lie
+PLACING = {
+    "device_map",
+    "tp_plan",
+    "distributed_config",
+    "quantization_config",
+}  # options that place weights
 
 
 def load_model(
@@ -88,6 +94,11 @@ def _merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     if (adapter / "tokenizer_config.json").is_file():
         merged.config.name_or_path = str(adapter)
     return merged.eval()  # type: ignore[no-untyped-call,no-any-return]
+
+
+def is_distributed(model: PreTrainedModel) -> bool:
+    """Whether its weights are split over several processes, as `tp_plan` does."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def check_weights(source: str | Path) -> None:

@@ -1,6 +1,10 @@
 """What a request may be and what it gives: streams, prompts, settings, the context's limit, plain data."""
 
 import dataclasses
+import json
+import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -11,6 +15,7 @@ from parse.decode import Sampling
 from parse.passes import growing
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS
+from tests.split_target import answers
 from tests.test_engine import PROMPT
 
 STREAMS = [
@@ -145,3 +150,21 @@ def test_options_place_a_model_and_leave_its_answers_alone():
         Engine.from_pretrained(*pair, "prompt", device="cpu", target_options={"device_map": "auto"})
     with pytest.raises(ValueError, match="attention='x' is not known: use one of auto, sdpa, flex"):
         Engine.from_pretrained(*pair, "prompt", attention="x")
+
+
+@pytest.mark.slow
+def test_a_target_split_over_processes_answers_the_same():
+    """Two of them, each with half of every layer; what is drawn needs a seed, the same for both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    result = subprocess.run([*command, "tests.split_target"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in re.findall(r"found: (.*)", result.stdout)]
+    plain = Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", "prompt", compile=False)
+    assert not plain.distributed
+    expected = answers(plain)
+    assert len(found) == 2
+    for one in found:
+        assert one["answers"] == expected
+        assert one["distributed"]
+        assert not one["compiled"]
+        assert "give all of them the same seed" in one["refused"]
