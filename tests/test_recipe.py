@@ -58,6 +58,7 @@ def test_every_shipped_recipe_loads():
         ({"logging": {"wandb": "on"}}, "logging.wandb names 'on' Allowed: online, offline"),
         ({"stages": ["answer"]}, "stages names 'answer'; did you mean 'answers'"),
         ({"engine": {"policy": "first"}}, "engine.policy names 'first'"),
+        ({"engine": {"target_options": {"tp_plan": "auto"}}}, "target_options holds tp_plan, .* use {device_map"),
         ({"pretrain": {"target": {"output": "o"}}}, "lacks the key 'speaker'"),
     ],
 )

@@ -353,6 +353,12 @@ def _check(recipe: Recipe) -> None:
         _check_choices("logging.wandb", [recipe.logging.wandb], ("online", "offline"))
     _check_choices("engine.policy", [recipe.engine.policy], ("first_fail", "longest", "whole"))
     _check_choices("engine.handback", [recipe.engine.handback], ("segment", "never"))
+    for name, options in ("target", recipe.engine.target_options), ("draft", recipe.engine.draft_options):
+        if split := sorted({"tp_plan", "distributed_config"} & options.keys()):
+            raise RecipeError(
+                f"engine.{name}_options holds {', '.join(split)}, which splits a model over processes, and those of a "
+                "run each take prompts of their own: use {device_map: auto} to spread it over the GPUs of one"
+            )
     methods = ("target", "speculation", "draft", "cascade", "sequential", "parse")
     _check_choices("eval.methods", recipe.eval.methods, methods)
     if not 0 < recipe.verifier.max_accuracy_loss < 1:
