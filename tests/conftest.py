@@ -30,15 +30,11 @@ torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
 
 @pytest.hookimpl(trylast=True)  # behind the choice of tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage makes what it watches take half as long again: what others have run already does not count.
-
-    Of each test the first case counts, and of the slow ones those of the whole chain.
-    """
+    """Of compiled passes the first case of each test counts for coverage, under which tracing takes twice as long."""
     seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        apart = item.get_closest_marker("slow") and "test_pipeline" not in test
-        if apart or test in seen:
+        if test in seen and "test_compiled" in test:
             item.add_marker(pytest.mark.no_cover)
         seen.add(test)
 

@@ -18,6 +18,7 @@ RECIPE = "recipes/quickstart.yaml"
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # it would take half as long again, and test_pipeline runs the same
 def test_killed_at_any_moment_the_chain_goes_on_and_comes_out_the_same(tmp_path):
     """Killed for good again and again, at moments drawn by chance; in the end all is as if nobody had killed it."""
     steps = "per_device_train_batch_size: 4, save_steps: 4, logging_steps: 1, learning_rate: 2e-4"
