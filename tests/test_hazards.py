@@ -198,6 +198,14 @@ def test_the_kind_that_may_accept_most_is_chosen_of_those_that_the_engine_can_ru
     assert choose("probe", kinds, 0.01) == "probe"
 
 
+def test_of_kinds_that_may_accept_as_much_the_one_nearest_to_the_labels_is_chosen():
+    """Whichever stands first in the report."""
+    right, wrong = (Draft([1], [1, 2], [1, 2], True, [True, last], number=last) for last in (True, False))
+    sure, unsure = ({"held_out": [Scored(right, [0.9, 0.8]), Scored(wrong, [0.9, low])]} for low in (0.1, 0.7))
+    assert choose("best", {"prompt": unsure, "probe": sure}, 0.01) == "probe"
+    assert choose("best", {"prompt": sure, "probe": unsure}, 0.01) == "prompt"
+
+
 def test_nothing_to_learn_from_is_said():
     with pytest.raises(ValueError, match=r"no labelled drafts to learn from .*raise rollouts\.train"):
         train_probe([], planted(3, 1), (1,), ProbeSection(), 0.01)

@@ -22,6 +22,7 @@ from eval.judged import (
     Judged,
     Scored,
     examine,
+    judgements,
     known_cuts,
     measure,
     milliseconds_per_cut,
@@ -215,11 +216,18 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
 def choose(kind: str, scores: dict[str, Scores], promise: float) -> str:
     """The kind's name in the report; among several the one that may accept most of the held-out drafts.
 
-    Divergence stands in the report alone: the engine does not keep the draft's distributions.
+    Where several may accept as much, the one whose confidences are nearest to the labels, by their mean squared error
+    (Brier's score). Divergence stands in the report alone: the engine does not keep the draft's distributions.
     """
     usable = [name for name in scores if not name.startswith("divergence")]
     among = [name for name in usable if kind in ("best", name) or name.split()[0] == kind]
-    return max(among, key=lambda name: acceptable(scores[name]["held_out"], promise))
+
+    def merit(name: str) -> tuple[float, float]:
+        held_out = scores[name]["held_out"]
+        confidences, valid = judgements(held_out)  # [n] each
+        return acceptable(held_out, promise), -float(((confidences - valid) ** 2).mean())
+
+    return max(among, key=merit)
 
 
 def report_of(
