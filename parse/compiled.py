@@ -72,7 +72,8 @@ class Compiled:
         self.graph = self.device.type != "cpu"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
-        pays = not (spread or is_distributed(model)) and (self.graph or weights <= LARGEST)
+        split = is_distributed(model)  # each of its processes would compile at a moment of its own
+        pays = not spread and not split and (self.graph or weights <= LARGEST)
         self._deep = model.config.num_hidden_layers >= DEEP
         self.pays = {"steps": pays, "wide": pays}
         self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for

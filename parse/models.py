@@ -25,12 +25,8 @@ from transformers import (
 )
 
 Messages = list[dict[str, str]]
-PLACING = {
-    "device_map",
-    "tp_plan",
-    "distributed_config",
-    "quantization_config",
-}  # options that place weights
+# options that say where a model's weights lie
+PLACING = {"device_map", "tp_plan", "distributed_config", "quantization_config"}
 
 
 def load_model(

@@ -28,6 +28,9 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 @pytest.hookimpl(trylast=True)  # behind the choice of tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of compiled passes the first case of each test counts for coverage, under which tracing takes twice as long."""
@@ -123,7 +126,7 @@ def launch(topology: str, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/zero3.yaml"]
         command += ["--num_processes", "2", "--mixed_precision", "no"]
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = list(TORCHRUN)
     command += ["tests/two_processes.py", topology, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pair = MODELS / "ledger-target", MODELS / "ledger-draft"
     engine = Engine.from_pretrained(*pair, "prompt", compile=True, target_options={"tp_plan": "auto"})
-    engine.readers["draft"].compiled = None
+    engine.readers["draft"].compiled = None  # it could be, and would take long
     compiled = any(engine.readers["target"].compiled.pays.values())
     found = {"answers": answers(engine), "distributed": engine.distributed, "compiled": compiled}
     try:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -14,7 +13,7 @@ from parse.answer import Answer
 from parse.decode import Sampling
 from parse.passes import growing
 from parse.verifiers import Likelihood, Prompt
-from tests.conftest import MODELS
+from tests.conftest import MODELS, TORCHRUN
 from tests.split_target import answers
 from tests.test_engine import PROMPT
 
@@ -155,8 +154,7 @@ def test_options_place_a_model_and_leave_its_answers_alone():
 @pytest.mark.slow
 def test_a_target_split_over_processes_answers_the_same():
     """Two of them, each with half of every layer; what is drawn needs a seed, the same for both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    result = subprocess.run([*command, "tests.split_target"], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*TORCHRUN, "-m", "tests.split_target"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in re.findall(r"found: (.*)", result.stdout)]
     plain = Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", "prompt", compile=False)
