@@ -208,9 +208,8 @@ class Answer:
             stop = lambda written: ends_segment(written, engine.draft_tokenizer, engine.segments)
         elif isinstance(settings.horizon, int):
             room = min(room, settings.horizon)
-        context = self.contexts["draft"]
-        yield from context.becoming([*self.draft_prompt_ids, *engine.to_draft(ids)])
-        return (yield from context.writing(room, self.sample, stop))
+        text = [*self.draft_prompt_ids, *engine.to_draft(ids)]
+        return (yield from self.contexts["draft"].continuing(text, room, self.sample, stop))
 
     def commit(self, draft: Written, verdict: Verdict, k: int) -> None:
         """Keep the first k segments of the draft, in the answer and in the target's cache."""

@@ -192,6 +192,17 @@ class Context:
                 break
         return Written(written, ended=False)
 
+    def continuing(
+        self, ids: Sequence[int], limit: int, sample: Sampling = GREEDY, stop: Stop | None = None
+    ) -> Steps[Written]:
+        """Write on behind these tokens, see `becoming` and `writing`, as far as the model's context reaches."""
+        longest = self.reader.longest
+        room = limit if longest is None else min(limit, longest - len(ids))
+        if room < 1:
+            return Written([], ended=False)
+        yield from self.becoming(ids)
+        return (yield from self.writing(room, sample, stop))
+
     def knowing(self) -> Steps[Tensor]:
         """The logits [V] of the next token; what waits is read."""
         if self.next_logits is None:

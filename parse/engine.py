@@ -148,7 +148,8 @@ class Engine:
         Args:
             prompts: text, chat messages, or a list of either. Text is asked as a user's turn where the
                 target has a chat template.
-            max_new_tokens: at most so many of the target's tokens an answer, cut to the context's end.
+            max_new_tokens: at most so many of the target's tokens an answer, cut to the end of its context. Where the
+                draft's context ends before, the target goes on alone.
             threshold: accept confidences at or above it; None takes the verifier's own.
             policy: "first_fail" keeps the cuts before the first one below the threshold, "longest" all up
                 to the last one above it, "whole" the whole draft or nothing (a cascade).
@@ -213,7 +214,7 @@ class Engine:
         return drive(self._steps(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)))
 
     def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Answer:
-        budget = self._budget(len(prompt_ids), settings)
+        budget = self._budget(prompt_ids, draft_prompt_ids, settings)
         roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
         readers = {role: self.readers[role] for role in roles}
         return Answer(self, prompt_ids, draft_prompt_ids, settings, budget, readers)
@@ -380,20 +381,22 @@ class Engine:
             )
         return settings
 
-    def _budget(self, prompt_length: int, settings: Settings) -> int:
-        """New tokens that fit: the request's own limit, or what the shorter context leaves."""
+    def _budget(self, prompt_ids: Sequence[int], draft_prompt_ids: Sequence[int], settings: Settings) -> int:
+        """New tokens that fit: the request's own limit, or what the contexts leave of which the answer needs all."""
         room = settings.max_new_tokens
         suffix = len(self.verifier.suffix_ids) if self.verifier and settings.method == "parse" else 0
-        models = [self.target] if settings.method == "target" and not settings.lookahead else [self.target, self.draft]
-        for model in models:
-            limit = getattr(model.config, "max_position_embeddings", None) if model else None
-            if limit is not None:
-                room = min(room, limit - prompt_length - suffix)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {prompt_length} tokens and leaves no room for an answer in the models' "
-                "context: shorten it"
-            )
+        texts = {"target": len(prompt_ids) + suffix}
+        if settings.method == "draft" or settings.lookahead:  # else the target goes on where the draft's context ends
+            texts["draft"] = len(draft_prompt_ids)
+        for role, length in texts.items():
+            longest = self.readers[role].longest
+            if longest is not None and room > longest - length:
+                room = longest - length
+            if room < 1:
+                raise ValueError(
+                    f"the prompt has {length} tokens and leaves no room for an answer in the context of the {role}, "
+                    f"{longest}: shorten it"
+                )
         return room
 
 

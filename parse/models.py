@@ -154,6 +154,19 @@ def attention_types(config: PreTrainedConfig) -> set[str]:
     return set(named or [SLIDING if getattr(config, "sliding_window", None) else FULL])
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest text, prompt and answer, that a model can take; None: any.
+
+    With LongRoPE (Phi-3, Phi-4-mini) it ends where the rotations change. Behind that all cached keys would be others,
+    and those of the texts beside it in a batch as well.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one, or one for each kind of layer
+    changes = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits = [getattr(config, "max_position_embeddings", None), *changes]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a prompt up to where the answer begins; text is a user's turn of the chat template."""
     if isinstance(prompt, str) and not tokenizer.chat_template:

@@ -22,7 +22,7 @@ from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
 from parse.layout import Layout, integers, pack, row_numbers, stack
 from parse.linear import few_rows, linears
-from parse.models import FLEX
+from parse.models import FLEX, context_length
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
 T = TypeVar("T")
@@ -67,12 +67,14 @@ class Reader:
     eos_ids: frozenset[int] = frozenset()
     compiled: Compiled | None = None
     cache: PrefixCache = field(init=False)
+    longest: int | None = field(init=False)  # tokens of a text, see `context_length`
     _device: torch.device = field(init=False)
     _free: list[int] = field(init=False)  # a heap: low rows are taken first
     _linears: list[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache, self._device = PrefixCache(), self.model.device  # the model's own property is slow
+        self.longest = context_length(self.model.config)
         if self.model.config._attn_implementation == FLEX:
             self.cache.window.multiple = FLEX_BLOCK
         self._free = [0]

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from eval.instruments import endless
 from parse import Engine
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import check_architecture
+from parse.models import check_architecture, context_length
 from parse.passes import Pass, Reader, check_packing
 from parse.verifiers import Likelihood
 from tests.test_cache import assert_same_cache
@@ -43,6 +44,7 @@ MLA = {
     "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
 }
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [1.0, 4, 7, 10, 13, 16]}
 ARCHITECTURES = {
     "llama": ("llama", HEADS),
     "mistral": ("mistral", HEADS | WINDOW),
@@ -55,6 +57,7 @@ ARCHITECTURES = {
     "gemma 3": ("gemma3_text", HEADS | WINDOW | {"query_pre_attn_scalar": 12, "sliding_window_pattern": 2}),
     "phi 3": ("phi3", {}),
     "phi 3, with a window": ("phi3", WINDOW),
+    "phi 3, for long texts": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 256}),
     "olmo 2": ("olmo2", {}),
     "granite": ("granite", {}),
     "glm 4": ("glm4", HEADS),
@@ -159,6 +162,22 @@ def test_the_invariants_of_generation(name, tokenizer):
     assert engine.generate_ids(ids, settings).token_ids == expected
     draft = engine.generate_ids(ids, engine.settings(max_new_tokens=20, method="draft")).token_ids
     assert engine.generate_ids(ids, engine.settings(max_new_tokens=20, threshold=0.0)).token_ids == draft
+
+
+def test_a_text_ends_where_rotations_change(tokenizer):
+    """Behind it the keys that are cached would be wrong, and those of the texts beside it."""
+    model = make("phi 3, for long texts")
+    engine = Engine(model, tokenizer)
+    assert context_length(model.config) == 256 < model.config.max_position_embeddings
+    ids = [5 + i * 7 % 160 for i in range(250)]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    with endless(engine):
+        assert engine.generate_ids(ids, engine.settings(method="target")).token_ids == expected[0, 250:].tolist()
+    with pytest.raises(ValueError, match="256 tokens and leaves no room for an answer in the context of the target"):
+        engine.generate_ids([*ids, *ids[:6]], engine.settings(method="target"))
+    kinds = {"full_attention": LONG | {"original_max_position_embeddings": 64}, "sliding_attention": {}}
+    assert context_length(PreTrainedConfig(rope_parameters=kinds)) == 64
+    assert context_length(PreTrainedConfig()) is None
 
 
 def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):

@@ -100,6 +100,10 @@ def test_prompts_that_leave_no_room_are_refused():
     check_prompts(load_recipe(QUICK), EVERY)
     with pytest.raises(RecipeError, match=r"engine.max_new_tokens is 500, and \d+ of 200 prompts leave no room"):
         check_prompts(load_recipe(QUICK, ["engine.max_new_tokens=500"]), EVERY)
+    short = load_recipe(QUICK, ["draft={config: {model_type: gpt2, n_positions: 240, n_embd: 32, n_head: 2}}"])
+    with pytest.raises(RecipeError, match="the draft's context holds 240"):
+        check_prompts(short, ["distill"])
+    check_prompts(short, ["rollouts"])  # there it stops where its context ends
 
 
 def test_words_that_the_target_cannot_read_are_refused(tmp_path):

@@ -8,12 +8,13 @@ from itertools import pairwise
 
 import pytest
 
+from eval.instruments import endless
 from parse import Engine
 from parse.answer import Answer
 from parse.decode import Sampling
 from parse.passes import growing
 from parse.verifiers import Likelihood, Prompt
-from tests.conftest import MODELS, TORCHRUN
+from tests.conftest import MODELS, TORCHRUN, random_model
 from tests.split_target import answers
 from tests.test_engine import PROMPT
 
@@ -122,6 +123,26 @@ def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
     assert len(result.token_ids) <= room
     with pytest.raises(ValueError, match="leaves no room"):
         engine.generate("list : " + "fig " * 600)
+
+
+def test_the_target_goes_on_where_the_drafts_context_ends(draft, tokenizer):
+    """The draft's 512 tokens end in the answer, or in the prompt: the target's own words are no fewer."""
+    target = random_model("llama", len(tokenizer))
+    target.config.max_position_embeddings = 2048
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(), compile=False)
+    long = "list : " + "fig " * 480
+    room = 512 - len(engine.encode(long))
+    with endless(engine):
+        alone = engine.generate(long, 60, method="target")[0]
+        assert len(alone.token_ids) == 60
+        assert engine.generate(long, 60, threshold=1.1)[0].token_ids == alone.token_ids
+        drafted = engine.generate(long, 60, method="draft")[0]
+        assert len(drafted.token_ids) == room
+        both = engine.generate(long, 60, threshold=0.0)[0]
+        assert both.token_ids[:room] == drafted.token_ids
+        assert len(both.token_ids) == 60
+        longer = engine.generate("list : " + "fig " * 600, 60)[0]
+        assert (longer.stats.draft_tokens, longer.stats.target_tokens) == (0, 60)
 
 
 def test_generations_are_plain_data(target, draft, tokenizer):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from eval.instruments import endless
 from parse import Engine
 from parse.models import encode_text, text_behind, text_of
 from parse.verifiers import Likelihood
@@ -93,3 +94,17 @@ def test_answers_keep_their_books_across_tokenizers(crossing, ways):
         assert result.text == text_of(result.token_ids, engine.tokenizer)
         assert "".join(s.text for s in result.segments if s.accepted) == result.text
     assert all(r.text for r in (engine.generate("x", 10, threshold=0.0)[0] for engine in crossing))
+
+
+def test_a_draft_stops_at_its_own_contexts_end(bpe, unigram):
+    """Of 512 positions, which are learnt; the same words are other tokens to it than to the target."""
+    target, draft = random_model("llama", len(bpe), layers=1), random_model("gpt2", len(unigram), layers=1)
+    target.config.max_position_embeddings = 2048
+    engine = Engine(target, bpe, draft, unigram, Likelihood(), segments=6, compile=False)
+    for words, drafts in (("x = [1,  2] 👩‍🚀 " * 20, True), ("x = [1,  2] 👩‍🚀 " * 30, False)):
+        room = 512 - len(engine.encode_for_draft(words))
+        assert (0 < room < 100) == drafts
+        with endless(engine):
+            result = engine.generate(words, 300, threshold=0.0)[0]
+        assert len(result.token_ids) == 300
+        assert bool(result.stats.draft_tokens) == drafts

@@ -15,7 +15,15 @@ from transformers import AutoConfig, AutoTokenizer
 from eval.judges import labeller_of
 from eval.tasks import draw_prompts, load_task
 from eval.tasks.rows import Prompt, Rows
-from parse.models import check_architecture, check_weights, encode_prompt, encode_text, render, text_of
+from parse.models import (
+    check_architecture,
+    check_weights,
+    context_length,
+    encode_prompt,
+    encode_text,
+    render,
+    text_of,
+)
 from parse.verifiers import Prompt as Verdict
 from train.models import empty_draft
 from train.recipe import NewDraft, Recipe, RecipeError, hidden_states, to_dict
@@ -108,30 +116,43 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
             raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
     if labeller_of(recipe, task) == "agreement" and "rollouts" in stages:
         check_asking(recipe, "rollouts.labeller")
-    tokenizer, config = AutoTokenizer.from_pretrained(recipe.target), AutoConfig.from_pretrained(recipe.target)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.target)
+    contexts = {"target": (tokenizer, context_length(AutoConfig.from_pretrained(recipe.target)))}
+    if {"distill", "align"} & set(stages):  # the engine's draft may stop at its context's end, what it learns may not
+        own = AutoTokenizer.from_pretrained(recipe.draft) if isinstance(recipe.draft, str) else tokenizer
+        with torch.device("meta"):
+            contexts["draft"] = own, context_length(empty_draft(recipe).config)
     labelled = ("train", "calibration", "test")
-    splits = {"answers": ("answers",), "rollouts": ("train",), "relabel": labelled, "eval": ("test",)}
-    if not recipe.aligned:
-        splits["rollouts"] = labelled
+    splits = {
+        "answers": ("answers",),
+        "distill": ("answers",),
+        "rollouts": ("train",) if recipe.aligned else labelled,
+        "align": ("train",),
+        "relabel": labelled,
+        "eval": ("test",),
+    }
     for split in dict.fromkeys(split for stage in stages for split in splits.get(stage, ())):
         prompts = draw_prompts(task, split, LOOKED_AT, recipe.seed)
         if not prompts:
             raise RecipeError(
                 f"task: {recipe.task} has no prompt for the split {split!r}: give more rows, or change data.shares"
             )
-        _check_lengths(recipe, prompts, tokenizer, getattr(config, "max_position_embeddings", None))
+        for role, (own, context) in contexts.items():
+            _check_lengths(recipe, prompts, role, own, context)
         _check_reading(recipe, prompts[0], tokenizer)
 
 
-def _check_lengths(recipe: Recipe, prompts: Sequence[Prompt], tokenizer: Any, context: int | None) -> None:
+def _check_lengths(recipe: Recipe, prompts: Sequence[Prompt], role: str, tokenizer: Any, context: int | None) -> None:
+    if context is None:
+        return
     lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
-    room = (context or max(lengths)) - (recipe.engine.max_new_tokens if context else 0)
+    room = context - recipe.engine.max_new_tokens
     if (longest := max(lengths)) > room:
         over = sum(length > room for length in lengths)
         raise RecipeError(
             f"engine.max_new_tokens is {recipe.engine.max_new_tokens}, and {over} of {len(lengths)} prompts leave no "
-            f"room for it: the longest has {longest} tokens, and the target's context holds {context}. Shorten or "
-            f"leave out those prompts, or set engine.max_new_tokens to {max((context or 0) - longest, 0)} or less"
+            f"room for it: the longest has {longest} tokens, and the {role}'s context holds {context}. Shorten or "
+            f"leave out those prompts, or set engine.max_new_tokens to {max(context - longest, 0)} or less"
         )
 
 

@@ -121,9 +121,8 @@ def rolling_out(labeller: Labeller, prompt: Prompt, rounds: int, every: bool) ->
 
 def drafting(engine: Engine, draft: Context, prompt: Prompt, prefix: list[int], limit: int) -> Steps[Written]:
     """What the draft writes behind the start of an answer, to its end, in the target's tokens."""
-    start = engine.encode_for_draft(prompt)
-    yield from draft.becoming([*start, *engine.to_draft(prefix)])
-    written = yield from draft.writing(limit - len(prefix))
+    text = [*engine.encode_for_draft(prompt), *engine.to_draft(prefix)]
+    written = yield from draft.continuing(text, limit - len(prefix))
     return Written(engine.to_target(written.ids), written.ended)
 
 
