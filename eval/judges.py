@@ -10,7 +10,7 @@ from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine
 from parse.decode import Context, Sampling
-from parse.models import encode_text, render, text_of
+from parse.models import encode_prompt, text_of
 from parse.passes import Steps
 from parse.verifiers import Prompt as Verdict
 from train.generation import going_on
@@ -52,7 +52,6 @@ class Agreement:
 
     engine: Engine
     limit: int  # tokens of an answer
-    question: str = QUESTION
     threshold: float = 0.5  # of P(yes); set by `controls`
     references: dict[str, str] = field(default_factory=dict)
 
@@ -73,8 +72,7 @@ class Agreement:
         """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
         total, tokenizer = 0.0, self.engine.tokenizer
         for first, second in ((reference, answer), (answer, reference)):
-            content = self.question.format(prompt=_words_of(prompt), reference=first, answer=second)
-            ids = encode_text(render([{"role": "user", "content": content}], tokenizer), tokenizer)
+            ids = encode_prompt(question_of(prompt, first, second), tokenizer)
             context = Context(self.engine.readers["target"])
             try:
                 yield from context.reading(ids)
@@ -133,9 +131,10 @@ def controls(
     }
 
 
-def _words_of(prompt: Prompt) -> str:
-    """A prompt as one text: of a conversation every turn."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
+def question_of(prompt: Prompt, reference: str = "", answer: str = "") -> str:
+    """What the target is asked about two answers to a prompt: of a conversation, every turn."""
+    words = prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
+    return QUESTION.format(prompt=words, reference=reference, answer=answer)
 
 
 def labeller_of(recipe: Recipe, task: Task | Rows) -> str:

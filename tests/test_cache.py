@@ -45,8 +45,8 @@ def test_reading_and_rolling_back_equals_reading_what_is_left(steps):
 
 def test_a_cache_that_outgrows_its_buffers_keeps_what_it_holds():
     context = fresh()
-    for start in (0, 20, 40):
-        context.read([(start + i) % 60 for i in range(200)])
+    for start in (0, 20, 40):  # more than 256 tokens, and than 512 would be more than the model's context holds
+        context.read([(start + i) % 60 for i in range(170)])
     plain = fresh()
     plain.read(context.ids)
     assert_same_cache(context, plain)
@@ -56,6 +56,15 @@ def test_keeping_more_than_there_is_is_refused():
     cache = PrefixCache()
     with pytest.raises(ValueError, match="cannot keep 3 of 0"):
         cache.truncate(3)
+
+
+def test_more_than_the_context_holds_is_refused():
+    context = fresh()
+    context.read([7] * 510)
+    assert len(context.write(2).ids) == 2
+    with pytest.raises(ValueError, match="a text of 513 tokens, and the model's context holds 512"):
+        context.read([7])
+    assert len(context.ids) == 512
 
 
 @pytest.mark.parametrize("after", [[1, 2, 3, 4], [1, 2, 9, 9, 9], [1, 2], [7], [1, 2, 3, 4, 5, 6]])

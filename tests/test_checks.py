@@ -106,6 +106,13 @@ def test_prompts_that_leave_no_room_are_refused():
     check_prompts(short, ["rollouts"])  # there it stops where its context ends
 
 
+def test_answers_that_leave_no_room_to_compare_them_are_refused():
+    agreeing = ["rollouts.labeller=agreement", "engine.max_new_tokens=300"]
+    check_prompts(load_recipe(QUICK, agreeing), ["align"])
+    with pytest.raises(RecipeError, match="200 of 200 prompts leave no room for two answers, which rollouts.labeller"):
+        check_prompts(load_recipe(QUICK, agreeing), ["rollouts"])
+
+
 def test_words_that_the_target_cannot_read_are_refused(tmp_path):
     words = rows_of(tmp_path, {"prompt": "What is the capital of Peru?", "reference": "Lima", "split": "answers"})
     with pytest.raises(RecipeError, match="does not know words of the prompt 'What is"):

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import str_to_bool
 from transformers import AutoConfig, AutoTokenizer
 
-from eval.judges import labeller_of
+from eval.judges import labeller_of, question_of
 from eval.tasks import draw_prompts, load_task
 from eval.tasks.rows import Prompt, Rows
 from parse.models import (
@@ -114,7 +114,8 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
             import math_verify  # noqa: F401
         except ImportError as error:
             raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
-    if labeller_of(recipe, task) == "agreement" and "rollouts" in stages:
+    compared = labeller_of(recipe, task) == "agreement" and bool({"rollouts", "relabel", "eval"} & set(stages))
+    if compared:
         check_asking(recipe, "rollouts.labeller")
     tokenizer = AutoTokenizer.from_pretrained(recipe.target)
     contexts = {"target": (tokenizer, context_length(AutoConfig.from_pretrained(recipe.target)))}
@@ -139,20 +140,25 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
             )
         for role, (own, context) in contexts.items():
             _check_lengths(recipe, prompts, role, own, context)
+        if compared:
+            asked = [question_of(prompt) for prompt in prompts]
+            _check_lengths(recipe, asked, "target", *contexts["target"], answers=2)
         _check_reading(recipe, prompts[0], tokenizer)
 
 
-def _check_lengths(recipe: Recipe, prompts: Sequence[Prompt], role: str, tokenizer: Any, context: int | None) -> None:
+def _check_lengths(
+    recipe: Recipe, prompts: Sequence[Prompt], role: str, tokenizer: Any, context: int | None, answers: int = 1
+) -> None:
     if context is None:
         return
-    lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
-    room = context - recipe.engine.max_new_tokens
-    if (longest := max(lengths)) > room:
-        over = sum(length > room for length in lengths)
+    lengths, limit = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts], recipe.engine.max_new_tokens
+    if (longest := max(lengths)) > context - answers * limit:
+        over = sum(length > context - answers * limit for length in lengths)
+        what = "it" if answers == 1 else "two answers, which rollouts.labeller=agreement lets the target compare"
         raise RecipeError(
-            f"engine.max_new_tokens is {recipe.engine.max_new_tokens}, and {over} of {len(lengths)} prompts leave no "
-            f"room for it: the longest has {longest} tokens, and the {role}'s context holds {context}. Shorten or "
-            f"leave out those prompts, or set engine.max_new_tokens to {max(context - longest, 0)} or less"
+            f"engine.max_new_tokens is {limit}, and {over} of {len(lengths)} prompts leave no room for {what}: the "
+            f"longest has {longest} tokens, and the {role}'s context holds {context}. Shorten or leave out those "
+            f"prompts, or set engine.max_new_tokens to {max((context - longest) // answers, 0)} or less"
         )
 
 
