@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -72,11 +73,12 @@ class Sampling:
 
         Args:
             token: drawn from `proposer` by this sampler.
-            proposer, logits: [V] each.
+            proposer, logits: [V] each; where models pad their vocabulary to other sizes, the proposer's has its own.
         """
         if self.greedy:
             return self(logits)
         ours, theirs = self._probabilities(logits), self._probabilities(proposer)  # [V] each
+        theirs = pad(theirs, (0, len(ours) - len(theirs)))  # [V]; cut, where it is longer
         if torch.rand((), generator=self._generator) * theirs[token] < ours[token]:
             return token
         return self._draw((ours - theirs).clamp(min=0))

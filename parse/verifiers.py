@@ -72,8 +72,12 @@ def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tens
 
 
 def token_divergence(target: Tensor, draft: Tensor) -> Tensor:
-    """KL divergence in nats of the draft's distribution from the target's, from logits [M, V] each: float32 [M]."""
-    parts = []
+    """KL divergence in nats of the draft's distribution from the target's, from logits [M, V] each: float32 [M].
+
+    Where models pad their vocabulary to other sizes, what both have counts.
+    """
+    width = min(target.shape[1], draft.shape[1])
+    target, draft, parts = target[:, :width], draft[:, :width], list[Tensor]()
     for ours, theirs in zip(_by_rows(target), _by_rows(draft), strict=True):
         log_q = theirs.float().log_softmax(-1)  # [rows, V]
         parts.append((log_q.exp() * (log_q - ours.float().log_softmax(-1))).sum(-1))
