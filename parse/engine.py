@@ -32,6 +32,7 @@ from parse.models import (
     load_model,
     text_behind,
     text_of,
+    warn_of_unheeded,
 )
 from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
 from parse.segments import Segmenter, check_segmenter
@@ -110,6 +111,7 @@ class Engine:
             raise ValueError(f"attention={attention!r} is not known: use one of {', '.join(ATTENTION)}")
         target_model = load_model(target, device, dtype, ATTENTION[attention], target_options)
         check_packing(target_model)
+        warn_of_unheeded(target_model)
         draft_model = None if draft is None else load_model(draft, device, dtype, options=draft_options)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(target_model.config.name_or_path)
         if draft_model is not None and draft_tokenizer is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -165,6 +166,32 @@ def context_length(config: PreTrainedConfig) -> int | None:
     changes = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     limits = [getattr(config, "max_position_embeddings", None), *changes]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+# what `transformers`' generate does to logits where a generation config asks for it, and the engine does not
+UNHEEDED = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_length",
+    "min_new_tokens",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
+def warn_of_unheeded(model: PreTrainedModel) -> None:
+    """Say what a model's generation config asks for in vain, as Qwen2.5's do for a penalty of repetitions."""
+    wanted = {name: getattr(model.generation_config, name, None) for name in UNHEEDED}
+    if ignored := [f"{name}={value}" for name, value in wanted.items() if value and value != 1]:
+        warnings.warn(
+            f"the generation config of {model.config.name_or_path} asks for {', '.join(ignored)}, which `generate` of "
+            "transformers heeds and this engine does not: its answers are the model's likeliest tokens, or draws from "
+            "its own probabilities",
+            stacklevel=3,
+        )
 
 
 def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -115,6 +115,15 @@ def test_missing_parts_are_named(target, tokenizer):
         Engine(target, tokenizer).generate(PROMPT)
 
 
+def test_what_a_generation_config_asks_for_in_vain_is_said(tokenizer, recwarn):
+    target = random_model("llama", len(tokenizer), layers=1)
+    Engine.from_pretrained(target, tokenizer=tokenizer)
+    assert not [warning for warning in recwarn if "generation config" in str(warning.message)]
+    target.generation_config.repetition_penalty = 1.05  # as in Qwen2.5's
+    with pytest.warns(UserWarning, match="asks for repetition_penalty=1.05, which `generate`"):
+        Engine.from_pretrained(target, tokenizer=tokenizer)
+
+
 def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
     engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
     long = "list : " + "fig " * 490
