@@ -132,6 +132,11 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"{name} ({kind}) takes no positions (ALiBi or its like counts tokens by itself), and the packed pass "
             f"must say where each suffix copy stands; {advice}"
         )
+    if "local" in (getattr(config, "attention_layers", None) or ()) or getattr(config, "index_block_size", None):
+        raise ValueError(
+            f"{name} ({kind}) chooses the keys that a query reads by their places in the cache, not by their "
+            f"positions, and in the packed pass those differ; {advice}"
+        )
     if unknown := sorted(attention_types(config) - {FULL, SLIDING}):
         raise ValueError(
             f"{name} ({kind}) has layers of type {', '.join(unknown)}, which the packed pass cannot mask; {advice}"

@@ -157,6 +157,8 @@ def test_a_resolved_recipe_loads_to_itself(tmp_path_factory, train, loss, horizo
         ("bloom", {}, "takes no positions"),
         ("falcon", {"alibi": True}, "takes no positions"),
         ("llama4_text", {}, "layers of type chunked_attention"),
+        ("gpt_neo", {}, "by their places in the cache, not by their positions"),
+        ("minimax_m3_vl_text", {}, "by their places in the cache, not by their positions"),
     ],
 )
 def test_a_draft_that_cannot_be_rolled_back_is_refused(write, tmp_path, kind, options, reason):
