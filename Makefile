@@ -8,7 +8,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 COVER ?=
-LONGEST := tests/test_pipeline.py tests/test_killed.py  # begun first, lest one worker waits for the other
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
@@ -23,7 +22,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(if $(COVER),--cov --cov-report= --cov-fail-under=80)
 
 slow: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) tests $(if $(COVER),--cov --cov-append --cov-report=term:skip-covered)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(if $(COVER),--cov --cov-append --cov-report=term:skip-covered)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
