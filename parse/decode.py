@@ -117,13 +117,7 @@ class Context:
 
         Returns:
             those that followed.
-
-        Raises:
-            ValueError: for a text that is longer than the model's context.
         """
-        length, longest = len(self.ids) + len(ids), self.reader.longest
-        if longest is not None and length > longest:
-            raise ValueError(f"a text of {length} tokens, and the model's context holds {longest}: shorten it")
         output = yield Pass(self.reader, self.row, [*self.waiting, *ids], more=more, stop=stop)
         self.has_read([*ids, *output.written])
         self.next_logits = output.logits[-1]

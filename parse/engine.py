@@ -387,17 +387,18 @@ class Engine:
         """New tokens that fit: the request's own limit, or what the contexts leave of which the answer needs all."""
         room = settings.max_new_tokens
         suffix = len(self.verifier.suffix_ids) if self.verifier and settings.method == "parse" else 0
-        texts = {"target": len(prompt_ids) + suffix}
+        needed = {"target": (len(prompt_ids), suffix)}
         if settings.method == "draft" or settings.lookahead:  # else the target goes on where the draft's context ends
-            texts["draft"] = len(draft_prompt_ids)
-        for role, length in texts.items():
+            needed["draft"] = len(draft_prompt_ids), 0
+        for role, (prompt, verdict) in needed.items():
             longest = self.readers[role].longest
-            if longest is not None and room > longest - length:
-                room = longest - length
+            if longest is not None:
+                room = min(room, longest - prompt - verdict)
             if room < 1:
+                asking = f", a verdict takes {verdict}," if verdict else ""
                 raise ValueError(
-                    f"the prompt has {length} tokens and leaves no room for an answer in the context of the {role}, "
-                    f"{longest}: shorten it"
+                    f"the prompt has {prompt} tokens{asking} and the context of the {role} holds {longest}, which "
+                    "leaves no room for an answer: shorten the prompt"
                 )
         return room
 

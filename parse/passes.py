@@ -97,17 +97,31 @@ class Reader:
 
         Args:
             alone: nobody else waits, so that they may write more.
+
+        Raises:
+            ValueError: for a text that is longer than the model's context.
         """
+        for one in passes:
+            self._check_length(one)
         by_index: dict[int, Output] = {}
         for group in _of_like_width(passes):
             by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
         outputs = [by_index[i] for i in range(len(passes))]
         return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
 
+    def _check_length(self, one: Pass) -> None:
+        """Refuse what is wrong without a word, or out of range, with positions that the model does not have."""
+        past, layout = self.cache.lengths[one.row], one.layout
+        length = past + (len(one.ids) if layout is None else layout.draft_length + layout.suffix_length)
+        if self.longest is not None and length > self.longest:
+            raise ValueError(f"a text of {length} tokens, and the model's context holds {self.longest}: shorten it")
+
     def _write_on(self, passes: Sequence[Pass], outputs: Sequence[Output]) -> list[Output]:
         """Write on in all texts, to where the first of them stops: steps without a detour through whoever asked."""
         rows, written = [one.row for one in passes], [list[int]() for _ in passes]
         limit = min(one.more for one in passes)
+        if self.longest is not None:
+            limit = min(limit, self.longest - max(self.cache.lengths[row] for row in rows))
         stops = [(i, one.stop) for i, one in enumerate(passes) if one.stop]
 
         def take(tokens: Sequence[int]) -> bool:

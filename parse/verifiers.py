@@ -77,8 +77,8 @@ def token_divergence(target: Tensor, draft: Tensor) -> Tensor:
     Where models pad their vocabulary to other sizes, what both have counts.
     """
     width = min(target.shape[1], draft.shape[1])
-    target, draft, parts = target[:, :width], draft[:, :width], list[Tensor]()
-    for ours, theirs in zip(_by_rows(target), _by_rows(draft), strict=True):
+    parts = []
+    for ours, theirs in zip(_by_rows(target[:, :width]), _by_rows(draft[:, :width]), strict=True):
         log_q = theirs.float().log_softmax(-1)  # [rows, V]
         parts.append((log_q.exp() * (log_q - ours.float().log_softmax(-1))).sum(-1))
     return torch.cat(parts)

@@ -26,19 +26,17 @@ ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "recipes" / "models"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
-
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
 LONGEST = ["test_pipeline.py", "test_compiled.py", "test_killed.py"]  # begun first, lest one worker waits for another
 
 
 @pytest.hookimpl(trylast=True)  # behind the choice of tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of compiled passes the first case of each test counts for coverage, under which tracing takes twice as long."""
-    names = [*LONGEST, *sorted({item.path.name for item in items} - {*LONGEST})]
-    items.sort(key=lambda item: names.index(item.path.name))
+    """The longest first; of compiled passes the first case of each test counts for coverage.
+
+    Under it tracing takes twice as long.
+    """
+    items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
     seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]

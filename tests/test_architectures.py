@@ -173,7 +173,7 @@ def test_a_text_ends_where_rotations_change(tokenizer):
     expected = model.generate(torch.tensor([ids]), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     with endless(engine):
         assert engine.generate_ids(ids, engine.settings(method="target")).token_ids == expected[0, 250:].tolist()
-    with pytest.raises(ValueError, match="256 tokens and leaves no room for an answer in the context of the target"):
+    with pytest.raises(ValueError, match="the prompt has 256 tokens and the context of the target holds 256"):
         engine.generate_ids([*ids, *ids[:6]], engine.settings(method="target"))
     kinds = {"full_attention": LONG | {"original_max_position_embeddings": 64}, "sliding_attention": {}}
     assert context_length(PreTrainedConfig(rope_parameters=kinds)) == 64

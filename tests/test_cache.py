@@ -65,6 +65,10 @@ def test_more_than_the_context_holds_is_refused():
     with pytest.raises(ValueError, match="a text of 513 tokens, and the model's context holds 512"):
         context.read([7])
     assert len(context.ids) == 512
+    context = fresh()
+    context.read([7] * 500)
+    with pytest.raises(ValueError, match="a text of 513 tokens, and the model's context holds 512"):
+        context.write(20)
 
 
 @pytest.mark.parametrize("after", [[1, 2, 3, 4], [1, 2, 9, 9, 9], [1, 2], [7], [1, 2, 3, 4, 5, 6]])

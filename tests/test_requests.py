@@ -130,8 +130,13 @@ def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
     result = engine.generate(long, 512, threshold=0.0)[0]
     room = 512 - len(engine.encode(long)) - len(engine.verifier.suffix_ids)
     assert len(result.token_ids) <= room
-    with pytest.raises(ValueError, match="leaves no room"):
-        engine.generate("list : " + "fig " * 600)
+    words = "list : " + "fig " * 600
+    ids = engine.encode(words)
+    message = rf"the prompt has {len(ids)} tokens, a verdict takes \d+, and the context of the target holds 512"
+    with pytest.raises(ValueError, match=message):
+        engine.generate(words)
+    with pytest.raises(ValueError, match=r"a text of 51[3-9] tokens, and the model's context holds 512"):
+        engine.verify(ids[:400], ids[400:512], [112])  # behind which the question has no room
 
 
 def test_the_target_goes_on_where_the_drafts_context_ends(draft, tokenizer):
