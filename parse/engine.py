@@ -28,6 +28,7 @@ from parse.models import (
     encode_continuation,
     encode_prompt,
     eos_ids,
+    finding,
     is_distributed,
     load_model,
     text_behind,
@@ -101,6 +102,7 @@ class Engine:
             target_options, draft_options: more arguments of `transformers`' `from_pretrained` for each, such as
                 `{"device_map": "auto"}`, `{"tp_plan": "auto"}` or a `quantization_config`. Draft and target may
                 sit on different devices. With a `tp_plan`, all processes ask for the same answers, and get them.
+                Those that say which files are meant, such as `revision` or `gguf_file`, find the tokenizer as well.
 
         Raises:
             ValueError: for an architecture whose cache cannot be rolled back, a verifier made for
@@ -113,9 +115,9 @@ class Engine:
         check_packing(target_model)
         warn_of_unheeded(target_model)
         draft_model = None if draft is None else load_model(draft, device, dtype, options=draft_options)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(target_model.config.name_or_path)
+        tokenizer = tokenizer or _tokenizer(target_model, target_options)
         if draft_model is not None and draft_tokenizer is None:
-            draft_tokenizer = AutoTokenizer.from_pretrained(draft_model.config.name_or_path)
+            draft_tokenizer = _tokenizer(draft_model, draft_options)
         loaded: Verifier | None = None
         record: dict[str, Any] = {}
         if verifier is not None:
@@ -401,6 +403,11 @@ class Engine:
                     "leaves no room for an answer: shorten the prompt"
                 )
         return room
+
+
+def _tokenizer(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedTokenizerBase:
+    loaded = AutoTokenizer.from_pretrained(model.config.name_or_path, **finding(options))
+    return cast(PreTrainedTokenizerBase, loaded)
 
 
 def _compiled(model: PreTrainedModel, wanted: bool | None) -> Compiled | None:

@@ -28,6 +28,8 @@ from transformers import (
 Messages = list[dict[str, str]]
 # options that say where a model's weights lie
 PLACING = {"device_map", "tp_plan", "distributed_config", "quantization_config"}
+# options that say which files are a model's: configuration and tokenizer are among them
+FINDING = {"revision", "subfolder", "gguf_file", "token", "cache_dir", "local_files_only"}
 
 
 def load_model(
@@ -46,7 +48,8 @@ def load_model(
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         attention: `transformers`' name of an implementation; None takes the model's own best.
         options: more arguments of `transformers`' `from_pretrained`, such as `device_map`, `tp_plan` or
-            `quantization_config`; those that place the model leave no choice to `device`.
+            `quantization_config`, or `gguf_file` for quantised weights of that kind, which become `dtype`; those that
+            place the model leave no choice to `device`.
 
     Raises:
         ValueError: if its weights are pickled, the engine cannot run its architecture, or it has no such attention.
@@ -67,13 +70,18 @@ def load_model(
         base = load_model(_base_of(adapter), device, dtype, attention, options)
         return _merged(base, Path(source))
     check_weights(source)
-    check_architecture(AutoConfig.from_pretrained(source))
+    check_architecture(AutoConfig.from_pretrained(source, **finding(options)))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, use_safetensors=True, attn_implementation=attention, **options
     )
     placed = PLACING & options.keys()
     return cast(PreTrainedModel, (model if placed else model.to(device)).eval())  # type: ignore[arg-type]
+
+
+def finding(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Those of a model's options with which its configuration and its tokenizer are found as well."""
+    return {name: value for name, value in (options or {}).items() if name in FINDING}
 
 
 def _base_of(adapter: Path) -> str:

@@ -85,6 +85,7 @@ def test_pickled_weights_are_refused(tmp_path, target):
         ({"verifier": {"probe": {"layers": []}}}, r"probe.layers is \[\]"),
         ({"verifier": {"kind": "prompt"}}, "verifier.kind asks the target in words: .*no chat template"),
         ({"rollouts": {"labeller": "agreement"}}, "rollouts.labeller asks the target in words: .*no chat template"),
+        ({"engine": {"target_options": {"revision": "v2"}}}, "target_options holds revision, .* name the folder"),
     ],
 )
 def test_what_the_target_cannot_give_is_refused_before_any_work(write, tmp_path, target, tokenizer, changes, message):

