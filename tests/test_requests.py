@@ -188,19 +188,13 @@ def test_options_place_a_model_and_leave_its_answers_alone():
         Engine.from_pretrained(*pair, "prompt", attention="x")
 
 
-def test_configuration_and_tokenizer_are_those_of_the_weights(target, draft, tokenizer, tmp_path):
-    """The folder's own are another model's."""
-    target.save_pretrained(tmp_path / "right")
-    tokenizer.save_pretrained(tmp_path / "right")
-    draft.save_pretrained(tmp_path)
-    engine = Engine.from_pretrained(
-        tmp_path, tmp_path, target_options={"subfolder": "right"}, draft_tokenizer=tokenizer, compile=False
-    )
-    assert engine.target.config.model_type == target.config.model_type != engine.draft.config.model_type
+def test_configuration_and_tokenizer_are_found_where_the_weights_are(target, tokenizer, tmp_path):
+    for part in (target, tokenizer):
+        part.save_pretrained(tmp_path / "inside")
+    engine = Engine.from_pretrained(tmp_path, target_options={"subfolder": "inside"}, compile=False)
     plain = Engine(target, tokenizer, compile=False)
-    assert engine.generate(PROMPT, 8, method="target")[0].token_ids == (
-        plain.generate(PROMPT, 8, method="target")[0].token_ids
-    )
+    ours, theirs = (one.generate(PROMPT, 8, method="target")[0] for one in (engine, plain))
+    assert ours.token_ids == theirs.token_ids
 
 
 @pytest.mark.slow
