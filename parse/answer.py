@@ -7,7 +7,7 @@ draft ahead, commit, proceed, finish. `Engine` puts them in order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parse.decode import Context, Sampling, Written, speculating
-from parse.models import text_of
+from parse.models import certain_text, text_of
 from parse.passes import Reader, Steps, Stop
 from parse.segments import cut, ends_segment
 
@@ -32,7 +32,7 @@ HANDBACKS = ("segment", "never")
 class Segment:
     """A piece of an answer: who wrote it, how confident the target was, and whether it was kept."""
 
-    text: str
+    text: str  # with a cut inside a character, that is the later piece's; those kept join to the answer
     source: str  # "draft" or "target"
     confidence: float | None
     accepted: bool
@@ -219,7 +219,7 @@ class Answer:
         kept = len(self.prompt_ids) + len(self.ids) + end
         if draft.ids:
             self.target.rollback(kept, verdict.logits[k])
-        texts = [text_of([*self.ids, *draft.ids[:stop]], self.engine.tokenizer) for stop in (0, *verdict.ends)]
+        texts = [certain_text([*self.ids, *draft.ids[:stop]], self.engine.tokenizer) for stop in (0, *verdict.ends)]
         for index, (before, text) in enumerate(pairwise(texts)):
             self.segments.append(Segment(text[len(before) :], "draft", confidences[index], index < k))
         self.ids += draft.ids[:end]
@@ -251,6 +251,9 @@ class Answer:
     def finish(self) -> Generation:
         """The finished answer."""
         text = text_of(self.ids, self.engine.tokenizer)
+        if rest := text[len(certain_text(self.ids, self.engine.tokenizer)) :]:  # its other bytes never came
+            last = max(i for i, segment in enumerate(self.segments) if segment.accepted)
+            self.segments[last] = replace(self.segments[last], text=self.segments[last].text + rest)
         self._clock("other")
         reason = "stop" if self.ended else "length"
         return Generation(text, self.ids, reason, self.segments, self.stats)
@@ -285,7 +288,7 @@ class Answer:
         added = own if same else self.engine.to_target(own)
         self.ids = before + added
         if added:
-            texts = [text_of(ids, self.engine.tokenizer) for ids in (before, self.ids)]
+            texts = [certain_text(ids, self.engine.tokenizer) for ids in (before, self.ids)]
             self.segments.append(Segment(texts[1][len(texts[0]) :], role, None, True))
         if role == "target":
             self.stats.target_tokens += len(added)

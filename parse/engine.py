@@ -25,6 +25,7 @@ from parse.layout import integers, pack
 from parse.models import (
     ATTENTION,
     Messages,
+    certain_text,
     encode_continuation,
     encode_prompt,
     eos_ids,
@@ -204,8 +205,8 @@ class Engine:
         answer = self._start(*self._encoded(prompt), settings)
         shown = ""
         for _ in growing(self._steps(answer)):
-            text = text_of(answer.ids, self.tokenizer)
-            if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            text = certain_text(answer.ids, self.tokenizer)
+            if len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
         if rest := text_of(answer.ids, self.tokenizer)[len(shown) :]:

@@ -243,6 +243,11 @@ def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
+def certain_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """`text_of`, but for a character at its end of which bytes may be missing yet: it comes with the later tokens."""
+    return text_of(ids, tokenizer).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 def text_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that tokens add to another text: some tokenizers drop the space in front of a text that stands alone."""
     line = encode_text("\n", tokenizer)

@@ -14,6 +14,7 @@ from eval.instruments import endless
 from parse import Engine
 from parse.answer import Answer
 from parse.decode import Sampling
+from parse.models import text_of
 from parse.passes import growing
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS, TORCHRUN, random_model
@@ -80,6 +81,24 @@ def test_streamed_characters_are_whole(smollm, monkeypatch):
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert len(pieces) > 4
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("kept", [True, False])
+def test_segments_join_to_the_answer_where_a_cut_is_inside_a_character(smollm, monkeypatch, kept, left_out):
+    """A token a segment, of the draft or, where that is not kept, of the target; the last character may lack a byte."""
+    model, tokenizer = smollm
+    engine = Engine(model, tokenizer, model, tokenizer, Likelihood(), segments=1)
+    ids = tokenizer.encode("👩‍🚀 é ❤️ नमस्ते done 👩", add_special_tokens=False)
+    ids = ids[: len(ids) - left_out]
+    settings = engine.settings(threshold=0.0 if kept else 1.1, horizon=1, max_new_tokens=len(ids), temperature=1.0)
+    answer = engine._start([1], [1], settings)
+    replay = iter(ids if kept else [token for token in ids for _ in range(2)])
+    answer.sample._draw = lambda _: next(replay)
+    monkeypatch.setattr(engine, "_start", lambda *_: answer)
+    (result,) = engine.generate("x")
+    assert result.text == text_of(ids, tokenizer)
+    assert "".join(s.text for s in result.segments if s.accepted) == result.text
 
 
 def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
