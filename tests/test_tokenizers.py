@@ -42,7 +42,7 @@ def unigram():
     )
     trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
     raw.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    raw.train_from_iterator((ROOT / "README.md").read_text().splitlines(), trainer)
+    raw.train_from_iterator((ROOT / "recipes" / "data" / "parcels.jsonl").read_text().splitlines(), trainer)
     learnt = [(piece, score) for piece, score in json.loads(raw.to_str())["model"]["vocab"]]
     every_byte = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     raw.model = models.Unigram(learnt + every_byte, unk_id=0, byte_fallback=True)
