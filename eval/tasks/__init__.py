@@ -44,7 +44,7 @@ def load_task(name: str, data: Mapping[str, Any] | None = None) -> Task | Rows:
     if data is None or not (name.endswith((".jsonl", ".json")) or name.count("/") == 1):
         raise ValueError(
             f"task {name!r} is not known; tasks: {', '.join(TASKS)}; or give a JSONL file, or a data set of the hub as "
-            "org/name"
+            "org/name (gsm8k is openai/gsm8k)"
         )
     return load_rows(name, data)
 

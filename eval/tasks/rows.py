@@ -1,74 +1,96 @@
 """Prompts of one's own: rows of a JSONL file, or of a data set on the Hugging Face hub.
 
 A row holds `prompt` (text) or `messages` (turns that end with the user's), and may hold `system`, `reference` (the
-right answer) and `split`. Without a split of its own a row belongs to one by the hash of its words, so the same prompt,
-however it is spaced or capitalised, is never in two.
+right answer, or a list of which any is right) and `split`. Without a split of its own a row belongs to one by the hash
+of its words, so the same words, however they are spaced or capitalised, are never in two. If any prompt is a
+conversation, all are: a column of a data set holds one type.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
-import re
-from collections.abc import Callable, Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.answer_checks import CHECKS, check_reference
 from parse.models import Messages
 
 Prompt = str | Messages
 
 FIELDS = ("prompt", "messages", "system", "reference", "split")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Rows:
     """A task whose prompts are rows. Of each prompt the reference is known, or of none."""
 
     def __init__(
-        self, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any], source: str = "the data"
+        self, rows: Iterable[Mapping[str, Any] | None], settings: Mapping[str, Any], source: str = "the data"
     ) -> None:
         """Read and check rows.
 
         Args:
+            rows: None is a blank line, which counts where messages number the rows.
             settings: the recipe's section `data`.
             source: what messages call the rows.
 
         Raises:
-            ValueError: for a row that is no prompt, a prompt in two splits, or references in a part of the rows.
+            ValueError: for a row that is no prompt, a prompt in two splits or with two references, a reference that
+                the check cannot use, and references in a part of the rows.
         """
-        self.source, self.compare = source, _comparison(settings["check"])
-        self.prompts: dict[str, list[Prompt]] = {split: [] for split in settings["shares"]}
-        self.references: dict[str, str] = {}
-        self.duplicates, found = 0, dict[str, str]()
-        for number, row in enumerate(rows, 1):
-            if settings["max_rows"] and len(found) == settings["max_rows"]:
-                break
-            row = _renamed(row, settings["fields"])
-            prompt = _prompt_of(row, settings["system"], f"{source}, row {number}")
-            split = row.get("split") or _split_of(prompt, settings["shares"])
-            if split not in self.prompts:
-                raise ValueError(f"{source}, row {number}: split is {split!r}; allowed: {', '.join(self.prompts)}")
-            words = _words(key_of(prompt))
-            if words in found:
-                self.duplicates += 1
-                if found[words] != split:
-                    raise ValueError(
-                        f"{source}, row {number}: the same prompt is in the splits {found[words]!r} and {split!r}: "
-                        "keep it in one, or leave the field `split` out"
-                    )
-                continue
-            found[words] = split
-            self.prompts[split].append(prompt)
-            if "reference" in row:
-                self.references[key_of(prompt)] = str(row["reference"])
-        if not found:
+        self.source, self.compare = source, CHECKS[settings["check"]]
+        self.duplicates = 0  # rows that were left out, since an earlier one holds the same prompt
+        distinct = self._distinct(rows, settings)
+        if not distinct:
             raise ValueError(f"{source} holds no row: give at least one with `prompt` or `messages`")
-        if self.references and len(self.references) < len(found):
+        if 0 < (count := sum(bool(row.references) for row in distinct)) < len(distinct):
             raise ValueError(
-                f"{source}: {len(self.references)} of {len(found)} rows have a `reference`: give every row one, or "
-                "none (then the target's own answers are what is right)"
+                f"{source}: {count} of {len(distinct)} rows have a `reference`: give every row one, or none (then the "
+                "target's own answers are what is right)"
             )
+        conversations = any(not isinstance(row.prompt, str) for row in distinct)
+        self.prompts: dict[str, list[Prompt]] = {split: [] for split in settings["shares"]}
+        self.references: dict[str, tuple[str, ...]] = {}
+        for row in distinct:
+            prompt = _turns(row.prompt) if conversations else row.prompt
+            self.prompts[row.split].append(prompt)
+            if row.references:
+                self.references[key_of(prompt)] = row.references
+
+    def _distinct(self, rows: Iterable[Mapping[str, Any] | None], settings: Mapping[str, Any]) -> list[_Row]:
+        """Rows of which no two hold the same prompt, and none contradicts another."""
+        shares = settings["shares"]
+        if min(shares.values(), default=0) < 0 or not sum(shares.values()):
+            raise ValueError(f"data.shares is {dict(shares)}: give shares of 0 or more, and more than 0 in all")
+        distinct, splits = dict[str, _Row](), dict[str, str]()
+        for number, given in enumerate(rows, 1):
+            if given is None:
+                continue
+            if settings["max_rows"] and len(distinct) == settings["max_rows"]:
+                break
+            where = f"{self.source}, row {number}"
+            row = _read(given, settings, where)
+            split = splits.setdefault(row.words, row.split)
+            if split != row.split:
+                raise ValueError(
+                    f"{where}: the same prompt is in the splits {split!r} and {row.split!r}: keep it in one, or leave "
+                    "the field `split` out"
+                )
+            first = distinct.setdefault(key_of(_turns(row.prompt)), row)
+            if set(first.references) != set(row.references):
+                right, other = (" or ".join(map(repr, one.references)) or "none" for one in (first, row))
+                raise ValueError(
+                    f"{where}: the same prompt has the reference {right} in an earlier row, and {other} here: keep one "
+                    "row, with a list of all right answers if there are several"
+                )
+            self.duplicates += first is not row
+        return list(distinct.values())
 
     @property
     def checks(self) -> bool:
@@ -82,26 +104,19 @@ class Rows:
         return prompts[:count]
 
     def check(self, prompt: Prompt, answer: str) -> bool:
-        """Whether a finished answer says what the reference says."""
-        return self.compare(answer, self.references[key_of(prompt)])
+        """Whether a finished answer, without its thinking, says what the reference says, or one of a list of them."""
+        return any(self.compare(answer, reference) for reference in self.references[key_of(prompt)])
 
 
 def load_rows(source: str, settings: Mapping[str, Any]) -> Rows:
-    """The task of a JSONL file, or of a hub data set (`org/name`).
+    """The task of a file of JSON objects, one per line or in one array, or of a hub data set (`org/name`).
 
     Raises:
-        ValueError: for a file that is not there or a line that is no JSON object; and as `Rows` does.
+        ValueError: for what cannot be read, naming the line or the settings; and as `Rows` does.
     """
-    if not source.endswith((".jsonl", ".json")):
-        from datasets import load_dataset
-
-        rows = load_dataset(source, settings["config"], split=settings["split"])
-        return Rows(rows, settings, source)
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"{source} is not there: give a JSONL file, a line a prompt")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return Rows([_object(line, f"{source}, line {i}") for i, line in enumerate(lines, 1)], settings, source)
+    if source.endswith((".jsonl", ".json")):
+        return Rows(list(_file_rows(source)), settings, source)
+    return Rows(_hub_rows(source, settings), settings, source)
 
 
 def key_of(prompt: Prompt) -> str:
@@ -109,52 +124,211 @@ def key_of(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _file_rows(source: str) -> Iterator[dict[str, Any] | None]:
+    """The objects of a file; None for a blank line, so that rows are numbered as lines are."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}): write one object a line") from error
+        data = Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} is not there: give a JSONL file, one prompt per line") from error
+    except OSError as error:
+        raise ValueError(
+            f"{source} cannot be read ({error.strerror}): give a JSONL file, one prompt per line"
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}, line {number} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
+    if source.endswith(".json") and text.lstrip().startswith("["):
+        for number, row in enumerate(_json(text, source, "the array"), 1):
+            yield _object(row, f"{source}, row {number}")
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # not where `splitlines` does: JSON strings may hold U+2028
+        where = f"{source}, line {number}"
+        yield _object(_json(line, where, "one object per line"), where) if line.strip() else None
+
+
+def _json(text: str, where: str, wanted: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply to be read: write {wanted}") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}): write {wanted}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no value of JSON")
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {type(row).__name__}: write one object a line, such as {{'prompt': '...'}}")
+        raise ValueError(f'{where} is {type(row).__name__}: write one object per line, such as {{"prompt": "..."}}')
     return row
 
 
-def _renamed(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that a task reads, by their names here."""
-    return {name: row[fields.get(name, name)] for name in FIELDS if row.get(fields.get(name, name)) is not None}
+def _hub_rows(source: str, settings: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    from datasets import load_dataset
 
-
-def _prompt_of(row: Mapping[str, Any], system: str | None, where: str) -> Prompt:
-    """Text, or messages where a conversation or a system's turn is given."""
-    messages, prompt, system = row.get("messages"), row.get("prompt"), row.get("system", system)
-    if (messages is None) == (prompt is None):
-        raise ValueError(
-            f"{where} must hold `prompt` or `messages`, one of them; it holds {', '.join(row) or 'nothing'}"
-        )
-    if prompt is not None and not isinstance(prompt, str):
-        raise ValueError(f"{where}: `prompt` must be text, and is {type(prompt).__name__}")
-    if not (messages or (prompt or "").strip()):
-        raise ValueError(f"{where}: the prompt is empty")
-    if prompt is not None and system is None:
-        return prompt
-    turns: Messages = messages if messages is not None else [{"role": "user", "content": str(prompt)}]
+    config, split = settings["config"], settings["split"]
     try:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{where}: `messages` must be a list of objects with `role` and `content`") from error
-    if turns[-1]["role"] == "assistant":
+        rows = load_dataset(source, config, split=split)
+    except Exception as error:  # of the hub, of the network, of the files: each library has its own
         raise ValueError(
-            f"{where}: `messages` ends with the assistant's turn: end with the turn that is to be answered"
+            f"task {source!r} cannot be read from the hub with data.config={config} and data.split={split}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    names = [settings["fields"].get(name, name) for name in FIELDS]
+    if not {*names[:2]} & {*rows.column_names}:
+        raise ValueError(
+            f"{source} has the columns {', '.join(rows.column_names)}, and neither `{names[0]}` nor `{names[1]}`: say "
+            "which holds the prompts, as data.fields={prompt: NAME}"
         )
-    if system is not None and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    return turns
+    return rows.select_columns([name for name in rows.column_names if name in names])  # others may be images
 
 
-def _split_of(prompt: Prompt, shares: Mapping[str, int]) -> str:
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a row says."""
+
+    prompt: Prompt
+    words: str  # of the prompt: prompts with the same words are in one split
+    split: str
+    references: tuple[str, ...]  # each is right; none: nothing is known
+
+
+def _read(row: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> _Row:
+    names = {name: settings["fields"].get(name, name) for name in FIELDS}
+    fields = {name: row[theirs] for name, theirs in names.items() if row.get(theirs) is not None}
+    if ("messages" in fields) == ("prompt" in fields):
+        raise ValueError(
+            f"{where} must hold `{names['prompt']}` or `{names['messages']}`, one of them; it holds "
+            f"{', '.join(map(_name, row)) or 'nothing'}"
+        )
+    prompt = _prompt_of(fields, settings["system"], where)
+    words, shares = _words(prompt), settings["shares"]
+    split = fields.get("split") or _split_of(words, shares)
+    if not isinstance(split, str) or split not in shares:
+        raise ValueError(f"{where}: split is {split!r}; allowed: {', '.join(shares)}")
+    references = _references(fields["reference"], settings["check"], where) if "reference" in fields else ()
+    return _Row(prompt, words, split, references)
+
+
+def _prompt_of(fields: Mapping[str, Any], system: str | None, where: str) -> Prompt:
+    """Text, or messages where a conversation or a system's turn is given."""
+    system = _text(fields.get("system", system or ""), "`system`", where)
+    if "prompt" in fields:
+        if isinstance(fields["prompt"], list):
+            raise ValueError(
+                f"{where}: `prompt` must be text: name a list of turns `messages`, or say so in data.fields"
+            )
+        prompt = _text(fields["prompt"], "`prompt`", where)
+        turns = _turns(prompt)
+    else:
+        prompt, messages = None, fields["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"{where}: `messages` must be a list of one turn or more, and is {_shown(messages)}")
+        turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(messages, 1)]
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise ValueError(
+            f"{where}: `messages` ends with the {turns[-1]['role']}'s turn: end with the turn that is to be answered"
+        )
+    if not turns[-1]["content"].strip():
+        raise ValueError(f"{where}: the prompt is empty")
+    if system and turns[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *turns]
+    return turns if prompt is None else prompt
+
+
+def _turn(turn: Any, where: str) -> dict[str, str]:
+    """Role and content of a turn, whose content may be given in parts."""
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"{where} is {_shown(turn)}: `messages` must be a list of objects with `role` and `content`")
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where}: `role` is {_shown(role)}; allowed: {', '.join(ROLES)}")
+    if turn.get("tool_calls"):
+        raise ValueError(f"{where} calls a tool, which is not supported: leave the row out, or write the call as text")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, Mapping) else part
+                raise ValueError(
+                    f"{where}: a part of `content` is {_shown(kind)}; only parts of type 'text' can be read"
+                )
+        content = "".join(_text(part.get("text"), "a part of `content`", where) for part in content)
+    return {"role": str(role), "content": _text(content, "`content`", where)}
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be text, and is {_shown(value)}")
+    if not _whole(value):
+        raise ValueError(f"{where}: {name} holds half a character (a lone surrogate such as \\ud800): write it whole")
+    return value
+
+
+def _whole(text: str) -> bool:
+    """Whether a text can be written as UTF-8, which a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _name(field: Any) -> str:
+    """A field's name in a message, which must be printable."""
+    return str(field) if str(field).isprintable() else ascii(field)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, shortened."""
+    text = ascii(value)
+    return "null" if value is None else f"{type(value).__name__} {text if len(text) < 60 else text[:60] + '...'}"
+
+
+def _references(value: Any, check: str, where: str) -> tuple[str, ...]:
+    """The right answers that a row gives: text or numbers, one or a list."""
+    if value == []:
+        raise ValueError(f"{where}: `reference` is an empty list: give the right answers, or no reference to any row")
+    texts = tuple(_reference(one, where) for one in (value if isinstance(value, list) else [value]))
+    for text in texts:
+        try:
+            check_reference(check, text)
+        except ValueError as error:
+            raise ValueError(f"{where}: `reference` {error}") from error
+    return texts
+
+
+def _reference(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return _text(value, "`reference`", where)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as a column of numbers that are not all whole gives them
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value in (math.inf, -math.inf)
+        or value != value
+    ):
+        raise ValueError(f"{where}: `reference` is {_shown(value)}: write it as text, as a right answer would say it")
+    return str(value)
+
+
+def _turns(prompt: Prompt) -> Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _split_of(words: str, shares: Mapping[str, int]) -> str:
     """The split of a prompt, by the hash of its words."""
-    digest = hashlib.sha256(_words(key_of(prompt)).encode()).digest()
-    place = int.from_bytes(digest[:4], "big") % sum(shares.values())
+    place = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") % sum(shares.values())
     for split, share in shares.items():
         if place < share:
             return split
@@ -162,29 +336,7 @@ def _split_of(prompt: Prompt, shares: Mapping[str, int]) -> str:
     raise AssertionError("shares cover every place")
 
 
-def _words(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _comparison(check: str) -> Callable[[str, str], bool]:
-    """How an answer is compared with a reference."""
-    if check == "math":
-        return _same_mathematics
-    return {"contains": _contains, "equal": lambda a, b: _words(a) == _words(b), "number": _same_number}[check]
-
-
-def _contains(answer: str, reference: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(_words(reference))}(?!\w)", _words(answer)) is not None
-
-
-def _same_number(answer: str, reference: str) -> bool:
-    """Whether the last numbers of both are the same."""
-    last = [re.findall(r"-?\d[\d,]*\.?\d*", text) for text in (answer, reference)]
-    return all(last) and len({float(numbers[-1].replace(",", "")) for numbers in last}) == 1
-
-
-def _same_mathematics(answer: str, reference: str) -> bool:
-    """Whether the last formula of both is the same, by the library math-verify."""
-    from math_verify import parse, verify
-
-    return bool(verify(parse(reference), parse(answer)))
+def _words(prompt: Prompt) -> str:
+    """What is said, however it is spaced, capitalised and encoded."""
+    texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in _turns(prompt)]
+    return "\n".join(" ".join(text.split()) for text in texts)
