@@ -1,20 +1,34 @@
 """Recipes are strict: what cannot be run is refused at once, with its name and the remedy."""
 
 import copy
+import dataclasses
+import inspect
+import re
 import subprocess
 import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+import train.recipe
+from eval.__main__ import main as evaluate
+from eval.methods import WHAT
+from parse.answer import HANDBACKS, POLICIES, Settings
 from parse.models import load_model
+from parse.segments import check_segmenter
 from train.__main__ import main
 from train.checks import check_models
-from train.recipe import Recipe, RecipeError, load_recipe, to_dict
+from train.recipe import Recipe, RecipeError, adapted_layers, hidden_states, load_recipe, to_dict
+from train.strict import DEEPEST, Range, Text, dump
 
+SECTIONS = [cls for _, cls in inspect.getmembers(train.recipe, dataclasses.is_dataclass) if cls not in (Range, Text)]
+FIELDS = sorted({field.name for section in SECTIONS for field in dataclasses.fields(section)})
 BASE = {"name": "x", "target": "t", "draft": "d", "task": "ledger"}
 
 
@@ -42,17 +56,17 @@ def test_every_shipped_recipe_loads():
         ({"rollouts": {"trian": 3}}, "unknown key 'trian' in section 'rollouts'; did you mean 'train'"),
         ({"rollouts": {"train": "many"}}, r"rollouts.train must be int, and is 'many' \(str\)"),
         ({"rollouts": {"train": True}}, "rollouts.train must be int"),
-        ({"rollouts": {"train": 0}}, "rollouts.train is 0: give a positive number"),
-        ({"segments": 1.5}, "segments must be str or int"),
+        ({"rollouts": {"train": 0}}, "rollouts.train is 0: give a number from 1 to 1,000,000,000"),
+        ({"segments": 1.5}, r"segments must be sentence or line or int, and is 1.5 \(float\)$"),
         ({"eval": {"methods": ["target", "pares"]}}, "eval.methods names 'pares'; did you mean 'parse'"),
         ({"eval": {"methods": ["parse"]}}, "eval.methods lacks 'target'"),
-        ({"verifier": {"max_accuracy_loss": 2}}, "max_accuracy_loss is 2.0: give a fraction"),
+        ({"verifier": {"max_accuracy_loss": 2}}, "max_accuracy_loss is 2: give a number from 1e-06 to 0.999"),
         ({"verifier": ["probe"]}, "section 'verifier' must hold keys and values"),
         (
             {"verifier": {"probe": {"layer": [3]}}},
             "unknown key 'layer' in section 'verifier.probe'; did you mean 'layers'",
         ),
-        ({"verifier": {"adapter": {"suffix": 0}}}, "verifier.adapter.suffix is 0: give a positive number"),
+        ({"verifier": {"adapter": {"suffix": 0}}}, "verifier.adapter.suffix is 0: give a number from 1 to 1,000"),
         ({"rollouts": {"labels": "bisection"}}, "rollouts.labels names 'bisection'; did you mean 'bisect'"),
         ({"rollouts": {"labeller": "judge"}}, "rollouts.labeller names 'judge'"),
         ({"logging": {"wandb": "on"}}, "logging.wandb names 'on' Allowed: online, offline"),
@@ -60,11 +74,79 @@ def test_every_shipped_recipe_loads():
         ({"engine": {"policy": "first"}}, "engine.policy names 'first'"),
         ({"engine": {"target_options": {"tp_plan": "auto"}}}, "target_options holds tp_plan, .* use {device_map"),
         ({"pretrain": {"target": {"output": "o"}}}, "lacks the key 'speaker'"),
+        (
+            {"answers": {"server": {"url": "localhost:8000"}}},
+            "answers.server.url is .* give an address such as http://",
+        ),
+        ({"answers": {"server": {"url": "http://a", "key_variable": ""}}}, "give the name of an environment variable"),
+        ({"answers": {"server": "http://a"}}, "answers.server must be keys and values or null, and is 'http://a'"),
+        ({"verifier": {"probe": {"layers": [-1, -1]}}}, r"probe.layers is \[-1, -1\]: name one or more, each of them"),
+        ({"verifier": {"probe": {"layers": [True]}}}, r"probe.layers must be int, and is True \(bool\)$"),
+        ({"engine": {"horizon": "segments"}}, "engine.horizon names 'segments'; did you mean 'segment'"),
+        ({"engine": {"horizon": True}}, r"engine.horizon must be segment or int or null, and is True \(bool\)$"),
+        ({"engine": {"lookahead": 1.5}}, r"engine.lookahead must be int, and is 1.5 \(float\)"),
+        ({"engine": {"compile": "false"}}, r"engine.compile must be bool or null, and is 'false' \(str\)"),
+        ({"data": {"fields": {"promt": "question"}}}, "data.fields names 'promt'; did you mean 'prompt'"),
+        ({"data": {"fields": {"prompt": ""}}}, "data.fields.prompt is '': give text"),
+        ({"data": {"system": " "}}, "data.system is ' ': give text that is not blank, or leave the key out"),
+        ({"data": {"shares": {"answers": 1}}}, "section 'data.shares' lacks the key 'train'"),
+        ({"data": {"shares": {"answers": 0, "train": 0, "calibration": 0, "test": 0}}}, "data.shares are all 0"),
+        ({"stages": []}, r"stages is \[\]: name one or more"),
+        ({"stages": ["answers", "answers"]}, "stages is .* each of them once"),
+        ({"eval": {"methods": []}}, r"eval.methods is \[\]: name one or more"),
+        ({"name": "../../x"}, "name is '../../x': give 1 to 100 letters, digits"),
+        ({"name": ""}, "name is '': give 1 to 100 letters"),
+        ({"name": "/etc/x"}, "name is '/etc/x': give"),
+        ({"name": "."}, "name is '.': give"),
+        ({"name": ".."}, "name is '..': give"),
+        ({"name": "a\\b"}, "name is .*: give"),
+        ({"name": "a\nb"}, "name is .*: give"),
+        ({"name": "a" * 101}, r"name is 'a{101}': give"),
+        ({"name": "数" * 61}, r"name is .*: give .*60 if not all are ASCII"),
+        ({"name": 7}, r"name must be str, and is 7 \(int\); put text in quotes"),
+        ({"name": True}, r"name must be str, and is True \(bool\); put text in quotes"),
+        ({"name": None}, "name must be str, and is null$"),
+        ({"runs": ""}, "runs is '': give a path or a name"),
+        ({"target": ""}, "target is '': give a path or a name"),
+        ({"draft": " "}, "draft is ' ': give a path or a name"),
+        ({"task": "a\0b"}, "task is .*: give a path or a name"),
+        ({"target": "a" * 300}, "target is .* no more than 255 between slashes"),
+        ({"pretrain": {"../x": {}}}, "pretrain is '../x': give 1 to 100 letters"),
+        ({"logging": {"project": "a/b"}}, "logging.project is 'a/b': give 1 to 128 printable characters"),
+        ({"tresholds" * 10**5: 1}, r"unknown key '(tresholds)*\w*\.\.\. \(900,002 characters\) in the recipe"),
     ],
 )
 def test_what_cannot_be_run_is_named(write, changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(**changes))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("answers.server={url: http://a, concurrency: 0}", "answers.server.concurrency", 0),
+        ("answers.server={url: http://a, timeout: 0}", "answers.server.timeout", 0),
+        ("answers.server={url: http://a, retries: -1}", "answers.server.retries", -1),
+        ("data.shares={answers: 1, train: 1, calibration: 1, test: -1}", "data.shares.test", -1),
+        ("draft={layers: 0}", "draft.layers", 0),
+        ("pretrain.a={output: o, speaker: draft, architecture: {}, minutes: 0}", "pretrain.a.minutes", 0),
+        *[(f"{key}=-1", key, -1) for key in ("seed", "rollouts.recheck", "engine.lookahead", "eval.warmup")],
+        *[(f"{key}=-1", key, -1) for key in ("answers.batch_size", "engine.horizon", "data.max_rows", "segments")],
+        *[(f"{key}=-1", key, -1) for key in ("verifier.adapter.error_weight", "verifier.adapter.layers")],
+        *[(f"{key}=0", key, 0) for key in ("segments", "answers.prompts", "data.max_rows", "distill.top_k")],
+        *[(f"{key}=0", key, 0) for key in ("rollouts.batch_size", "rollouts.samples", "engine.max_new_tokens")],
+        *[(f"{key}=0", key, 0) for key in ("verifier.probe.batch_size", "verifier.probe.hidden", "eval.threads")],
+        *[(f"{key}=0", key, 0) for key in ("verifier.probe.learning_rate", "verifier.adapter.rank", "align.prompts")],
+        ("verifier.probe.learning_rate=-1e-3", "verifier.probe.learning_rate", -0.001),
+        ("verifier.probe.dropout=5", "verifier.probe.dropout", 5),
+        ("verifier.max_accuracy_loss=1", "verifier.max_accuracy_loss", 1),
+        ("seed=1099511627776", "seed", 2**40),
+        ("rollouts.train=1000000000000", "rollouts.train", 10**12),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(write, override, key, value):
+    with pytest.raises(RecipeError, match=f"^{re.escape(key)} is {value}: give a number from "):
+        load_recipe(write(), [override])
 
 
 def test_pickled_weights_are_refused(tmp_path, target):
@@ -99,19 +181,69 @@ def test_what_the_target_cannot_give_is_refused_before_any_work(write, tmp_path,
         check_models(load_recipe(write(**folders, **changes)))
 
 
-def test_missing_keys_files_and_broken_yaml(tmp_path):
+@pytest.mark.parametrize("name", ["x", "hf_0123456789", "a" * 100, "Größe 2.5+b", "数" * 60, "2026-07-01"])
+def test_names_that_are_allowed(write, name):
+    assert load_recipe(write(name=name)).folder == Path("runs") / name
+
+
+def test_missing_keys_and_files(tmp_path):
     path = tmp_path / "recipe.yaml"
-    with pytest.raises(RecipeError, match="is not there; recipes found: recipes/custom_domain.yaml"):
+    with pytest.raises(RecipeError, match=r"is not there; recipes found: recipes/custom_domain.yaml"):
         load_recipe(path)
+    with pytest.raises(RecipeError, match=r"is a folder; recipes found: recipes/custom_domain.yaml"):
+        load_recipe(tmp_path)
+    for nowhere in ("a" * 5000, "a\0b", ""):
+        with pytest.raises(RecipeError, match=r"recipes found"):
+            load_recipe(nowhere)
     path.write_text("name: x\n")
-    with pytest.raises(RecipeError, match="lacks the key 'target'"):
+    with pytest.raises(RecipeError, match=r"lacks the key 'target'"):
         load_recipe(path)
-    path.write_text("name: [x\n")
-    with pytest.raises(RecipeError, match="not valid YAML"):
+
+
+BASE_TEXT = yaml.safe_dump(BASE)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must hold keys and values, and holds None"),
+        (b"- x\n", r"must hold keys and values, and holds \['x'\]"),
+        (b"name: [x\n", "recipe.yaml cannot be read: line 2, column 1: expected"),
+        (b"name: x\n\ttask: y\n", r"line 2, column 1: found character '\\t'"),
+        (b"name: x\n---\nname: y\n", "line 2, column 1: but found another document"),
+        (b"name: x\nname: z\n", "line 2, column 1: the key name stands here twice"),
+        (b"name: {a: 1, 'a': 2}\n", "line 1, column 14: the key a stands here twice"),
+        (b"1: x\n", "line 1, column 1: a key must be text: put it in quotes"),
+        (b"[x]: x\n", "line 1, column 1: a key must be text"),
+        (b"name: \xff\n", "is not UTF-8 text from its byte 6 on"),
+        ("name: x".encode("utf-16"), "is not UTF-8 text from its byte 0 on"),
+        (b"name: \0\n", "special characters are not allowed"),
+        (b'name: "\\UFFFFFFFF"\n', "recipe.yaml cannot be read"),
+        (b'name: "\\U00110000"\n', "recipe.yaml cannot be read"),
+        (b'name: "\\ud800"\n', "line 1, column 7: the text holds half of a character"),
+        (b"name: " + b"[" * 5000 + b"]" * 5000, f"values are nested more than {DEEPEST} deep"),
+        (b"".join(b" " * i + b"a:\n" for i in range(900)), f"values are nested more than {DEEPEST} deep"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\n", "line 1, column 4: anchors, aliases and tags are not allowed"),
+        (b"a: &a [*a]\n", "anchors, aliases and tags are not allowed"),
+        (b"a: *a\n", "anchors, aliases and tags are not allowed"),
+        (b"a: !!python/object/apply:os.system [ls]\n", "anchors, aliases and tags are not allowed"),
+        (b"a: !!timestamp x\n", "anchors, aliases and tags are not allowed"),
+        (b"<<: {name: x}\n", "line 1, column 1: << is read as different things"),
+        (b"# " + b"x" * 10**6, "it is larger than 1,000,000 bytes"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(path)
-    path.write_text("- x\n")
-    with pytest.raises(RecipeError, match="must hold keys and values"):
-        load_recipe(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE_TEXT.replace("\n", "\r\n").encode())
+    assert load_recipe(path).name == "x"
 
 
 def test_overrides(write):
@@ -125,6 +257,168 @@ def test_overrides(write):
         load_recipe(write(), ["name.x=1"])
     with pytest.raises(RecipeError, match="unknown key 'trainer'"):
         load_recipe(write(), ["rollouts.trainer=1"])
+    assert load_recipe(write(), ["seed=1", "seed=2"]).seed == 2  # the later one holds
+    assert load_recipe(write(), ["rollouts={train: 3}", "rollouts.test=4"]).rollouts.train == 3
+    nothing = write(answers={"server": None})
+    server = load_recipe(nothing, ["answers.server.url=http://a", "answers.server.timeout=2"]).answers.server
+    assert server is not None
+    assert (server.url, server.timeout) == ("http://a", 2.0)
+    assert type(server.timeout) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("=3", "override '=3' must read section.key=value"),
+        ("rollouts..train=3", "must read section.key=value"),
+        (".seed=3", "must read section.key=value"),
+        ("rollouts.=3", "must read section.key=value"),
+        ("seed", "override 'seed' must read section.key=value"),
+        ("distill.trainer." + "a." * 3000 + "a=1", "must read section.key=value"),
+        ("stages.0=align", r"stages must be a list, and is {'0': 'align'} \(dict\)"),
+        ("task.0=align", "override 'task.0=align': 'task' is a value and has no keys"),
+        ("seed=[1", r"override 'seed=\[1' cannot be read: line 1"),
+        ("seed=5:50", "override 'seed=5:50' cannot be read: line 1, column 1: 5:50 is read as different things"),
+        ("verifier={kind: probe, kind: best}", "the key kind stands here twice"),
+        ("seed=" + "[" * 3000, "values are nested more than"),
+        ("seed=", "seed must be int, and is null"),
+        ("distill=", "section 'distill' must hold keys and values"),
+        ("answers.batch_size=0", "answers.batch_size is 0"),
+        ("logging.name=" + "x" * 10**6, "logging.name is 'x*\\.\\.\\. "),
+        ("segments=" + "x" * 10**6, "segments names 'x*\\.\\.\\. "),
+    ],
+)
+def test_overrides_that_cannot_be_read(write, override, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(write(), [override])
+    assert len(str(caught.value)) < 1000
+
+
+def leaves(hint):
+    """The types that a field's type is made of."""
+    arguments = typing.get_args(hint)
+    if not arguments or hint == dict[str, Any] or typing.get_origin(hint) in (Annotated, Literal):
+        return [hint]
+    return [leaf for argument in arguments for leaf in leaves(argument)]
+
+
+def test_every_field_says_what_it_may_hold():
+    """Numbers their range, texts their form or their choices; only the libraries' own arguments are free."""
+    assert {"Recipe", "Pretrain", "ProbeSection", "Shares", "Server"} <= {section.__name__ for section in SECTIONS}
+    for section in SECTIONS:
+        for name, hint in typing.get_type_hints(section, include_extras=True).items():
+            for leaf in leaves(hint):
+                if typing.get_origin(leaf) is Annotated:
+                    kind, limit = typing.get_args(leaf)
+                    assert isinstance(limit, Text if kind is str else Range), f"{section.__name__}.{name}"
+                else:
+                    assert leaf not in (int, float, str, Any, dict, list), f"{section.__name__}.{name}: {hint}"
+
+
+@pytest.mark.parametrize("value", ["sentence", "line", "word", "", 0, 1, -1, 40, 1.5, True, None])
+def test_segments_and_horizons_are_the_engines(write, value):
+    def is_allowed(check, *arguments, **options):
+        try:
+            check(*arguments, **options)
+        except ValueError:
+            return False
+        return True
+
+    assert is_allowed(load_recipe, write(segments=value)) == is_allowed(check_segmenter, value)
+    if value is not True:  # the engine takes it for 1
+        assert is_allowed(load_recipe, write(engine={"horizon": value})) == is_allowed(Settings, horizon=value)
+
+
+def test_choices_are_those_of_the_engine_and_the_evaluation():
+    def choices(section, name):
+        return typing.get_args(typing.get_type_hints(section)[name])
+
+    assert choices(train.recipe.EngineSection, "policy") == POLICIES
+    assert choices(train.recipe.EngineSection, "handback") == HANDBACKS
+    assert typing.get_args(train.recipe.Method) == tuple(WHAT)
+
+
+def test_layers_that_the_target_has():
+    assert adapted_layers(None, 12) == 12
+    assert adapted_layers(2, 12) == 2
+    for layers in (13, 99):
+        with pytest.raises(RecipeError, match=f"verifier.adapter.layers is {layers}: the target has 12; give 1 to 12"):
+            adapted_layers(layers, 12)
+    assert hidden_states([-1, 0], 3) == (3, 0)
+    for layers in ([-1, 3], [4], []):
+        with pytest.raises(RecipeError, match="name one or more, each of them once"):
+            hidden_states(layers, 3)
+
+
+NASTY = [
+    *("null", "true", "yes", "0", "-1", "1", "7", "-0.0", "1.5", "1e-400", "1e999", ".nan", ".inf", "-.inf", "0x1F"),
+    *("5:50", "017", "1_000", "2026-07-01", "=", "<<", "''", "' '", "x", "'../x'", "/etc/x", "'1e4'", "'08'", "'y'"),
+    *("9" * 18, "9" * 19, "-" + "9" * 5000, "x" * 300, "'a: b'", "'#'", r'"\0"', r'"\n"', r'"\u2028"', r'"\ud800"'),
+    *("[]", "{}", "[1, 2]", "[x, x]", "[[1]]", "{a: 1}", "{a: 1, a: 2}", "{1: 2}", "{x: {}}", "{'': ''}", "&a [*a]"),
+    *("!!set {a}", "!!binary aGk=", "[" * 15 + "]" * 15, "[" * 3000 + "]" * 3000, "{a: " * 15 + "1" + "}" * 15),
+    *("sentence", "segment", "target", "[target]", "[align]", "dpo", "logits", "{layers: 2}", "{config: {}}"),
+]
+SHIPPED = {path.stem: path.read_text() for path in sorted(Path("recipes").glob("*.yaml"))}
+
+
+def places(content):
+    """Every mapping and list in plain data, with each key or index."""
+    if isinstance(content, dict | list):
+        for key in list(content) if isinstance(content, dict) else range(len(content)):
+            yield content, key
+            yield from places(content[key])
+
+
+def mutate(data, content):
+    """Replace, delete, double or add one node; replaced ones are named so that any text can take their place."""
+    holder, key = data.draw(st.sampled_from(list(places(content))))
+    what = data.draw(st.sampled_from(["replace", "replace", "delete", "double", "add"]))
+    if what == "delete":
+        del holder[key]
+    elif what == "double":
+        holder.append(holder[key]) if isinstance(holder, list) else holder.update({f"{key}2": holder[key]})
+    elif what == "add" and isinstance(holder, dict):
+        holder[data.draw(st.sampled_from(FIELDS))] = f"@{data.draw(st.integers(0, len(NASTY) - 1))}@"
+    else:
+        holder[key] = f"@{data.draw(st.integers(0, len(NASTY) - 1))}@"
+
+
+def loads_or_is_refused(path):
+    """Whether a recipe is refused in few words, or loads, stays in its folder and loads again as it was written."""
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as error:
+        return len(str(error)) < 1500
+    path.write_text(dump(to_dict(recipe)))
+    return load_recipe(path) == recipe and recipe.folder.resolve().parent == Path(recipe.runs).resolve()
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(SHIPPED)))
+def test_a_mutated_recipe_loads_or_is_refused(tmp_path, data, name):
+    content = yaml.safe_load(SHIPPED[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        if content:
+            mutate(data, content)
+    text = yaml.safe_dump(content, width=10**6)
+    for number, nasty in enumerate(NASTY):
+        text = text.replace(f"'@{number}@'", nasty)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert loads_or_is_refused(path)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(SHIPPED)))
+def test_mutated_bytes_load_or_are_refused(tmp_path, data, name):
+    content = "".join(line for line in SHIPPED[name].splitlines(keepends=True) if line[0] != "#").encode()
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+    put = data.draw(
+        st.binary(max_size=8) | st.text(max_size=8).map(lambda text: text.encode()) | st.just(content[start:stop] * 2)
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content[:start] + put + content[stop if data.draw(st.booleans()) else start :])
+    assert loads_or_is_refused(path)
 
 
 @given(
@@ -144,7 +438,7 @@ def test_a_resolved_recipe_loads_to_itself(tmp_path_factory, train, loss, horizo
     }
     path.write_text(yaml.safe_dump(content))
     recipe = load_recipe(path)
-    path.write_text(yaml.safe_dump(to_dict(recipe)))
+    path.write_text(dump(to_dict(recipe)))
     assert load_recipe(path) == recipe
 
 
@@ -192,10 +486,30 @@ def test_the_command_refuses_and_names(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_dry_run_runs_nothing(capsys, tmp_path):
-    assert main(["recipes/quickstart.yaml", f"runs={tmp_path}", "--dry-run"]) == 0
-    assert "all checks passed" in capsys.readouterr().out
+@pytest.mark.parametrize("place", range(4))
+def test_dry_run_runs_nothing_wherever_it_stands(capsys, tmp_path, place):
+    words = ["recipes/quickstart.yaml", f"runs={tmp_path}", "answers"]
+    words.insert(place, "--dry-run")
+    assert main(words) == 0
+    assert "all checks passed; stages: answers;" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["align", "relabel", "pretrain"])
+def test_a_stage_that_would_do_nothing_is_refused(capsys, stage):
+    chain = "stages=[answers, distill, rollouts, verifier]"
+    assert main(["recipes/quickstart.yaml", chain, stage]) == 2
+    assert f"error: stage {stage!r}: " in capsys.readouterr().err
+    if stage != "align":
+        assert main(["recipes/quickstart.yaml", f"stages=[{stage}]"]) == 2
+        assert f"error: stage {stage!r}: " in capsys.readouterr().err
+
+
+def test_the_evaluation_refuses_and_names(capsys):
+    assert evaluate(["recipes/quickstart.yaml", "eval.prompts=0"]) == 2
+    assert "error: eval.prompts is 0: give a number from 1" in capsys.readouterr().err
+    assert evaluate(["recipes/quickstart.yaml", "verifier"]) == 2
+    assert "override 'verifier' must read section.key=value" in capsys.readouterr().err
 
 
 def test_a_refusal_is_a_message_and_no_traceback():
