@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("rest", nargs="*", metavar="stage | section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="check everything, run nothing")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from train.run import quieten
 
@@ -74,9 +74,12 @@ def _in_order(recipe, stages) -> list[str]:  # type: ignore[no-untyped-def]
     """The stages to run; where the draft is aligned, "relabel" comes in front of the verifier by itself."""
     from train.recipe import STAGES, RecipeError
 
-    if "align" in stages and not recipe.aligned:
-        raise RecipeError("stage 'align' is not among the recipe's stages, so nothing would use it: add it there")
     wanted = {*(stages or recipe.stages)}
+    for stage in ("align", "relabel"):
+        if stage in wanted and not recipe.aligned:
+            raise RecipeError(f"stage {stage!r}: 'align' is not among the recipe's stages, so nothing uses it: add it")
+    if "pretrain" in wanted and not recipe.pretrain:
+        raise RecipeError("stage 'pretrain': the recipe has no section `pretrain`, so there is nothing to make: add it")
     if recipe.aligned and "verifier" in wanted:
         wanted.add("relabel")
     return [stage for stage in STAGES if stage in wanted]
