@@ -1,9 +1,28 @@
 """python -m parse: an answer and its history in a terminal."""
 
-import pytest
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
+
+import parse
+from eval.tasks import ledger
 from parse import Generation, Segment, Stats
-from parse.__main__ import main, transcript
+from parse.__main__ import _message, main, transcript
+from parse.models import load_model
+from parse.trained import save, tokenizer_hash
+from parse.verifiers import Likelihood
+from tests.conftest import MODELS, ROOT
+from train.recipe import load_recipe, to_dict
 
 RESULT = Generation(
     "a c",
@@ -16,6 +35,13 @@ RESULT = Generation(
     ],
     Stats(draft_tokens=2, accepted_tokens=1, target_tokens=1, rounds=1),
 )
+QUESTION = (
+    "list : #1 fig rome 4 ; #2 tea oslo 7 ; #3 jam paris 2 ; #4 egg lima 9 ; #5 rope cairo 1 ; #6 pear genoa 3 ; "
+    "#7 lamp delhi 6 ."
+)
+TARGET = ["--target", str(MODELS / "ledger-target")]
+ALONE = [*TARGET, "--method", "target"]
+PAIR = [*TARGET, "--draft", str(MODELS / "ledger-draft"), "--verifier", "prompt"]
 
 
 def test_the_transcript_without_colour():
@@ -33,13 +59,352 @@ def test_the_transcript_in_colour():
     assert "\033[34mc\033[0m" in text
 
 
+# models that are named
+
+
+def objects(capsys) -> list[dict]:
+    """The lines of JSON that were printed, and nothing else was."""
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return [json.loads(line) for line in printed.out.splitlines()]
+
+
+def test_an_answer_alone_stands_on_standard_output(capsys):
+    assert main([QUESTION, *PAIR, "--threshold", "0.5"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.split("\n\n")[1] in printed.out
+    assert ledger.check(QUESTION, printed.out.split("\n\n")[1])
+    assert "127 of 127 draft tokens accepted" in printed.out
+
+
+def test_json_has_all_of_an_answer(capsys):
+    assert main([QUESTION, *PAIR, "--threshold", "2", "--json"]) == 0
+    (line,) = objects(capsys)
+    assert set(line) == {"prompt", "text", "token_ids", "finish_reason", "segments", "stats"}
+    assert line["prompt"] == QUESTION
+    assert line["finish_reason"] == "stop"
+    assert line["stats"]["accepted_tokens"] == 0
+    assert "".join(segment["text"] for segment in line["segments"] if segment["accepted"]) == line["text"]
+    assert main([QUESTION, *ALONE, "--json"]) == 0
+    assert objects(capsys)[0]["text"] == line["text"]  # a threshold above 1 leaves the target's own answer
+
+
+def test_settings_reach_the_engine(capsys):
+    def answer(*words: str) -> dict:
+        assert main([QUESTION, *PAIR, "--json", "--threshold", "0", "--max-new-tokens", "24", *words]) == 0
+        return objects(capsys)[0]
+
+    assert answer()["stats"]["rounds"] == 1
+    assert answer("--horizon", "6")["stats"]["rounds"] == 4
+    assert len(answer("--segments", "4", "--max-new-tokens", "12")["segments"]) == 3
+    assert len(answer("--segments", "4", "--policy", "whole")["segments"]) == 1
+    assert answer("--threshold", "2", "--handback", "never")["stats"]["rounds"] == 1
+    assert answer("--threshold", "2")["stats"]["rounds"] == 2
+    sampled = [answer("--temperature", "1.5", "--seed", seed)["text"] for seed in "112"]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert answer("--temperature", "1.5", "--seed", "1", "--top-k", "1")["text"] == answer()["text"]
+    assert answer("--temperature", "1.5", "--seed", "1", "--top-p", "1e-9")["text"] == answer()["text"]
+    proposed = answer("--method", "target", "--lookahead", "4")
+    assert proposed["text"] == answer("--method", "target")["text"]
+
+
+def test_several_prompts_are_answered_in_their_order(capsys, tmp_path, monkeypatch):
+    other = QUESTION.replace("lima", "kyoto")
+    turns = [{"role": "user", "content": other}]
+    rows = [other, "", json.dumps({"prompt": QUESTION}), json.dumps({"messages": turns}, ensure_ascii=False)]
+    (tmp_path / "rows").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    assert main([QUESTION, "--file", str(tmp_path / "rows"), *ALONE, "--json", "--batch-size", "2"]) == 0
+    lines = objects(capsys)
+    assert [line["prompt"] for line in lines] == [QUESTION, other, QUESTION, turns]
+    assert [line["text"] for line in lines[:2]] == [line["text"] for line in lines[2:]]
+    assert all(ledger.check(prompt, line["text"]) for prompt, line in zip((QUESTION, other), lines, strict=False))
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{QUESTION}\n{other}\n".encode())))
+    assert main([*ALONE]) == 0
+    printed = capsys.readouterr().out
+    assert [line[2:] for line in printed.splitlines() if line.startswith(">")] == [QUESTION, other]
+    assert lines[1]["text"] in printed
+
+
+def test_a_character_that_divides_lines_elsewhere_is_text_here(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n")
+    assert main(["--file", str(tmp_path / "rows.jsonl"), *ALONE, "--json", "--max-new-tokens", "1"]) == 0
+    assert objects(capsys)[0]["prompt"] == "a\u2028b\u0085c"
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "messages"),
     [
-        (["q", "--run", "nowhere"], "no recipe.yaml there"),
-        (["q"], "give --run FOLDER"),
+        (["q"], ["no target is named", "give --run FOLDER"]),
+        (["q", *TARGET], ["no draft is named"]),
+        (["q", *TARGET, "--draft", str(MODELS / "ledger-draft")], ["no verifier is named"]),
+        (["q", "--run", "nowhere"], ["--run nowhere", "no recipe.yaml there"]),
+        (["q", "--run", "recipes/quickstart.yaml"], ["--run recipes/quickstart.yaml", "no recipe.yaml there"]),
+        (
+            ["q", "--target", "recipes/models/ledger", "--method", "target"],
+            ["--target 'recipes/models/ledger'", "gpt2"],
+        ),
+        (["q", "--target", "../x", "--method", "target"], ["--target '../x'", "no such folder"]),
+        (["q", *TARGET, "--draft", "recipes/", "--verifier", "prompt"], ["--draft 'recipes/'", "no config.json"]),
+        (["q", *TARGET, "--draft", "a/b/c", "--verifier", "prompt"], ["--draft 'a/b/c'", "a hub id such as"]),
+        (["q", *PAIR, "--verifier", "promt"], ["--verifier 'promt'", '"prompt", "likelihood"']),
+        (["q", *PAIR, "--verifier", "recipes"], ["--verifier 'recipes'", "verifier.json"]),
+        (["q", *PAIR, "--policy", "longst"], ["policy='longst'", "first_fail, longest, whole"]),
+        (["q", *PAIR, "--method", "x"], ["method='x'", "parse, target, draft"]),
+        (["q", *PAIR, "--handback", "x"], ["handback='x'", "segment, never"]),
+        (["q", *PAIR, "--horizon", "0"], ["horizon=0"]),
+        (["q", *PAIR, "--segments", "0"], ["segments=0"]),
+        (["q", *PAIR, "--segments", "word"], ["segments='word'", '"sentence", "line"']),
+        (["q", *PAIR, "--top-p", "2"], ["top_p=2.0"]),
+        (["a \ud800", *PAIR], ["prompt 1 is no valid Unicode text"]),
+        (["--file", "recipes/none.txt", *PAIR], ["--file recipes/none.txt: No such file"]),
+        (["--file", "recipes", *PAIR], ["--file recipes: Is a directory"]),
+        (["--file", "recipes/models/ledger-draft/model.safetensors", *PAIR], ["is no text in UTF-8"]),
     ],
 )
-def test_what_is_missing_is_named(capsys, words, message):
+def test_what_is_wrong_is_named_before_anything_is_loaded(capsys, monkeypatch, words, messages):
+    monkeypatch.setattr("parse.models.AutoModelForCausalLM.from_pretrained", None)
     assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    for message in messages:
+        assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--batch-size", "0"], ["--batch-size", "x"], ["--top-k", "x"], ["--temperatur", "1"], ["--max-new-tokens"]],
+)
+def test_a_command_line_that_cannot_be_read_takes_one_line(capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(["q", *PAIR, *words])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "q"', "line 2 begins with { and is no JSON object"),
+        ("{" + '"a":' + "[" * 100000, "line 2 begins with { and is no JSON object"),
+        ('{"text": "q"}', "its keys are text"),
+        ("{}", "its keys are none"),
+        ('{"prompt": null}', 'line 2 must hold either "prompt", a text'),
+        ('{"prompt": "q", "messages": []}', "its keys are prompt, messages"),
+        ('{"messages": []}', 'or "messages", a list of turns'),
+        ('{"messages": ["q"]}', 'or "messages", a list of turns'),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(capsys, tmp_path, line, message):
+    (tmp_path / "rows").write_text(f"q\n{line}\n")
+    assert main(["--file", str(tmp_path / "rows"), *ALONE]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_a_prompt(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert main(ALONE) == 2
+    assert "no prompt is given" in capsys.readouterr().err
+
+
+def test_a_hub_id_without_a_slash_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["q", "--target", "gpt2-of-nobody", "--method", "target"]) == 2
+    assert "--target 'gpt2-of-nobody': no such folder is here, and the hub does not give it" in capsys.readouterr().err
+
+
+def test_memory_and_damaged_weights(capsys, tmp_path):
+    assert "lower --batch-size" in _message(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "lower --batch-size" in _message(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert "lower --batch-size" in _message(MemoryError())
+    assert _message(KeyError("a fault of ours")) is None
+    shutil.copytree(MODELS / "ledger-target", tmp_path / "target")
+    weights = tmp_path / "target" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert main(["q", "--target", str(tmp_path / "target"), "--method", "target"]) == 2
+    assert "weights is damaged" in capsys.readouterr().err
+
+
+def test_an_interrupted_answer_ends_quietly(capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parse.__main__._answer", interrupted)
+    assert main(["q"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_has_gone_ends_it_quietly(capsys, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["q", *ALONE, "--max-new-tokens", "1"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_help_and_the_public_names_wait_for_no_library():
+    code = (
+        "import sys, parse, parse.__main__ as command\n"
+        "try: command.main(['--help'])\n"
+        "except SystemExit: assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys(), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert {"Engine", "Generation", "Segment", "Stats"} == set(parse.__all__) <= set(dir(parse))
+    assert parse.Engine.__module__ == "parse.engine"
+    with pytest.raises(AttributeError, match="module 'parse' has no attribute 'Engin'"):
+        _ = parse.Engin
+
+
+# run folders
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A project's folder whose run has been trained, with a verifier that accepts all."""
+    folder = tmp_path_factory.mktemp("project")
+    run = folder / "runs" / "quickstart"
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "models").symlink_to(MODELS)
+    shutil.copytree(MODELS / "ledger-draft", run / "draft")
+    settings = ["engine.max_new_tokens=24", "engine.horizon=6", "engine.target_options={trust_remote_code: true}"]
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [*settings, "stages=[answers,distill,rollouts,verifier]"])
+    (run / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe)))
+    target, tokenizer = load_model(MODELS / "ledger-target"), AutoTokenizer.from_pretrained(MODELS / "ledger-target")
+    save(
+        run / "verifier",
+        Likelihood("mean", "segment", 0.0),
+        target,
+        {"tokenizer": tokenizer_hash(tokenizer), "segments": 2, "thresholds": {"first_fail": 0.0}},
+    )
+    lora = get_peft_model(load_model(run / "draft"), LoraConfig(r=2, target_modules="all-linear"))
+    lora.save_pretrained(str(run / "draft-lora"))
+    return folder
+
+
+def changed(project: Path, folder: Path, change) -> str:
+    """A copy of the run, of which something is changed, in a project of its own."""
+    shutil.copytree(project, folder / "project", symlinks=True)
+    run = folder / "project" / "runs" / "quickstart"
+    change(run)
+    return str(run)
+
+
+def with_recipe(**keys: object):
+    """A change of keys of a run's recipe; those of the engine's section are merged."""
+
+    def change(run: Path) -> None:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        engine = recipe["engine"] | keys.pop("engine", {})
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"engine": engine} | keys))
+
+    return change
+
+
+def test_a_run_gives_models_and_settings_from_any_folder(project, capsys, monkeypatch, tmp_path):
+    run = str(project / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    assert main([QUESTION, "--run", run, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "note: the run's trust_remote_code is left out: no model's own code is run\n"
+    line = json.loads(printed.out)
+    assert line["stats"]["draft_tokens"] == 24
+    assert line["stats"]["rounds"] == 4  # by the recipe's horizon
+    assert len(line["segments"]) == 12  # by the verifier's segmenter
+    assert main([QUESTION, "--run", run, "--json", "--max-new-tokens", "30", "--horizon", "none"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["rounds"] == 1
+    monkeypatch.chdir(project / "runs")
+    assert main([QUESTION, "--run", "quickstart", "--method", "draft", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == line["text"]
+
+
+def test_in_a_process_of_its_own_nothing_precedes_the_answer(project, tmp_path):
+    run = changed(
+        project, tmp_path, with_recipe(stages=["distill", "align", "verifier"], engine={"target_options": {}})
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "parse", QUESTION, "--run", run, "--json"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["stats"]["accepted_tokens"] == 24
+
+
+@pytest.mark.parametrize(
+    ("engine", "words", "segments", "rounds"),
+    [
+        ({"policy": "whole"}, [], 4, 4),
+        ({"policy": "whole"}, ["--policy", "longest"], 12, 4),
+        ({"handback": "never"}, ["--threshold", "2"], 4, 1),
+        ({"handback": "never"}, ["--threshold", "2", "--handback", "segment", "--segments", "2"], None, 12),
+        ({"horizon": "segment"}, [], 12, 12),
+    ],
+)
+def test_settings_of_a_run_and_over_it(project, tmp_path, capsys, engine, words, segments, rounds):
+    run = changed(project, tmp_path, with_recipe(engine=engine))
+    assert main([QUESTION, "--run", run, "--json", *words]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["stats"]["rounds"] == rounds
+    assert segments is None or len(line["segments"]) == segments
+
+
+def test_a_run_is_asked_for_no_more_than_the_method_needs(project, tmp_path, capsys):
+    def change(run: Path) -> None:
+        with_recipe(engine={"lookahead": 2})(run)
+        shutil.rmtree(run / "verifier")
+        shutil.rmtree(run / "draft")
+
+    run = changed(project, tmp_path, change)
+    assert main([QUESTION, "--run", run, "--method", "target", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["target_tokens"] == 24
+    words = ["--draft", str(MODELS / "ledger-draft"), "--verifier", "likelihood"]
+    assert main([QUESTION, "--run", run, *words, "--threshold", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda run: shutil.rmtree(run / "verifier"), ["no verifier/ there", "stage `verifier`", "--verifier"]),
+        (lambda run: shutil.rmtree(run / "draft"), ["no draft/ there", "stage `distill`", "--draft"]),
+        (
+            lambda run: [with_recipe(stages=["align"])(run), shutil.rmtree(run / "draft-lora")],
+            ["no draft-lora/ there", "stage `align`"],
+        ),
+        (lambda run: (run / "draft" / "config.json").unlink(), ["its draft", "no config.json"]),
+        (
+            lambda run: (run / "verifier" / "verifier.json").write_text("{"),
+            ["its verifier", "verifier.json is damaged"],
+        ),
+        (lambda run: (run / "verifier" / "verifier.json").write_text("[]"), ["verifier.json is damaged"]),
+        (lambda run: (run / "verifier" / "verifier.json").write_text("{}"), ["verifier.json is damaged"]),
+        (with_recipe(target="models/of/another"), ["its target 'models/of/another'", "give --target a folder"]),
+        (with_recipe(target=3), ["recipe.yaml is damaged (target of the wrong type)"]),
+        (with_recipe(engine={"draft_options": 3}), ["damaged (engine.draft_options of the wrong type)"]),
+        (with_recipe(engine={"policy": 3}), ["policy=3"]),
+        (with_recipe(engine={"max_new_tokens": "many"}), ["max_new_tokens"]),
+        (lambda run: (run / "recipe.yaml").write_text(""), ["recipe.yaml is damaged (no keys and values)"]),
+        (lambda run: (run / "recipe.yaml").write_text("- a\n- b\n"), ["recipe.yaml is damaged (no keys and values)"]),
+        (lambda run: (run / "recipe.yaml").write_text("a: [1"), ["recipe.yaml is damaged (no valid YAML"]),
+        (lambda run: (run / "recipe.yaml").write_text("[" * 5000), ["recipe.yaml is damaged (no valid YAML"]),
+        (lambda run: (run / "recipe.yaml").write_text("a: 2020-99-99"), ["recipe.yaml is damaged (no valid YAML"]),
+        (lambda run: (run / "recipe.yaml").write_bytes(b"\xff\xfe\x00"), ["recipe.yaml is damaged (no valid YAML"]),
+        (lambda run: (run / "recipe.yaml").write_text("target: x"), ["recipe.yaml is damaged (the key 'engine'"]),
+        (lambda run: (run / "recipe.yaml").unlink(), ["no recipe.yaml there"]),
+    ],
+)
+def test_a_run_that_is_not_whole_is_named(project, tmp_path, capsys, change, messages):
+    run = changed(project, tmp_path, change)
+    assert main(["q", "--run", run]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith(f"error: {'' if 'max_new' in printed or 'policy' in printed else f'--run {run}: '}")
+    for message in messages:
+        assert message in printed
