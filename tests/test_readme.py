@@ -1,15 +1,23 @@
 """What the README names is there: files, commands, recipe keys; and the project speaks of itself alone."""
 
+import dataclasses
+import json
 import re
+import shlex
 import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
-from train.recipe import load_recipe
+from eval.tasks import ledger
+from parse import Engine
+from parse.__main__ import main
+from tests.conftest import MODELS, ROOT
+from train.recipe import Recipe, load_recipe
 
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"`([^`\n]+)`", README) + re.findall(r"^    (.+)$", README, re.M)
+SNIPPET = re.search(r"```python\n(.*?)```", README, re.S)[1]
+SHIPPED = {"draft-lora": str(MODELS / "ledger-draft"), "verifier": "prompt"}  # in place of what the quickstart makes
 BLOCKS = "\n".join(re.findall(r"```(?:bash|python|yaml|text)?\n(.*?)```", README, re.S))
 
 
@@ -44,6 +52,49 @@ def test_every_make_target_is_there():
 def test_every_recipe_command_would_run(command):
     words = command.split("#")[0].split()
     load_recipe(words[0], [w for w in words[1:] if "=" in w])
+
+
+def test_the_python_snippet_runs_and_its_answer_is_right(capsys):
+    snippet = SNIPPET
+    for made, shipped in SHIPPED.items():
+        assert f"runs/quickstart/{made}" in snippet
+        snippet = snippet.replace(f"runs/quickstart/{made}", shipped)
+    names = {}
+    exec(snippet, names)
+    prompt, result = names["prompt"], names["result"]
+    assert ledger.check(prompt, result.text)
+    assert capsys.readouterr().out.startswith(f"{result.text} {result.stats.accepted_tokens} ")
+    assert len(ledger.read_prompt(prompt)) in ledger.SIZES  # else no model of the pair has learnt to answer
+    target = Engine.from_pretrained(MODELS / "ledger-target", compile=False)
+    assert ledger.check(prompt, target.generate(prompt, method="target")[0].text)
+
+
+def test_the_question_of_the_terminal_is_answered_rightly(capsys):
+    (command,) = re.findall(r'-m parse (".+)', README)
+    prompt, *options = shlex.split(command)
+    assert options == ["--run", "runs/quickstart"]
+    assert len(ledger.read_prompt(prompt)) in ledger.SIZES
+    assert main([prompt, "--target", str(MODELS / "ledger-target"), "--method", "target", "--json"]) == 0
+    assert ledger.check(prompt, json.loads(capsys.readouterr().out)["text"])
+
+
+def test_every_row_that_is_shown_is_a_row():
+    for block in re.findall(r"```json\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            assert {"prompt", "reference"} <= json.loads(line).keys()
+
+
+def test_every_section_of_a_recipe_is_in_the_table():
+    rows = re.findall(r"^\| (`[^|]+`) \|", README.split("## What is in a recipe")[1], re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == {field.name for field in dataclasses.fields(Recipe)} - {"name", "seed", "runs", "pretrain"}
+
+
+@pytest.mark.parametrize(
+    "override", [word for word in CODE if re.match(r"(answers|draft|distill|rollouts)[\w.]*=", word)]
+)
+def test_every_override_that_is_shown_is_accepted(override):
+    load_recipe("recipes/custom_domain.yaml", [override])
 
 
 def test_the_project_speaks_of_itself_alone():
