@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain, count
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import roc_curve
@@ -23,11 +24,41 @@ COLUMNS = (  # key of report.json, title, format
     ("ece", "ECE", "{:.3f}"),
     ("milliseconds_per_cut", "ms a cut", "{:.2f}"),
 )
-COLOURS = ("#27c", "#c52", "#3a7", "#85b", "#a83", "#555", "#2aa", "#d4a")
-WIDTH, HEIGHT, MARGIN = 420, 300, 46
+COLOURS = (
+    "#0072b2",
+    "#cf7c00",
+    "#009e73",
+    "#000000",
+    "#d03000",
+    "#cc79a7",
+    "#56b4e9",
+)  # told apart by the colour-blind
+RULES = 4  # kinds that share a colour, at most, where their names begin with the same word
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 420, 320, 60, 52, 16
 POINTS = 60  # thresholds on the curve of accepted tokens against lost accuracy
 
+LAYOUT = """
+.wide { overflow-x: auto } .plots { display: flex; flex-wrap: wrap; gap: 0 2rem }
+figure { margin: 1rem 0; max-width: 100%; min-width: 0 }
+figcaption { font-weight: 600 } .plots svg { max-width: 100%; height: auto }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; list-style: none; padding: 0 }
+.legend svg { width: 44px; height: 10px; margin-right: .4rem }
+"""
+
 Curve = list[tuple[float, float]]
+
+
+class LineStyle(NamedTuple):
+    """How a kind's line is drawn."""
+
+    colour: str
+    dash: str  # of SVG's stroke-dasharray; empty is solid
+    width: float
+
+    @property
+    def attributes(self) -> str:
+        """The same as attributes of a shape in SVG."""
+        return f'stroke="{self.colour}" stroke-dasharray="{self.dash}" stroke-width="{self.width}"'
 
 
 def console_table(report: dict[str, Any]) -> str:
@@ -59,16 +90,42 @@ def html_report(name: str, report: dict[str, Any], tested: Mapping[str, Sequence
     reliable = {kind: [(stated, true) for _, stated, true in reliability(*judgements(tested[kind]))] for kind in tested}
     losses = {kind: _losses(scored) for kind, scored in tested.items()}
     promise = report["max_accuracy_loss"]
+    styles = line_styles(list(tested))
+    plots = (
+        _plot("ROC", roc, styles, 1.0, "invalid cuts accepted", "valid cuts accepted"),
+        _plot("Reliability", reliable, styles, 1.0, "confidence", "share of valid cuts"),
+        _plot("Use", losses, styles, max(5 * promise, 0.05), "accuracy lost", "draft tokens accepted"),
+    )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}: verifier</title>
-<style>{STYLE}</style><h1>Verifiers: {html.escape(name)}</h1>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{STYLE}{LAYOUT}</style><h1>Verifiers: {html.escape(name)}</h1>
 <p>{report["n_prompts"]} test prompts, {report["n_prefixes"]} prefixes. Each kind stands at the threshold that keeps the
 accuracy loss under {promise:.1%} by the calibration prompts; cuts count up to a draft's first invalid one.</p>
-<table><tr>{head}</tr>{body}</table>
-<h2>Valid cuts accepted against invalid cuts accepted (ROC)</h2>{_plot(roc, 1.0)}
-<h2>Share of valid cuts against confidence (reliability)</h2>{_plot(reliable, 1.0)}
-<h2>Draft tokens accepted against accuracy lost</h2>{_plot(losses, max(5 * promise, 0.05))}
-<p>Across is what the heading names last. The lines are, in turn: {_legend(list(tested))}.</p></html>
+<div class="wide"><table><tr>{head}</tr>{body}</table></div>
+{_legend(styles, report["chosen"])}<div class="plots">{"".join(plots)}</div></html>
 """
+
+
+def line_styles(kinds: Sequence[str]) -> dict[str, LineStyle]:
+    """A style for each kind, no two with the same colour and dashes, however many there are.
+
+    A kind by itself has a thick, solid line. Kinds whose names begin with the same word, such as the rules on the
+    target's likelihood, share a colour and differ by their dashes.
+    """
+    families: dict[str, list[str]] = {}
+    for kind in kinds:
+        families.setdefault(kind.partition(" ")[0], []).append(kind)
+    groups = [family[i : i + RULES] for family in families.values() for i in range(0, len(family), RULES)]
+    styles: dict[str, LineStyle] = {}
+    taken: set[tuple[str, str]] = set()
+    for index, group in enumerate(groups):
+        colour, alone = COLOURS[index % len(COLOURS)], len(group) == 1
+        patterns = chain([""] if alone else [], ("9 3", "4 3", "1.5 3"), ("9 3" + " 2 3" * n for n in count(1)))
+        for kind in group:
+            dash = next(dash for dash in patterns if (colour, dash) not in taken)
+            taken.add((colour, dash))
+            styles[kind] = LineStyle(colour, dash, 3 if alone else 1.75)
+    return {kind: styles[kind] for kind in kinds}
 
 
 def _roc(scored: Sequence[Scored]) -> Curve:
@@ -88,32 +145,40 @@ def _losses(scored: Sequence[Scored]) -> Curve:
     return sorted((accuracy_loss(scored, t), share) for t, share in zip(chosen, kept, strict=True))
 
 
-def _plot(curves: dict[str, Curve], right: float) -> str:
-    """Lines over [0, right] across and [0, 1] up, as inline SVG."""
-    inner_width, inner_height = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+def _plot(
+    title: str, curves: dict[str, Curve], styles: dict[str, LineStyle], right: float, across: str, up: str
+) -> str:
+    """Lines over [0, right] across and [0, 1] up, as inline SVG with named axes."""
+    inner_width, inner_height = WIDTH - LEFT - MARGIN, HEIGHT - BOTTOM - MARGIN
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return MARGIN + inner_width * min(x / right, 1), HEIGHT - MARGIN - inner_height * y
+        return LEFT + inner_width * min(x / right, 1), HEIGHT - BOTTOM - inner_height * y
 
     shapes = []
     for i in range(6):
         x, y = place(right * i / 5, i / 5)
-        shapes.append(f'<text x="{x:.0f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{right * i / 5:.0%}</text>')
-        shapes.append(f'<text x="{MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{i / 5:.0%}</text>')
-        shapes.append(f'<line x1="{MARGIN}" y1="{y:.0f}" x2="{WIDTH - MARGIN}" y2="{y:.0f}" stroke="#ddd"/>')
-    for (name, curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+        shapes.append(f'<text x="{x:.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{right * i / 5:.0%}</text>')
+        shapes.append(f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end">{i / 5:.0%}</text>')
+        shapes.append(f'<line x1="{LEFT}" y1="{y:.0f}" x2="{WIDTH - MARGIN}" y2="{y:.0f}" stroke="#ddd"/>')
+    x, y = place(right / 2, 0.5)
+    shapes.append(f'<text x="{x:.0f}" y="{HEIGHT - 12}" text-anchor="middle">{across}</text>')
+    shapes.append(f'<text transform="translate(16 {y:.0f}) rotate(-90)" text-anchor="middle">{up}</text>')
+    for kind, curve in curves.items():
+        drawn = curve * 2 if len(curve) == 1 else curve  # a single point is a dot, by the line's round ends
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in drawn))
         shapes.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2">'
-            f"<title>{html.escape(name)}</title></polyline>"
+            f'<polyline points="{points}" fill="none" stroke-linecap="{"round" if len(curve) == 1 else "butt"}" '
+            f"{styles[kind].attributes}><title>{html.escape(kind)}</title></polyline>"
         )
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">{"".join(shapes)}</svg>'
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(shapes)}</svg>'
+    return f"<figure><figcaption>{title}: {up} against {across}</figcaption>{picture}</figure>"
 
 
-def _legend(names: Sequence[str]) -> str:
-    pairs = zip(names, _colours(len(names)), strict=True)
-    return ", ".join(f'<b style="color:{colour}">{html.escape(name)}</b>' for name, colour in pairs)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+def _legend(styles: dict[str, LineStyle], chosen: str) -> str:
+    """Each kind beside a piece of its line."""
+    entries = [
+        f'<li><svg viewBox="0 0 44 10"><line x1="0" y1="5" x2="44" y2="5" {style.attributes}/></svg>'
+        f"{html.escape(kind)}{' (saved)' if kind == chosen else ''}</li>"
+        for kind, style in styles.items()
+    ]
+    return f'<ul class="legend">{"".join(entries)}</ul>'
