@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` and
     from parse.answer import Generation, Segment
     from parse.models import Messages
 
+EXPECTED = (OSError, ValueError, RuntimeError, ImportError)  # what libraries raise for what users can mend
 COLOURS = {"kept": "32", "cut": "9;31", "target": "34", "faint": "2"}  # ANSI styles
 
 
@@ -116,14 +117,11 @@ def _note(message: object, *_: object, **__: object) -> None:
 
 def _message(error: Exception) -> str | None:
     """What to say of an error that its user can mend; None for a fault of the program."""
-    from safetensors import SafetensorError
-
     text = _one_line(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    memory = ("out of memory", "can't allocate memory", "MemoryError")
+    if isinstance(error, MemoryError) or any(words in text for words in memory):
         return f"memory has run out: lower --batch-size or --max-new-tokens, or use smaller models ({text[:200]})"
-    if isinstance(error, SafetensorError):
-        return f"a file of weights is damaged ({text}): fetch or make its model again"
-    return text if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else None
+    return text if isinstance(error, EXPECTED) else None
 
 
 def _one_line(words: object) -> str:
@@ -208,7 +206,12 @@ def _answer(prompts: list[str | Messages], given: dict[str, Any]) -> list[Genera
 
     from parse.engine import Engine
 
-    engine = Engine.from_pretrained(**parts, segments=segments)
+    try:
+        engine = Engine.from_pretrained(**parts, segments=segments)
+    except Exception as error:  # of whatever kind a library raises for a file that it cannot read
+        named = ", ".join(parts[part] for part, need in needed.items() if need)
+        kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+        raise ValueError(f"{named}: loading fails: {kind}{error}") from error
     return engine.generate(prompts, **chosen, **{name: given[name] for name in {"batch_size"} & given.keys()})
 
 

@@ -218,16 +218,23 @@ def test_a_hub_id_without_a_slash_is_asked_for(capsys, monkeypatch):
     assert "--target 'gpt2-of-nobody': no such folder is here, and the hub does not give it" in capsys.readouterr().err
 
 
-def test_memory_and_damaged_weights(capsys, tmp_path):
+def test_too_little_memory_is_told_from_a_fault_of_ours():
     assert "lower --batch-size" in _message(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert "lower --batch-size" in _message(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert "lower --batch-size" in _message(MemoryError())
     assert _message(KeyError("a fault of ours")) is None
-    shutil.copytree(MODELS / "ledger-target", tmp_path / "target")
-    weights = tmp_path / "target" / "model.safetensors"
-    os.truncate(weights, weights.stat().st_size // 2)
-    assert main(["q", "--target", str(tmp_path / "target"), "--method", "target"]) == 2
-    assert "weights is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_model_is_named(capsys, tmp_path, file):
+    folder = tmp_path / "target"
+    shutil.copytree(MODELS / "ledger-target", folder)
+    os.truncate(folder / file, (folder / file).stat().st_size // 2)
+    assert main(["q", "--target", str(folder), "--method", "target"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert str(folder) in error
 
 
 def test_an_interrupted_answer_ends_quietly(capsys, monkeypatch):
@@ -390,6 +397,7 @@ def test_a_run_is_asked_for_no_more_than_the_method_needs(project, tmp_path, cap
         (with_recipe(target=3), ["recipe.yaml is damaged (target of the wrong type)"]),
         (with_recipe(engine={"draft_options": 3}), ["damaged (engine.draft_options of the wrong type)"]),
         (with_recipe(engine={"policy": 3}), ["policy=3"]),
+        (with_recipe(engine={"draft_options": {"nonsense": 1}}), ["quickstart/draft", "'nonsense'"]),
         (with_recipe(engine={"max_new_tokens": "many"}), ["max_new_tokens"]),
         (lambda run: (run / "recipe.yaml").write_text(""), ["recipe.yaml is damaged (no keys and values)"]),
         (lambda run: (run / "recipe.yaml").write_text("- a\n- b\n"), ["recipe.yaml is damaged (no keys and values)"]),
@@ -405,6 +413,6 @@ def test_a_run_that_is_not_whole_is_named(project, tmp_path, capsys, change, mes
     run = changed(project, tmp_path, change)
     assert main(["q", "--run", run]) == 2
     printed = capsys.readouterr().err.splitlines()[-1]
-    assert printed.startswith(f"error: {'' if 'max_new' in printed or 'policy' in printed else f'--run {run}: '}")
+    assert printed.startswith("error: ")
     for message in messages:
         assert message in printed
