@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from pathlib import Path
 from typing import Any
+
+from train.command import run_command
 
 LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
 
@@ -16,25 +20,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
+    return run_command(lambda folders: _main(options, folders))
 
+
+def _main(options: argparse.Namespace, folders: list[Path]) -> int:
+    from train.progress import quieten
+
+    quieten()
     from train.checks import check_models, check_prompts
     from train.recipe import RecipeError, load_recipe
     from train.run import Run
 
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        check_models(recipe)
-        check_prompts(recipe, ["eval"])
-        for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
-            if not part.exists():
-                raise RecipeError(f"{part} is not there: run `accelerate launch -m train {options.recipe}` first")
-        with Run(recipe) as run:
-            summary = _evaluate(recipe)
-            figures = {f"{row['name']}/{key}": row[key] for row in summary["methods"] for key in LOGGED}
-            run.log("eval", {key: value for key, value in figures.items() if value is not None})
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_models(recipe)
+    check_prompts(recipe, ["eval"])
+    for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
+        if not part.exists():
+            raise RecipeError(f"{part} is not there: run `accelerate launch -m train {options.recipe}` first")
+    folders.append(recipe.folder)
+    with Run(recipe) as run:
+        run.check_outputs()
+        if not run.is_done("verifier"):
+            run.say(f"note: the verifier in {run.path('verifier')} was made with another recipe, data or models")
+        started = time.time()
+        summary = _evaluate(recipe)
+        run.record("eval", time.time() - started, {"methods": summary["methods"]})
+        figures = {f"{row['name']}/{key}": row[key] for row in summary["methods"] for key in LOGGED}
+        run.log("eval", {key: value for key, value in figures.items() if value is not None})
     print(json.dumps(summary))
     return 0
 
@@ -46,21 +58,27 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     from eval.methods import compare, compile_in_two, settings_of
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table
-    from eval.tasks import draw_prompts, load_task
+    from eval.tasks import load_task
     from eval.tasks.rows import Rows
+    from train.files import write_text
+    from train.machine import hardware
     from train.models import load_engine
-    from train.recipe import to_dict
-    from train.run import hardware, quieten, write_text
-
-    quieten()
+    from train.prompts import prompts_of
+    from train.recipe import RecipeError, to_dict
 
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)
     task = load_task(recipe.task, to_dict(recipe.data))
     verifier = recipe.folder / "verifier"
     engine = load_engine(recipe, recipe.draft_folder, verifier, recipe.engine.compile)
-    thresholds = json.loads((verifier / "verifier.json").read_text())["thresholds"]
-    prompts = draw_prompts(task, "test", recipe.eval.prompts, recipe.seed)
+    section, calibration = recipe.engine, engine.need_verifier().calibration
+    assert calibration is not None
+    try:
+        calibration.threshold(section.policy, section.handback, section.horizon)
+    except ValueError as error:
+        raise RecipeError(f"engine: {error}") from error
+    thresholds = calibration.thresholds
+    prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts]
     methods = settings_of(recipe, thresholds)
     labels = recipe.rollouts_folder / "labels.json"
     noise = json.loads(labels.read_text()) if labels.is_file() else {}

@@ -1,7 +1,7 @@
 """Whether an answer says what a reference says: the four checks that rows may name.
 
 How something is spelled (case, Unicode forms, quotes, dashes, digits and their grouping, spaces) makes no difference.
-`check_reference` refuses the references that every answer would match, or none.
+`check_reference` refuses references that a check cannot use.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _SPACED = rf"[\w--[_{_UNSPACED}{_KATAKANA}{_HANGUL}]]"  # letters, marks and dig
 def contains(answer: str, reference: str) -> bool:
     """Whether the reference's words stand in the answer, as whole words.
 
-    - Numbers are whole: 5 is not in 5.5, 1,500, -5, 1/5, 10:05 or 5th, but it is in "$5", "5%" and "5-10". Grouping is
-      spelling (1,500 is 1500); other ways to write a value (1500.00) are not: `same_number` compares values.
+    - Numbers are whole: 5 is not in 5.5, 1,500, -5, 1/5, 10:05, 2024-05-05, x^5 or 5th, but it is in "$5", "5%" and
+      "5-10". Grouping is spelling (1,500 is 1500); other ways to write a value (1500.00) are not: `same_number`
+      compares values.
+    - A space between a number and %, °, a currency sign or a common unit's symbol is spelling: 5km is "5 km", and holds
+      5. Other letters after a digit belong to its word (5k, 3D, 90s).
     - In scripts without spaces between words any place will do, so that 京都 is in 東京都. A word of Katakana is a run
       of it; particles may follow a word of Hangul.
     - Hyphens and apostrophes part words ("Lima's"); C is not in C++ or C#.
@@ -57,10 +60,11 @@ def same_number(answer: str, reference: str) -> bool:
       in English: 1,234 is grouped and 1.234 is not. Any other single comma is a decimal one (3,5); those of 1,2,3 part
       a list.
     - 3/4, 1 1/2, 1½, 1e3, 2*10^5 and their LaTeX (\\frac{3}{4}) are values. -3 is negative; 5-10 holds 5 and 10.
-    - 50% is 1/2 and also 50, and 2 million is 2000000 and also 2, since a question may ask for either. Where both sides
-      name a unit, as 50% and 0.5% do, it counts.
-    - Times, ratios, versions and dates (10:30, 3:1, 1.2.3, 1/2/2024), powers of other bases than 10 and digits after a
-      letter (B12) are no numbers, and neither are words (twelve).
+    - 50% is 1/2 and also 50, and 2 million is 2000000 and also 2, since a question may ask for either; k, K, M, B and
+      bn directly after a number (1.2M) scale it too. Where both sides name a unit, as 50% and 0.5% do, it counts.
+    - Times, ratios, versions and dates (10:30, 3:1, 1.2.3, 1/2/2024), three or more whole numbers joined by hyphens
+      (2024-01-05), powers of other bases than 10 and digits after a letter (B12) are no numbers, and neither are words
+      (twelve).
     """
     given, right = ([n.values for n in _numbers(_spelled(text)) if n.values][-1:] for text in (answer, reference))
     if not given or not right:
@@ -73,7 +77,7 @@ def same_mathematics(answer: str, reference: str) -> bool:
     """Whether the last formula of both is the same, by the library math-verify; what takes it too long is not.
 
     A reference without delimiters ($...$, \\boxed{...}) is a formula as a whole; of one with `####` what follows it is.
-    An answer says its formula between delimiters, or ends with a number.
+    An answer says its formula between delimiters, or ends with a number. Words, as in \\text{Evelyn}, are formulas too.
     """
     return _stopped_in_time(_verified, answer, reference)
 
@@ -90,7 +94,8 @@ def check_reference(check: str, reference: str) -> None:
     """Refuse a reference that a check cannot use.
 
     Raises:
-        ValueError: for a reference that is blank, and so in any answer; that holds no number, or no formula.
+        ValueError: for a reference that is blank, and so in any answer; for `number`, that holds no number; for `math`,
+            that math-verify cannot read as a formula, that stands for a missing value (None), or that is a sentence.
     """
     if not _words(reference):
         raise ValueError("is blank, and every answer would be right: give the right answer, or none to any row")
@@ -100,10 +105,13 @@ def check_reference(check: str, reference: str) -> None:
             "data.check=contains"
         )
     if check == "math":
+        if _words(reference) in ("n/a", "nan", "none", "null"):
+            raise ValueError(f"is {reference!r}, a missing value: give the answer (the word itself is \\text{{...}})")
         formula = _formula(reference)
-        says = any(_SAID.search(_COMMAND.sub("", part[0])) for part in _DELIMITED.finditer(formula))
         try:  # most need no parsing, which takes milliseconds
-            known = formula.count("{") == formula.count("}") and (says or _stopped_in_time(_parses, reference))
+            known = formula.count("{") == formula.count("}") and (
+                bool(_PLAIN.fullmatch(_SPACE.sub("", formula))) or _stopped_in_time(_parses, reference)
+            )
         except ImportError:
             return
         if not known:
@@ -118,6 +126,8 @@ _SIBLINGS = str.maketrans(
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-")  # hyphens, en dash, minus signs
     | {"\u066b": ".", "\u066c": ",", "\u066a": "%"}  # of Arabic numbers
 )
+_UNIT = "[kcmnμ]?m|[kmμ]?g|[cm]?l|km/h|kmh|mph|h|min|ms|[kmgt]b|[kmg]?hz|k?wh?|ft|lbs?|oz|[ap]m"
+_BEFORE_UNIT = regex.compile(rf"(?V1)(?<=\d)(?=[%‰°\p{{Sc}}]|(?:{_UNIT})(?!{_SPACED}))|(?<=\p{{Sc}})(?=\d)")
 
 
 def _spelled(text: str) -> str:
@@ -140,7 +150,8 @@ def _words(text: str) -> str:
     text = re.sub(r"(?<!\w)\*\*(?=\S)|(?<=\S)\*\*(?!\w)", "", _spelled(text))
     text = "\n".join(filter(None, (" ".join(line.split()) for line in re.split(r"[^\S ]", text))))
     text = _NUMBER.sub(lambda m: m[0].replace(m["value"], _decimal(m["value"]), 1) if m["value"] else m[0], text)
-    return _nfkc(text.casefold())
+    text = text.casefold().replace("i\u0307", "i").replace("\u0131", "i")  # Turkish has four letters I
+    return _BEFORE_UNIT.sub(" ", _nfkc(text))
 
 
 def _not_joined(edge: str, left: bool) -> str:
@@ -154,7 +165,7 @@ def _not_joined(edge: str, left: bool) -> str:
     elif regex.match(r"\p{Sm}", edge):
         joined = [_SPACED, r"\p{Sm}"]
     else:
-        joined = [rf"{_SPACED}_*" if left else rf"_*{_SPACED}", *([] if left else [r"[+#]+(?!\w)"])]
+        joined = [rf"{_SPACED}_*", r"[\^_]\{-?", r"\^-?"] if left else [rf"_*{_SPACED}", r"[+#]+(?!\w)"]
     if not left:
         joined.append(r"\p{M}")
     return "".join(rf"(?<!{pattern})" if left else rf"(?!{pattern})" for pattern in joined)
@@ -164,6 +175,7 @@ def _not_joined(edge: str, left: bool) -> str:
 
 _SCALES = {"thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
 _SCALES |= {"万": 4, "萬": 4, "億": 8, "亿": 8}
+_SUFFIXES = {"k": 3, "m": 6, "b": 9, "bn": 9}  # no small m, which is metres
 
 _GROUPED = "|".join(
     rf"(?<!\d{mark})[1-9]\d{{0,2}}(?:{mark}\d{{3}}){{1,12}}(?!\d)(?:[.,]\d+)?"
@@ -180,6 +192,7 @@ _POWER = r"10\^\{?(?P<power>-?\d{1,3})\}?"
 _NUMBER = regex.compile(
     rf"""(?xiV1)(?=[-.\d\\])(?:
     (?P<written>\d+[万萬億亿千百]\d[\d万萬億亿千百]*)  # no number that is read
+    | (?P<written>(?<!\d-)\d+(?:-\d+){{2,}}(?![-.,:/]?\d))  # a date
     | (?<!{_LETTER}(?:_\{{?)?)(?<!\^\{{?-?)
       (?P<written>
         (?P<minus>(?<![{_SPACED}\)\]}}_-])-(?:\\?[$€£¥₹]\ ?)? | (?<=[=(<>≈]\ ?)-\ )?
@@ -192,7 +205,8 @@ _NUMBER = regex.compile(
         )
         (?![.:/_]?\d|\^\{{?-?\w|e[+-]?\d)
       )
-      (?:\ ?(?:(?P<percent>\\?%|per\ ?cent\b) | (?P<scale>(?:{"|".join(_SCALES)}))s?(?!{_LETTER})))?
+      (?:\ ?(?:(?P<percent>\\?%|per\ ?cent\b) | (?P<scale>(?:{"|".join(_SCALES)}))s?(?!{_LETTER}))
+            | (?P<scale>(?-i:[kKMB]|bn))(?!{_SPACED}))?
     | (?P<written>\d+(?:[.:/_]?\d+|\^\{{?-?\d+)*))  # nor is this one
     """
 )
@@ -228,7 +242,7 @@ def _values(match: Any) -> tuple[Fraction, ...]:
     if match["percent"]:
         return number, number / 100
     if match["scale"]:
-        return number, number * 10 ** _SCALES[match["scale"].lower()]
+        return number, number * 10 ** (_SCALES | _SUFFIXES)[match["scale"].lower()]
     return (number,)
 
 
@@ -246,8 +260,12 @@ def _decimal(value: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- mathematics
 
 _DELIMITED = regex.compile(r"(?s)(?<!\\)\$.+?(?<!\\)\$|\\\(.+?\\\)|\\\[.+?\\\]|\\boxed\s*\{.+\}")
-_SAID = regex.compile(r"\p{L}|\p{N}")
-_COMMAND = regex.compile(r"\\\p{L}+")
+_COMMAND = regex.compile(r"\\\p{L}+(\{(?:[^{}]|(?1))*\})*")  # with its arguments
+_PLAIN = regex.compile(  # some of the formulas that math-verify can read
+    r"""(?x)\$(?:\\text\{\p{L}+\} | (?P<sum>-?+(?P<term>\d++(?:\.\d++)?+ | [a-zA-Z] | \\(?:pi|infty)(?!\p{L})
+    | \\sqrt(?P<group>\{(?&sum)\}) | \\[dt]?frac(?&group){2} | \((?&sum)\))(?:[-+*/]?+(?&term)|\^(?&group))*+))\$"""
+)
+_SPACE = regex.compile(r" (?!\p{L}\$)")  # before a last letter it makes a unit of it: "C + m"
 _TEXT = regex.compile(r"(?<!\S)\p{L}{3,}(?: \p{L}{3,})*(?!\S)")
 
 
@@ -270,7 +288,7 @@ def _verified(answer: str, reference: str) -> bool:
 
 
 def _parses(reference: str) -> bool:
-    return any(not isinstance(found, str) or _SAID.search(found) for found in _parsed(reference))
+    return any(not isinstance(found, str) for found in _parsed(reference))
 
 
 @lru_cache(1024)
@@ -285,16 +303,17 @@ def _formula(reference: str) -> str:
     """A reference with its formula between delimiters.
 
     Raises:
-        ValueError: for a sentence with a number in it: who can say what in it is the answer?
+        ValueError: for a sentence: who can say what in it is the answer?
     """
     reference = _readable(reference.rpartition("####")[2]).strip()
     if _DELIMITED.search(reference):
         return reference
+    if len(regex.findall(r"\p{L}{2,}", _COMMAND.sub("", reference))) > 2:
+        raise ValueError(
+            f"is {reference!r}, a sentence: write formulas as $...$, words as \\text{{...}}, or use data.check=number"
+        )
     if "{" not in reference:
-        words = regex.findall(r"\p{L}{2,}", _COMMAND.sub("", reference))
-        if len(words) > 2 and regex.search(r"\d", reference):
-            raise ValueError(f"is {reference!r}, a sentence: write its formula as $...$, or use data.check=number")
-        reference = rf"\text{{{reference}}}" if len(words) > 2 else _TEXT.sub(r"\\text{ \g<0> }", reference)
+        reference = _TEXT.sub(r"\\text{ \g<0> }", reference)
     return "$" + regex.sub(r"(?<!\\)\$", r"\\$", " ".join(reference.split()).rstrip(".")) + "$"
 
 

@@ -28,8 +28,9 @@ from parse.decode import Context
 from parse.layout import pack
 from parse.models import load_model
 from parse.passes import Pass, Reader
+from train.machine import hardware
 from train.models import with_layers
-from train.run import hardware, progress_bar, quieten
+from train.progress import progress_bar, quieten
 
 EMBEDDED = Path(__file__).parent.parent / "recipes" / "models"
 PROMPT_TOKENS = 64

@@ -23,7 +23,7 @@ from parse import Engine
 from parse.answer import Answer, Verdict
 from parse.decode import Sampling, Written
 from parse.passes import Pass, Reader, drive
-from parse.verifiers import Evidence
+from parse.verifiers import Calibration, Evidence
 
 MODELS_LABEL = "models"
 
@@ -43,6 +43,7 @@ class Scripted:
     threshold: float = 0.5
     adapted: None = None
     reads_draft: bool = True
+    calibration: Calibration | None = None
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """1 for the cuts before the next wrong place, 0 behind it: float32 [K]."""

@@ -62,7 +62,9 @@ def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -
     Args:
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
     """
-    readers = {role: Reader(own.model, own.eos_ids) for role, own in engine.readers.items()}  # the engine's stay small
+    readers = {  # the engine's own stay small
+        role: Reader(own.model, own.eos_ids, None, own.width, own.reads) for role, own in engine.readers.items()
+    }
 
     def examining(draft: Draft) -> Steps[Judged]:
         context = Context(readers["target"])
@@ -99,8 +101,8 @@ def reader(engine: Engine, layers: tuple[int, ...]) -> Verifier:
 
     The draft's own positions cannot see the suffixes, so the `prompt` kind's do not touch what the others read.
     """
-    if engine.tokenizer.chat_template:
-        return replace(Prompt.of(engine.tokenizer), layers=layers, reads_draft=True)
+    if asking := Prompt.if_possible(engine.tokenizer):
+        return replace(asking, layers=layers, reads_draft=True)
     return replace(Likelihood(), layers=layers)
 
 
@@ -110,8 +112,8 @@ def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
     for free in (Likelihood, Divergence) if _comparable(engine) else (Likelihood,):
         for rule, scope in itertools.product(("mean", "lowest"), ("segment", "prefix")):
             kinds[f"{free.kind} {rule} {scope}"] = free(rule, scope)
-    if engine.tokenizer.chat_template:
-        kinds["prompt"] = Prompt.of(engine.tokenizer)
+    if asking := Prompt.if_possible(engine.tokenizer):
+        kinds["prompt"] = asking
     return kinds
 
 
@@ -141,9 +143,7 @@ def judgements(scored: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def keeps(one: Scored, threshold: float, policy: str = "first_fail") -> int:
-    """How many cuts of a draft are kept; by "whole" all or none, as the last one is judged."""
-    if policy == "whole":
-        return len(one.confidences) * accept(one.confidences[-1:], threshold, policy)
+    """How many cuts of a draft are kept."""
     return accept(one.confidences, threshold, policy)
 
 

@@ -10,8 +10,9 @@ from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine
 from parse.decode import Context, Sampling
-from parse.models import encode_prompt, text_of
 from parse.passes import Steps
+from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
+from parse.text import encode_text, text_of
 from parse.verifiers import Prompt as Verdict
 from train.generation import going_on
 from train.recipe import Recipe, RecipeError
@@ -36,10 +37,11 @@ class Checked:
     """The task's own checker."""
 
     task: Task | Rows
+    opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
 
     def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
-        """Whether the task calls the answer right."""
-        return self.task.check(prompt, answer)
+        """Whether the task calls the answer right; what the model thought before it does not count."""
+        return self.task.check(prompt, final_answer(answer, self.opened))
         yield
 
 
@@ -56,23 +58,31 @@ class Agreement:
     references: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._verdict = Verdict.of(self.engine.tokenizer)
+        tokenizer = self.engine.tokenizer
+        self._verdict, self._opened = Verdict.of(tokenizer), opens_thinking(tokenizer)
+        self._without_thinking = encode_text(no_thinking(tokenizer), tokenizer)
 
     def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
-        """Whether the target calls the answer the same as its own."""
+        """Whether the target calls the answer the same as its own; what comes before it as thinking does not count."""
         if key_of(prompt) not in self.references:
             own = yield from going_on(self.engine.readers["target"], self.engine.encode(prompt), self.limit)
             self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
-        reference = self.references[key_of(prompt)]
+        reference, answer = self.final(self.references[key_of(prompt)]), self.final(answer)
+        if not answer.strip():
+            return False
         if reference.split() == answer.split():
             return True
         return (yield from self.comparing(prompt, reference, answer)) >= self.threshold
+
+    def final(self, text: str) -> str:
+        """What of an answer comes after its thinking."""
+        return final_answer(text, self._opened)
 
     def comparing(self, prompt: Prompt, reference: str, answer: str) -> Steps[float]:
         """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
         total, tokenizer = 0.0, self.engine.tokenizer
         for first, second in ((reference, answer), (answer, reference)):
-            ids = encode_prompt(question_of(prompt, first, second), tokenizer)
+            ids = [*encode_prompt(question_of(prompt, first, second), tokenizer), *self._without_thinking]
             context = Context(self.engine.readers["target"])
             try:
                 yield from context.reading(ids)
@@ -105,7 +115,7 @@ def controls(
             written = yield from going_on(
                 agreement.engine.readers["target"], agreement.engine.encode(prompt), agreement.limit, sample
             )
-            texts.append(text_of(written.ids, agreement.engine.tokenizer))
+            texts.append(agreement.final(text_of(written.ids, agreement.engine.tokenizer)))
         if texts[0].split() == texts[1].split():
             return 1.0
         return (yield from agreement.comparing(prompts[first], *texts))
@@ -117,8 +127,8 @@ def controls(
     def errors(threshold: float, some: slice) -> tuple[float, float]:
         missed, confused = same[some], other[some]
         return (
-            sum(score < threshold for score in missed) / len(missed),
-            sum(score >= threshold for score in confused) / len(confused),
+            sum(score < threshold for score in missed) / max(len(missed), 1),
+            sum(score >= threshold for score in confused) / max(len(confused), 1),
         )
 
     half = slice(0, n, 2)

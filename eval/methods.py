@@ -20,9 +20,10 @@ from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine, Generation
 from parse.passes import Steps, drive_together
+from parse.prompts import opens_thinking
 from train.models import load_engine
+from train.progress import progress_bar, quieten
 from train.recipe import Recipe
-from train.run import progress_bar, quieten
 
 JUDGED_AT_ONCE = 16
 LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
@@ -31,7 +32,7 @@ WHAT = {
     "speculation": "the target's own words, the draft proposing a few tokens at a time",
     "draft": "draft alone",
     "cascade": "the whole draft, or the target's own answer",
-    "sequential": "one segment and one pass at a time",
+    "sequential": "one segment and one pass at a time, by the threshold of PARSE, which is not calibrated for it",
     "parse": "every prefix of the draft in one pass",
 }
 
@@ -60,7 +61,7 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
         "target": {**limit, "method": "target"},
         "speculation": {**limit, "method": "target", "lookahead": LOOKAHEAD},
         "draft": {**limit, "method": "draft"},
-        "cascade": {**limit, "policy": "whole", "threshold": thresholds.get("whole")},
+        "cascade": {**limit, "policy": "whole", "threshold": thresholds.get("whole"), "horizon": section.horizon},
         "sequential": {**limit, **rounds, **threshold, "horizon": "segment"},
         "parse": {**limit, **rounds, **threshold, "horizon": section.horizon},
     }
@@ -134,7 +135,7 @@ def _judged(
     engine: Engine, task: Task | Rows, some: list[Outcome], target: list[Outcome], agreement: float
 ) -> list[Outcome]:
     """The outcomes with what is right among them."""
-    judge: Judge = Checked(task)
+    judge: Judge = Checked(task, opens_thinking(engine.tokenizer))
     if isinstance(task, Rows) and not task.checks:
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
         judge = Agreement(engine, limit=0, threshold=agreement, references=own)

@@ -17,11 +17,11 @@ from eval.judged import Draft, Judged, examine, measure, reader, score, untraine
 from eval.methods import Outcome
 from eval.tasks import Prompt, Task
 from parse import Engine
-from parse.models import text_of
 from parse.passes import Reader
 from parse.segments import cut
+from parse.text import text_of
 from train.generation import write_all
-from train.run import progress_bar
+from train.progress import progress_bar
 
 
 def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:

@@ -83,6 +83,7 @@ def _parser() -> _Parser:
     settings.add_argument("--top-k", type=int)
     settings.add_argument("--top-p", type=float)
     settings.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    settings.add_argument("--raw", action="store_true", help="prompts are the whole text that the models read")
     settings.add_argument("--batch-size", type=_count, help="prompts that are answered at once")
     return parser
 
@@ -212,7 +213,7 @@ def _answer(prompts: list[str | Messages], given: dict[str, Any]) -> list[Genera
         named = ", ".join(parts[part] for part, need in needed.items() if need)
         kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
         raise ValueError(f"{named}: loading fails: {kind}{error}") from error
-    return engine.generate(prompts, **chosen, **{name: given[name] for name in {"batch_size"} & given.keys()})
+    return engine.generate(prompts, **chosen, **{name: given[name] for name in {"batch_size", "raw"} & given.keys()})
 
 
 def transcript(result: Generation, colour: bool) -> str:

@@ -6,19 +6,22 @@ draft ahead, commit, proceed, finish. `Engine` puts them in order.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from parse.decode import Context, Sampling, Written, speculating
-from parse.models import certain_text, text_of
 from parse.passes import Reader, Steps, Stop
 from parse.segments import cut, ends_segment
+from parse.text import certain_text, text_of
 
 if TYPE_CHECKING:
     from parse.engine import Engine
@@ -88,19 +91,41 @@ class Settings:
         for name, allowed in (("policy", POLICIES), ("handback", HANDBACKS), ("method", METHODS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: use one of {', '.join(allowed)}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        horizon = self.horizon
-        if horizon not in (None, "segment") and not (isinstance(horizon, int) and horizon > 0):
-            raise ValueError(f'horizon={horizon!r}: use None, "segment" or a positive number of tokens')
-        if self.lookahead < 0:
-            raise ValueError(f"lookahead={self.lookahead} is negative: use 0 for none or a number of tokens")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative: use 0 for greedy or a positive number")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} is negative: use 0 for all tokens or a positive number")
-        if not 0 < self.top_p <= 1:
+        whole_number("max_new_tokens", self.max_new_tokens, least=1)
+        if self.threshold is not None:
+            finite_number("threshold", self.threshold)
+        if self.horizon not in (None, "segment"):
+            whole_number("horizon", self.horizon, least=1, other='None, "segment" or ')
+        whole_number("lookahead", self.lookahead, least=0)
+        finite_number("temperature", self.temperature, least=0)
+        whole_number("top_k", self.top_k, least=0)
+        if not 0 < finite_number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p={self.top_p} is no share of the probability: use a number above 0, up to 1")
+        if self.seed is not None:
+            whole_number("seed", self.seed, least=0, most=2**63 - 1, other="None or ")
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None, other: str = "") -> int:
+    """The value, where it is a whole number in a range.
+
+    Raises:
+        ValueError: naming the setting, what was given, and what is allowed (`other` and a whole number).
+    """
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < least or (most is not None and number > most):
+        end = "on" if most is None else f"to {most}"
+        raise ValueError(f"{name}={value!r}: use {other}a whole number from {least} {end}")
+    return number
+
+
+def finite_number(name: str, value: Any, least: float | None = None) -> float:
+    """The value, where it is a number, at or above the least one; else ValueError."""
+    number = math.nan
+    with contextlib.suppress(OverflowError):  # of an integer beyond any float
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or (least is not None and number < least):
+        raise ValueError(f"{name}={value!r:.100}: use a number{'' if least is None else f' from {least} on'}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -115,13 +140,22 @@ class Verdict:
 def accept(confidences: Sequence[float], threshold: float, policy: str = "first_fail") -> int:
     """How many of K cuts to accept: the index behind the last accepted one, 0..K.
 
-    "first_fail" stops before the first cut below the threshold; "longest" and "whole" take the last
-    cut at or above it, whatever came before ("whole" is given a single cut).
+    "first_fail" stops before the first cut below the threshold; "longest" takes the last cut at or above it, whatever
+    came before; "whole" takes all or none, by the last one.
     """
     passed = [confidence >= threshold for confidence in confidences]
+    if policy == "whole":
+        return len(passed) if passed and passed[-1] else 0
     if policy == "first_fail":
         return passed.index(False) if False in passed else len(passed)
     return max((k + 1 for k, ok in enumerate(passed) if ok), default=0)
+
+
+def drafted_up_to(horizon: int | str | None, room: int, engine: Engine) -> tuple[int, Stop | None]:
+    """The limits of a draft: its largest number of tokens, and a function of those written that stops it earlier."""
+    if horizon == "segment":
+        return room, lambda written: ends_segment(written, engine.draft_tokenizer, engine.segments)
+    return (room if horizon is None else min(room, int(horizon))), None
 
 
 class Answer:
@@ -136,7 +170,7 @@ class Answer:
         budget: int,
         readers: dict[str, Reader],
     ) -> None:
-        self.engine, self.settings, self.budget = engine, settings, budget
+        self.engine, self.settings, self.budget, self._readers = engine, settings, budget, readers
         self.threshold = settings.threshold or 0.0
         self.sample = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
         self.prompt_ids, self.draft_prompt_ids = prompt_ids, draft_prompt_ids
@@ -147,7 +181,7 @@ class Answer:
         self.ended = False
         self._ahead: tuple[Written, Tensor] | None = None  # the next draft, and the sampler's state before it
         self._started = self._mark = perf_counter()
-        self.contexts = {role: Context(reader) for role, reader in readers.items()}
+        self.contexts: dict[str, Context] = {}  # from `begin` to `close`
 
     @property
     def target(self) -> Context:
@@ -155,7 +189,13 @@ class Answer:
         return self.contexts["target"]
 
     def begin(self) -> Steps[None]:
-        """Let the target read the prompt; with the first draft, where nothing is won by reading it before."""
+        """Take room in the caches, and let the target read the prompt.
+
+        With the first draft, where nothing is won by reading it before.
+        """
+        self._started = self._mark = perf_counter()
+        for role, reader in self._readers.items():
+            self.contexts[role] = Context(reader)
         if "target" in self.contexts:
             with_draft = self.settings.method == "parse" and not self.engine.apart
             read = self.target.awaiting if with_draft else self.target.reading
@@ -178,12 +218,13 @@ class Answer:
         engine = self.engine
         if not draft.ids:
             return Verdict([], torch.empty(0), torch.empty(0))
-        whole = self.settings.policy == "whole"
-        ends = [len(draft.ids)] if whole else cut(draft.ids, engine.tokenizer, engine.segments)
+        ends = cut(draft.ids, engine.tokenizer, engine.segments)
         self._clock("other")
         evidence, logits = yield from engine.examining(self.target, draft.ids, ends, draft.ended)
         confidences = engine.need_verifier().confidences(evidence)
         self.stats.verify_passes += 1
+        if self.settings.policy == "whole":  # cut as it was for the calibration, and judged by the last cut
+            return Verdict(ends[-1:], confidences[-1:], logits[[0, -1]])
         return Verdict(ends, confidences, logits)
 
     def draft_ahead(self, draft: Written) -> Steps[None]:
@@ -201,14 +242,8 @@ class Answer:
 
     def _drafting(self, ids: list[int]) -> Steps[Written]:
         """What the draft writes behind an answer of these tokens, up to the horizon, in its own tokens."""
-        engine, settings = self.engine, self.settings
-        room = self.budget - len(ids)
-        stop = None
-        if settings.horizon == "segment":
-            stop = lambda written: ends_segment(written, engine.draft_tokenizer, engine.segments)
-        elif isinstance(settings.horizon, int):
-            room = min(room, settings.horizon)
-        text = [*self.draft_prompt_ids, *engine.to_draft(ids)]
+        room, stop = drafted_up_to(self.settings.horizon, self.budget - len(ids), self.engine)
+        text = [*self.draft_prompt_ids, *self.engine.to_draft(ids)]
         return (yield from self.contexts["draft"].continuing(text, room, self.sample, stop))
 
     def commit(self, draft: Written, verdict: Verdict, k: int) -> None:
@@ -286,6 +321,8 @@ class Answer:
         except StopIteration as finished:
             self.ended = finished.value.ended
         added = own if same else self.engine.to_target(own)
+        if len(added) > room:  # the same text in more tokens
+            added, self.ended = added[:room], False
         self.ids = before + added
         if added:
             texts = [certain_text(ids, self.engine.tokenizer) for ids in (before, self.ids)]

@@ -21,6 +21,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -37,6 +38,7 @@ from parse.ahead import ANY, Run, layered, library, trace
 from parse.cache import BufferLayer, PrefixCache
 from parse.layout import integers, sight, visible
 from parse.linear import few_rows, linears
+from parse.locks import others_idle
 from parse.models import FLEX, SLIDING, attention_types, is_distributed
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
@@ -61,14 +63,22 @@ class Read(NamedTuple):
 class Compiled:
     """A model's compiled passes."""
 
-    def __init__(self, model: PreTrainedModel, patience: float = PATIENCE, backend: Backend = "inductor") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        patience: float = PATIENCE,
+        backend: Backend = "inductor",
+        width: int | None = None,
+    ) -> None:
         """Set up; nothing is compiled yet.
 
         Args:
             patience: seconds that a step may take, over all its passes, before it is compiled.
             backend: what compiles the graph.
+            width: only the first so many logits are kept; None keeps all.
         """
         self.model, self.patience, self.device = model, patience, model.device
+        self._forward = partial(forward, width=width)
         self.graph = self.device.type != "cpu"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
@@ -96,7 +106,7 @@ class Compiled:
         elif self._backend == "inductor":
             options["triton.cudagraphs"] = True
         return torch.compile(  # type: ignore[call-overload, no-any-return]
-            lambda *arguments: forward(model, *arguments),
+            lambda *arguments: self._forward(model, *arguments),
             fullgraph=True,
             dynamic=False,  # but for what is marked
             backend=self._backend,
@@ -109,7 +119,7 @@ class Compiled:
         """Steps on a CPU as one library, for any number of keys and rows."""
 
         def flat(model: PreTrainedModel, numbers: Tensor, key: Tensor, *held: Tensor) -> tuple[Tensor | None, ...]:
-            logits, states, following = forward(model, numbers, None, key, _pairs(held), None, with_states)
+            logits, states, following = self._forward(model, numbers, None, key, _pairs(held), None, with_states)
             return following, logits, *states
 
         room = self._room(buffers, texts + 1)
@@ -128,7 +138,7 @@ class Compiled:
         def flat(
             model: PreTrainedModel, numbers: Tensor, rows: Tensor, key: Tensor, keep: Tensor, *held: Tensor
         ) -> tuple[Tensor, ...]:
-            logits, states, _ = forward(model, numbers, rows, key, _pairs(held), keep, True)
+            logits, states, _ = self._forward(model, numbers, rows, key, _pairs(held), keep, True)
             return logits, *states
 
         texts = 2 if torch.get_num_threads() == 3 else 3  # as many as threads would seem parallel enough
@@ -259,7 +269,12 @@ class Compiled:
         return shape, with_states, len(keep) == 1, numbers.shape[1] == 1, held[0] == 1  # one, or any other number
 
     def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
-        """A pass that has to be compiled: say what takes so long, and what may change and what stays where it is."""
+        """A pass that has to be compiled; None, for now, while another thread uses a model."""
+        with others_idle() as idle:
+            return self._compile_first(made, arguments) if idle else None
+
+    def _compile_first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
+        """Compile a pass: say what takes so long, and what may change and what stays where it is."""
         numbers, places, key, buffers, keep, with_states = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
         texts = "one text" if numbers.shape[1] == 1 else f"{numbers.shape[1]} texts"
@@ -356,6 +371,7 @@ def forward(
     buffers: Buffers,
     keep: Tensor | None,
     with_states: bool,
+    width: int | None = None,
 ) -> Read:
     """One pass as a graph: everything that changes from pass to pass is in a tensor.
 
@@ -366,6 +382,7 @@ def forward(
         buffers: a pair a layer, [rows, heads, capacity, D] with P positions at least; the new keys and values are
             written into them.
         keep: int64 [M], indices of the tokens whose logits are needed; None: the last one, of a decoding step.
+        width: only the first so many logits are kept; None keeps all.
     """
     ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
     for buffer in chain.from_iterable(buffers):
@@ -379,11 +396,12 @@ def forward(
         output_hidden_states=with_states,
         logits_to_keep=1 if keep is None else keep,
     )
+    logits = output.logits if width is None else output.logits[..., :width]  # [B, M, V]
     following = None
     if keep is None:
-        likeliest = output.logits.argmax(-1)  # [B, 1]
+        likeliest = logits.argmax(-1)  # [B, 1]
         following = torch.cat([likeliest[None], numbers[1:] + (limit > 0)])  # [5, B, 1]; the idle stay where they are
-    return Read(output.logits, output.hidden_states or (), following)
+    return Read(logits, output.hidden_states or (), following)
 
 
 def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Any:

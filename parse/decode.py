@@ -18,6 +18,7 @@ from transformers import (
 
 from parse.passes import Pass, Reader, Steps, Stop, drive
 
+GREEDY_BELOW = 1e-5  # temperatures: logits divided by less are beyond any number
 SHORT = 512  # tokens: a longer text is not read along by a packed pass, see `Context.awaiting`
 
 
@@ -40,17 +41,17 @@ class Sampling:
             top_p: then keep the most likely ones that reach this share of the probability; 1 keeps all.
             seed: the same seed draws the same tokens, on every device; None draws others each time.
         """
-        self.greedy = temperature == 0
-        self._warpers = LogitsProcessorList([] if self.greedy else [TemperatureLogitsWarper(temperature)])
+        self.greedy = temperature < GREEDY_BELOW
+        self._warpers = LogitsProcessorList([] if self.greedy else [TemperatureLogitsWarper(float(temperature))])
         if top_k:
-            self._warpers.append(TopKLogitsWarper(top_k))
+            self._warpers.append(TopKLogitsWarper(int(top_k)))
         if top_p < 1:
-            self._warpers.append(TopPLogitsWarper(top_p))
+            self._warpers.append(TopPLogitsWarper(float(top_p)))
         self._generator = torch.Generator()  # on the CPU, so that a seed means the same on every device
         if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(int(seed))
 
     @property
     def state(self) -> Tensor:
@@ -252,16 +253,16 @@ def speculating(
             target.append(token)
             return Written(written, ended=False)
         start = len(target.ids) + 1  # behind the token
-        yield from draft.becoming([*target.ids, token])
+        yield from draft.becoming(draft.reader.readable([*target.ids, token]))
         proposed, proposers = yield from _proposing(draft, min(lookahead, limit - len(written)), sample)
-        read = [token, *(t for t in proposed if t not in draft.reader.eos_ids)]  # an end may only be the last
+        read = [token, *(t for t in proposed if t not in draft.reader.eos_ids)]  # the draft's end may only be the last
         logits = (yield Pass(target.reader, target.row, read, keep=range(len(read)))).logits  # [1 + read, V]
         target.has_read(read)
         kept = 0
         for proposal, proposer in zip(proposed, proposers, strict=True):
             token = sample.settle(proposal, proposer, logits[kept])
-            if token != proposal or token in target.reader.eos_ids:
-                break
+            if token != proposal or token in target.reader.eos_ids or kept + 1 == len(read):
+                break  # the last: an end for the draft alone, not read yet
             kept += 1
             written.append(token)
             if seen:

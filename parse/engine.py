@@ -9,7 +9,9 @@ is the target's own greedy answer, with threshold 0 it is the draft's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,28 +20,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.answer import Answer, Generation, Settings, accept
+from parse.answer import Answer, Generation, Settings, Stats, accept, whole_number
 from parse.compiled import PATIENCE, Compiled
 from parse.decode import Context
 from parse.layout import integers, pack
-from parse.models import (
-    ATTENTION,
-    Messages,
-    certain_text,
-    encode_continuation,
-    encode_prompt,
-    eos_ids,
-    finding,
-    is_distributed,
-    load_model,
-    text_behind,
-    text_of,
-    warn_of_unheeded,
-)
+from parse.models import ATTENTION, Messages, finding, is_distributed, load_model, warn_of_unheeded
 from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
+from parse.prompts import encode_for_draft, encode_prompt, unsuited
 from parse.segments import Segmenter, check_segmenter
+from parse.text import certain_text, encode_continuation, eos_ids, shared_ends, text_behind, text_of
 from parse.trained import load as load_verifier
 from parse.verifiers import Evidence, Verifier, token_divergence, token_evidence
+
+
+class NoRoom(ValueError):
+    """A prompt that leaves no room for an answer in a model's context."""
 
 
 class Engine:
@@ -60,10 +55,16 @@ class Engine:
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
         self.verifier, self.segments = verifier, segments
         self.same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
-        self.readers = {"target": Reader(target, eos_ids(target, tokenizer.eos_token_id), _compiled(target, compile))}
+        ends = eos_ids(target, tokenizer.eos_token_id)
+        self.readers = {"target": Reader(target, ends, _compiled(target, compile))}
         if draft is not None:
-            ends = eos_ids(draft, self.draft_tokenizer.eos_token_id)
-            self.readers["draft"] = Reader(draft, ends, _compiled(draft, compile))
+            # a base model that drafts for a chat model names other end tokens, and writes the chat model's too
+            own = eos_ids(draft, self.draft_tokenizer.eos_token_id)
+            own |= shared_ends(ends, tokenizer, self.draft_tokenizer)
+            # vocabularies are padded to other sizes: the draft must not say what the target has no embedding for
+            width = _embeddings(target) if self.same_tokens and _embeddings(draft) > _embeddings(target) else None
+            reads = _embeddings(draft) if self.same_tokens and _embeddings(draft) < _embeddings(target) else None
+            self.readers["draft"] = Reader(draft, own, _compiled(draft, compile, width), width, reads)
         # then the next draft is written while the target judges this one; on one device they would wait for each other
         self.apart = draft is not None and draft.device != target.device
         # then several processes run this engine, in step
@@ -119,11 +120,8 @@ class Engine:
         tokenizer = tokenizer or _tokenizer(target_model, target_options)
         if draft_model is not None and draft_tokenizer is None:
             draft_tokenizer = _tokenizer(draft_model, draft_options)
-        loaded: Verifier | None = None
-        record: dict[str, Any] = {}
-        if verifier is not None:
-            loaded, record = load_verifier(verifier, target_model, tokenizer)
-        trained_with = record.get("segments")
+        loaded = None if verifier is None else load_verifier(verifier, target_model, tokenizer)
+        trained_with = loaded.calibration.segments if loaded and loaded.calibration else None
         if segments is not None and trained_with is not None and segments != trained_with:
             raise ValueError(
                 f"segments={segments!r}, but the verifier in {verifier} was trained on {trained_with!r}: "
@@ -147,15 +145,17 @@ class Engine:
         top_p: float = 1.0,
         lookahead: int = 0,
         batch_size: int = 16,
+        raw: bool = False,
     ) -> list[Generation]:
-        """Answer prompts, many at once.
+        """Answer prompts, many at once. Calls from several threads wait for each other.
 
         Args:
             prompts: text, chat messages, or a list of either. Text is asked as a user's turn where the
-                target has a chat template.
+                target has a chat template; what looks like a control token in it, or in a message, is text.
             max_new_tokens: at most so many of the target's tokens an answer, cut to the end of its context. Where the
                 draft's context ends before, the target goes on alone.
-            threshold: accept confidences at or above it; None takes the verifier's own.
+            threshold: accept confidences at or above it; None takes the verifier's own, which is calibrated for a
+                policy, a handback and a horizon, and refused with others.
             policy: "first_fail" keeps the cuts before the first one below the threshold, "longest" all up
                 to the last one above it, "whole" the whole draft or nothing (a cascade).
             handback: after the target's repair of a draft, "segment" lets the draft go on behind the next
@@ -169,9 +169,14 @@ class Engine:
                 speculation: the target's words, in fewer passes); needs a draft with the target's vocabulary.
             batch_size: answer at most so many prompts at once. Each goes through its rounds by itself; whatever
                 passes they need of a model at a moment run as one. 1 gives the least seconds a request.
+            raw: prompts are the whole text that the models read: no chat template, and control tokens count.
 
         Returns:
-            one `Generation` a prompt.
+            one `Generation` for each prompt. In a list, a prompt that leaves no room for an answer gets an empty one
+            with the finish reason "length", and a warning.
+
+        Raises:
+            ValueError: for a prompt or a setting that is not allowed, before anything is answered.
         """
         settings = self.settings(
             max_new_tokens=max_new_tokens,
@@ -186,29 +191,47 @@ class Engine:
             top_p=top_p,
             seed=seed,
         )
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
-            prompts = [cast(str | Messages, prompts)]
-        many = cast(Sequence[str | Messages], prompts)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        steps = (self._steps(self._start(*self._encoded(p), settings)) for p in many)
-        finished = dict(drive_together(steps, batch_size))
-        return [finished[i] for i in range(len(many))]
+        whole_number("batch_size", batch_size, least=1)
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
+            return [self._alone(prompts, settings, raw)]
+        if prompts and all(isinstance(turn, Mapping) for turn in prompts):
+            return [self._alone(prompts, settings, raw)]
+        encoded = [self._encoded(prompt, raw) for prompt in cast(Sequence[str | Messages], prompts)]
+        answers: dict[int, Answer] = {}
+        finished: dict[int, Generation] = {}
+        for index, ids in enumerate(encoded):
+            try:
+                answers[index] = self._start(*ids, settings)
+            except NoRoom as error:
+                warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=2)
+                finished[index] = Generation("", [], "length", [], Stats())
+        places = list(answers)
+        for place, result in drive_together(map(self._steps, answers.values()), batch_size):
+            finished[places[place]] = result
+        return [finished[index] for index in range(len(encoded))]
 
-    def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
+    def _alone(self, prompt: Any, settings: Settings, raw: bool) -> Generation:
+        return drive(self._steps(self._start(*self._encoded(prompt, raw), settings)))
+
+    def stream(self, prompt: str | Messages, *, raw: bool = False, **options: Any) -> Iterator[str]:
         """Answer one prompt and yield its text piece by piece, as soon as it is certain.
 
         The pieces join to the text that `generate` gives with the same options: accepted drafts come whole, the
         target's own words token by token. A character that is not complete yet waits for its other bytes.
+
+        Raises:
+            ValueError: as `generate` does, at once.
         """
-        settings = self.settings(**options)
-        answer = self._start(*self._encoded(prompt), settings)
+        return self._streamed(self._start(*self._encoded(prompt, raw), self.settings(**options)))
+
+    def _streamed(self, answer: Answer) -> Iterator[str]:
         shown = ""
-        for _ in growing(self._steps(answer)):
-            text = certain_text(answer.ids, self.tokenizer)
-            if len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
+        with closing(growing(self._steps(answer))) as growth:
+            for _ in growth:
+                text = certain_text(answer.ids, self.tokenizer)
+                if len(text) > len(shown):
+                    yield text[len(shown) :]
+                    shown = text
         if rest := text_of(answer.ids, self.tokenizer)[len(shown) :]:
             yield rest
 
@@ -219,10 +242,22 @@ class Engine:
         return drive(self._steps(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)))
 
     def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Answer:
+        self._check_tokens("target", prompt_ids)
+        if "draft" in self.readers:
+            self._check_tokens("draft", draft_prompt_ids)
         budget = self._budget(prompt_ids, draft_prompt_ids, settings)
         roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
         readers = {role: self.readers[role] for role in roles}
         return Answer(self, prompt_ids, draft_prompt_ids, settings, budget, readers)
+
+    def _check_tokens(self, role: str, ids: Sequence[int]) -> None:
+        """Refuse tokens that a model has no embedding for: its tokenizer was given more, and the model was not."""
+        model = self.readers[role].model
+        if not 0 <= min(ids, default=0) <= max(ids, default=0) < (size := _embeddings(model)):
+            raise ValueError(
+                f"a prompt holds the token {max(ids)}, and {model.config.name_or_path} has {size}: its tokenizer has "
+                "tokens that the model was not given (resize_token_embeddings), or belongs to another model"
+            )
 
     def _steps(self, answer: Answer) -> Steps[Generation]:
         """The algorithm: draft, cut, verify, accept, commit, continue."""
@@ -245,7 +280,14 @@ class Engine:
             answer.close()
 
     def verify(self, prompt_ids: Sequence[int], draft_ids: Sequence[int], ends: Sequence[int]) -> Tensor:
-        """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K]."""
+        """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K].
+
+        Raises:
+            ValueError: where there is no prompt or no end, or an end lies outside the draft, or a token is none.
+        """
+        if not prompt_ids or not ends:
+            raise ValueError(f"verify takes a prompt and prefix ends: {len(prompt_ids)} tokens, {len(ends)} ends")
+        self._check_tokens("target", [*prompt_ids, *draft_ids])
         target = self.context("target")
         target.read(prompt_ids)
         evidence, _ = drive(self.examining(target, draft_ids, ends, ended=False))
@@ -292,13 +334,15 @@ class Engine:
         length = len(target.ids)
         target.has_read([*draft_ids, *layout.ids[w + n :]])
         target.rollback(length + n, following[-1])
-        tokens = [*draft_ids, *([min(target.reader.eos_ids)] if ended and target.reader.eos_ids else [])]  # M
+        end_ids = sorted(target.reader.eos_ids) if ended else []
         log_prob = entropy = margin = torch.empty(0, device=device)
         if whole:
-            log_prob, entropy, margin = token_evidence(before, drafted, integers(tokens).to(device))
+            log_prob, entropy, margin = token_evidence(before, drafted, integers(draft_ids).to(device), end_ids)
         divergence = None
         if draft_logits is not None:
-            divergence = token_divergence(torch.cat([before[None], drafted])[: len(tokens)], draft_logits)
+            ends_of_either = sorted(target.reader.eos_ids | self.readers["draft"].eos_ids)
+            compared = torch.cat([before[None], drafted])[: len(log_prob)]  # [M, V]
+            divergence = token_divergence(compared, draft_logits, ends_of_either)
         read_states = [output.states[layer][w : w + n] for layer in verifier.layers]  # [N, D] each
         evidence = Evidence(
             ends,
@@ -315,7 +359,7 @@ class Engine:
     def context(self, role: str) -> Context:
         """A fresh context of the "target" or the "draft", with a cache to itself."""
         shared = self._reader(role)
-        return Context(Reader(shared.model, shared.eos_ids, shared.compiled))
+        return Context(Reader(shared.model, shared.eos_ids, shared.compiled, shared.width, shared.reads))
 
     def _reader(self, role: str) -> Reader:
         """The model's reader, whose cache all requests share."""
@@ -329,12 +373,19 @@ class Engine:
 
     def encode_for_draft(self, prompt: str | Messages) -> list[int]:
         """The draft's tokens of a prompt, up to where the answer begins; the target's where it has the same words."""
-        return self.encode(prompt) if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer)
+        if self.same_tokens:
+            return self.encode(prompt)
+        return encode_for_draft(prompt, self.draft_tokenizer, self.tokenizer)
 
-    def _encoded(self, prompt: str | Messages) -> tuple[list[int], list[int]]:
+    def _encoded(self, prompt: str | Messages, raw: bool = False) -> tuple[list[int], list[int]]:
         """The target's tokens of a prompt and the draft's."""
-        ids = self.encode(prompt)
-        return ids, ids if self.same_tokens else self.encode_for_draft(prompt)
+        if not raw:
+            ids = self.encode(prompt)
+            if reason := unsuited(prompt, ids, self.tokenizer):
+                warnings.warn(reason, stacklevel=4)
+            return ids, ids if self.same_tokens or self.draft is None else self.encode_for_draft(prompt)
+        ids = encode_prompt(prompt, self.tokenizer, raw=True)
+        return ids, ids if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer, raw=True)
 
     def to_target(self, draft_ids: Sequence[int]) -> list[int]:
         """The draft's tokens as the target's; as text where the vocabularies differ."""
@@ -343,9 +394,12 @@ class Engine:
         return encode_continuation(text_behind(draft_ids, self.draft_tokenizer), self.tokenizer)
 
     def to_draft(self, target_ids: Sequence[int]) -> list[int]:
-        """The target's tokens as the draft's; as text where the vocabularies differ."""
+        """The target's tokens as the draft's; as text where the vocabularies differ.
+
+        With the same words, those of the target's padding that the draft has no embedding for are left out.
+        """
         if self.same_tokens:
-            return list(target_ids)
+            return self.readers["draft"].readable(target_ids) if "draft" in self.readers else list(target_ids)
         return encode_continuation(text_behind(target_ids, self.tokenizer), self.draft_tokenizer)
 
     def need_verifier(self) -> Verifier:
@@ -368,10 +422,12 @@ class Engine:
             raise ValueError(f"unknown settings {unknown}: use {', '.join(names)}")
         settings = Settings(**options)
         if settings.method == "parse":
-            own = self.need_verifier().threshold
-            settings = dataclasses.replace(
-                settings, threshold=own if settings.threshold is None else settings.threshold
-            )
+            verifier = self.need_verifier()
+            if settings.threshold is None:
+                own, calibration = verifier.threshold, verifier.calibration
+                if calibration:
+                    own = calibration.threshold(settings.policy, settings.handback, settings.horizon)
+                settings = dataclasses.replace(settings, threshold=own)
         if settings.method != "target" or settings.lookahead:
             self._reader("draft")
         if self.distributed and settings.temperature and settings.seed is None:
@@ -399,7 +455,7 @@ class Engine:
                 room = min(room, longest - prompt - verdict)
             if room < 1:
                 asking = f", a verdict takes {verdict}," if verdict else ""
-                raise ValueError(
+                raise NoRoom(
                     f"the prompt has {prompt} tokens{asking} and the context of the {role} holds {longest}, which "
                     "leaves no room for an answer: shorten the prompt"
                 )
@@ -411,5 +467,10 @@ def _tokenizer(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTra
     return cast(PreTrainedTokenizerBase, loaded)
 
 
-def _compiled(model: PreTrainedModel, wanted: bool | None) -> Compiled | None:
-    return None if wanted is False else Compiled(model, 0.0 if wanted else PATIENCE)
+def _compiled(model: PreTrainedModel, wanted: bool | None, width: int | None = None) -> Compiled | None:
+    return None if wanted is False else Compiled(model, 0.0 if wanted else PATIENCE, width=width)
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model can read."""
+    return int(cast(Any, model.get_input_embeddings()).weight.shape[0])

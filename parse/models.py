@@ -9,27 +9,52 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 Messages = list[dict[str, str]]
 # options that say where a model's weights lie
 PLACING = {"device_map", "tp_plan", "distributed_config", "quantization_config"}
 # options that say which files are a model's: configuration and tokenizer are among them
 FINDING = {"revision", "subfolder", "gguf_file", "token", "cache_dir", "local_files_only"}
+# options of `transformers`' `from_pretrained`
+OPTIONS = (
+    PLACING
+    | FINDING
+    | {"max_memory", "offload_folder", "offload_buffers", "tp_size", "device_mesh", "trust_remote_code", "variant"}
+    | {"use_kernels", "kernel_config", "experts_implementation", "key_mapping", "force_download", "proxies"}
+    | {"low_cpu_mem_usage", "ignore_mismatched_sizes", "code_revision"}
+)
+# of a configuration: what may be another while the weights are the same
+CONFIGURED = {"rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window"}
+OURS = {  # and what to use instead
+    "dtype": "the argument dtype",
+    "output_loading_info": "nothing",
+    "torch_dtype": "the argument dtype",
+    "attn_implementation": "the argument attention",
+    "use_safetensors": "a checkpoint of safetensors",
+}
+ANOTHER = "restore the configuration that belongs to these weights"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+LFS = b"version https://git-lfs"
 
 
 def load_model(
@@ -55,6 +80,10 @@ def load_model(
         ValueError: if its weights are pickled, the engine cannot run its architecture, or it has no such attention.
     """
     options = options or {}
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"options of from_pretrained must be keys and values, such as {{'device_map': 'auto'}}: {options!r}"
+        )
     if device is not None and (placing := sorted(PLACING & options.keys())):
         raise ValueError(f"device={str(device)!r} and {', '.join(placing)} both place the model: give one of them")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,22 +95,64 @@ def load_model(
         if attention:
             loaded.set_attn_implementation(attention)
         return loaded
+    if not Path(source).is_dir() and not HUB_ID.fullmatch(str(source)):
+        raise ValueError(f"{source} is not a folder here; give the folder of a model, or a hub id such as org/name")
     if (adapter := Path(source) / "adapter_config.json").is_file():
+        check_weights(source)
         base = load_model(_base_of(adapter), device, dtype, attention, options)
         return _merged(base, Path(source))
-    check_weights(source)
-    check_architecture(AutoConfig.from_pretrained(source, **finding(options)))
+    config = AutoConfig.from_pretrained(source, **finding(options))
+    check_architecture(config)
+    check_options(options, config)
+    if "gguf_file" not in options:
+        check_weights(Path(source) / options.get("subfolder", ""))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, attn_implementation=attention, **options
-    )
+    model = whole_model(source, dtype=dtype, attn_implementation=attention, **{**options, **finding(options)})
     placed = PLACING & options.keys()
     return cast(PreTrainedModel, (model if placed else model.to(device)).eval())  # type: ignore[arg-type]
 
 
+def whole_model(source: str | Path, **options: Any) -> PreTrainedModel:
+    """A model by `transformers`' `from_pretrained`.
+
+    Raises:
+        ValueError: for weights that are not those of its configuration: what is missing would be drawn at random.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # type: ignore[attr-defined]  # else the same is said, as a table
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, found = loaded
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ValueError(f"the weights in {source} have other shapes than its config.json says: {ANOTHER}") from error
+    finally:
+        logging.set_verbosity(level)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks the weights {', '.join(missing[:3])} that its config.json asks for: {ANOTHER}"
+        )
+    held = {re.sub(r"\.\d+\.", ".0.", name) for name, _ in model.named_parameters()}
+    if more := sorted(name for name in found["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in held):
+        raise ValueError(f"{source} holds the weights {', '.join(more[:3])} beyond its config.json: {ANOTHER}")
+    return cast(PreTrainedModel, model)
+
+
 def finding(options: dict[str, Any] | None) -> dict[str, Any]:
-    """Those of a model's options with which its configuration and its tokenizer are found as well."""
-    return {name: value for name, value in (options or {}).items() if name in FINDING}
+    """Those of a model's options with which its configuration and its tokenizer are found as well.
+
+    A model's own code is run only where they say `trust_remote_code`.
+    """
+    found = {name: value for name, value in (options or {}).items() if name in FINDING}
+    return {**found, "trust_remote_code": trusts_code(options)}
+
+
+def trusts_code(options: dict[str, Any] | None) -> bool:
+    """Whether a model's options let it run code of its own."""
+    return (options or {}).get("trust_remote_code") is True
 
 
 def _base_of(adapter: Path) -> str:
@@ -93,12 +164,48 @@ def _base_of(adapter: Path) -> str:
 
 def _merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """A model with the LoRA of a folder added to its weights, so that it costs nothing."""
-    check_weights(adapter)
     lora: Any = PeftModel.from_pretrained(base, str(adapter))
+    check_mergeable(lora, str(adapter))
     merged = cast(PreTrainedModel, lora.merge_and_unload())
     if (adapter / "tokenizer_config.json").is_file():
         merged.config.name_or_path = str(adapter)
     return merged.eval()  # type: ignore[no-untyped-call,no-any-return]
+
+
+def check_mergeable(lora: PeftModel, name: str) -> None:
+    """Raise ValueError for a LoRA on an embedding that is the LM head as well: merged, it would change both."""
+    model = cast(PreTrainedModel, lora.get_base_model())
+    ends = model.get_input_embeddings(), cast(Any, model).get_output_embeddings()
+    adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in ends)
+    if adapted and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise ValueError(
+            f"{name} adapts the embedding or the LM head, and in {model.config.name_or_path} they are one weight "
+            "(tie_word_embeddings): to merge it would change both. Leave embed_tokens and lm_head out of "
+            "target_modules and modules_to_save"
+        )
+
+
+def check_options(options: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Raise ValueError for options of `from_pretrained` that it does not know, or that are ours to set."""
+    for name, instead in OURS.items():
+        if name in options:
+            raise ValueError(f"the option {name!r} is set by the engine: use {instead}")
+    for name in options:
+        if name not in OPTIONS and not (name in CONFIGURED and hasattr(config, name)):
+            near = get_close_matches(name, OPTIONS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown option {name!r} of from_pretrained{hint} Allowed: {', '.join(sorted(OPTIONS))}")
+    place = options.get("device_map")
+    if isinstance(place, dict) or place is None or place in DEVICE_MAPS:
+        return
+    try:
+        known = isinstance(place, str | torch.device) and (
+            torch.device(place).type != "cuda" or torch.cuda.is_available()
+        )
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ValueError(f"device_map={place!r} is no device here: use one such as cpu, or {', '.join(DEVICE_MAPS)}")
 
 
 def is_distributed(model: PreTrainedModel) -> bool:
@@ -107,8 +214,13 @@ def is_distributed(model: PreTrainedModel) -> bool:
 
 
 def check_weights(source: str | Path) -> None:
-    """Raise ValueError for a folder that holds pickled weights alone: to load a pickle is to run what it holds."""
+    """Raise ValueError for a folder without weights, with a part of them, or with pickled ones alone.
+
+    To load a pickle is to run what it holds.
+    """
     folder = Path(source)
+    if not folder.is_dir():
+        return
     pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
     if pickled and not list(folder.glob("*.safetensors")):
         raise ValueError(
@@ -116,6 +228,40 @@ def check_weights(source: str | Path) -> None:
             "whatever code is in it. If you trust its origin, load it with transformers once and call "
             "save_pretrained(FOLDER), which writes safetensors; or use another checkpoint"
         )
+    files = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+    if (folder / "adapter_config.json").is_file():
+        wanted = {"adapter_model.safetensors"}
+    elif index := next(iter(sorted(folder.glob("*.safetensors.index*.json"))), None):
+        try:
+            wanted = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}): download it again") from error
+    else:
+        wanted = {name for name in files if re.fullmatch(r"model(\.[\w-]+)?\.safetensors", name)} or {
+            "model.safetensors"
+        }
+    if missing := sorted(wanted - set(files)):
+        held = f"; it holds {', '.join([*files][:3])}" if files else " (no *.safetensors)"
+        raise ValueError(
+            f"{source} lacks {', '.join(missing[:3])}, weights that it should hold{held}: download them, or name "
+            "another folder"
+        )
+    for name in sorted(wanted):
+        _check_readable(files[name])
+
+
+def _check_readable(file: Path) -> None:
+    """Raise ValueError for a file of weights that is cut, or stands for one that was not downloaded."""
+    with file.open("rb") as opened:
+        if opened.read(len(LFS)) == LFS:
+            raise ValueError(
+                f"{file} is a git-lfs pointer, not the weights themselves: run `git lfs pull` in its folder"
+            )
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from error
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -181,7 +327,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-# what `transformers`' generate does to logits where a generation config asks for it, and the engine does not
+# what `transformers`' generate does where a generation config asks for it, and the engine does not
 UNHEEDED = (
     "repetition_penalty",
     "no_repeat_ngram_size",
@@ -190,74 +336,34 @@ UNHEEDED = (
     "suppress_tokens",
     "begin_suppress_tokens",
     "bad_words_ids",
+    "sequence_bias",
     "forced_bos_token_id",
     "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "watermarking_config",
+    "constraints",
+    "force_words_ids",
+    "dola_layers",
+    "guidance_scale",
+    "stop_strings",
+    "num_beams",
+    "penalty_alpha",
+    "max_time",
 )
+NEUTRAL = {"repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams"}  # where they are 1
 
 
 def warn_of_unheeded(model: PreTrainedModel) -> None:
     """Say what a model's generation config asks for in vain, as Qwen2.5's do for a penalty of repetitions."""
     wanted = {name: getattr(model.generation_config, name, None) for name in UNHEEDED}
-    if ignored := [f"{name}={value}" for name, value in wanted.items() if value and value != 1]:
+    if ignored := [
+        f"{name}={value}" for name, value in wanted.items() if value and not (value == 1 and name in NEUTRAL)
+    ]:
         warnings.warn(
             f"the generation config of {model.config.name_or_path} asks for {', '.join(ignored)}, which `generate` of "
             "transformers heeds and this engine does not: its answers are the model's likeliest tokens, or draws from "
-            "its own probabilities",
+            "its own probabilities, up to one of its end tokens",
             stacklevel=3,
         )
-
-
-def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a prompt up to where the answer begins; text is a user's turn of the chat template."""
-    if isinstance(prompt, str) and not tokenizer.chat_template:
-        return list(tokenizer.encode(prompt))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return encode_text(render(messages, tokenizer), tokenizer)
-
-
-def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template's text for messages, up to where the assistant's answer begins."""
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text, with nothing added."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that go on from another text with these words; what looks like a special token in them is text.
-
-    Tokenizers of SentencePiece's kind put a space before a text, which must not come between two pieces: so the
-    words are encoded behind a line break, which is then left out.
-    """
-    options = {"add_special_tokens": False, "split_special_tokens": True}
-    line, both = (list(tokenizer.encode(words, **options)) for words in ("\n", "\n" + text))
-    return both[len(line) :] if both[: len(line)] == line else list(tokenizer.encode(text, **options))
-
-
-def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of tokens, exactly: special tokens and spaces as they are."""
-    if backend := getattr(tokenizer, "backend_tokenizer", None):  # the same, without a look at the type of each token
-        return cast(str, backend.decode(list(ids), skip_special_tokens=False))
-    return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
-def certain_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """`text_of`, but for a character at its end of which bytes may be missing yet: it comes with the later tokens."""
-    return text_of(ids, tokenizer).rstrip("\N{REPLACEMENT CHARACTER}")
-
-
-def text_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that tokens add to another text: some tokenizers drop the space in front of a text that stands alone."""
-    line = encode_text("\n", tokenizer)
-    return text_of([*line, *ids], tokenizer)[len(text_of(line, tokenizer)) :]
-
-
-def eos_ids(model: PreTrainedModel, fallback: int | None = None) -> frozenset[int]:
-    """The tokens that end a sequence, from the generation config, then the config, then `fallback`."""
-    for source in (model.generation_config, model.config):
-        value = getattr(source, "eos_token_id", None)
-        if value is not None:
-            return frozenset(value if isinstance(value, Iterable) else [value])
-    return frozenset() if fallback is None else frozenset([fallback])

@@ -8,6 +8,7 @@ Shape letters: B texts, T tokens of the widest pass, P keys of the longest text,
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import perf_counter
@@ -22,6 +23,7 @@ from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
 from parse.layout import Layout, integers, pack, row_numbers, stack
 from parse.linear import few_rows, linears
+from parse.locks import lock_of
 from parse.models import FLEX, context_length
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
@@ -61,16 +63,19 @@ class Output:
 
 @dataclass
 class Reader:
-    """A model and the texts that it reads at the same time, each in a row of one cache."""
+    """A model and the texts that it reads at the same time, each in a row of one cache; for any number of threads."""
 
     model: PreTrainedModel
     eos_ids: frozenset[int] = frozenset()
     compiled: Compiled | None = None
+    width: int | None = None  # how many logits are kept: not those of tokens that another model lacks
+    reads: int | None = None  # tokens from it on are another model's alone, and left out of texts
     cache: PrefixCache = field(init=False)
     longest: int | None = field(init=False)  # tokens of a text, see `context_length`
     _device: torch.device = field(init=False)
     _free: list[int] = field(init=False)  # a heap: low rows are taken first
     _linears: list[nn.Module] = field(init=False)
+    _lock: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache, self._device = PrefixCache(), self.model.device  # the model's own property is slow
@@ -79,17 +84,24 @@ class Reader:
             self.cache.window.multiple = FLEX_BLOCK
         self._free = [0]
         self._linears = linears(self.model)
+        self._lock = lock_of(self.model)
+
+    def readable(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that the model has an embedding for."""
+        return list(ids) if self.reads is None else [token for token in ids if token < self.reads]
 
     def open(self) -> int:
         """A row for a new text."""
-        row = heappop(self._free) if self._free else self.cache.add_row()
-        self.cache.wipe(row)
-        return row
+        with self._lock:
+            row = heappop(self._free) if self._free else self.cache.add_row()
+            self.cache.wipe(row)
+            return row
 
     def close(self, row: int) -> None:
         """Give the row of a finished text back."""
-        self.cache.truncate(0, row)
-        heappush(self._free, row)
+        with self._lock:
+            self.cache.truncate(0, row)
+            heappush(self._free, row)
 
     @torch.inference_mode()
     def forward(self, passes: Sequence[Pass], alone: bool = False) -> list[Output]:
@@ -104,10 +116,11 @@ class Reader:
         for one in passes:
             self._check_length(one)
         by_index: dict[int, Output] = {}
-        for group in _of_like_width(passes):
-            by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
-        outputs = [by_index[i] for i in range(len(passes))]
-        return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
+        with self._lock:
+            for group in _of_like_width(passes):
+                by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
+            outputs = [by_index[i] for i in range(len(passes))]
+            return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
 
     def _check_length(self, one: Pass) -> None:
         """Refuse what is wrong without a word, or out of range, with positions that the model does not have."""
@@ -211,7 +224,7 @@ class Reader:
                 logits_to_keep=1 if last else integers(kept).to(device),
                 **options,
             )
-        return Read(output.logits, output.hidden_states or ())
+        return Read(output.logits[..., : self.width], output.hidden_states or ())
 
     def _numbers(self, passes: Sequence[Pass], rows: list[int], width: int) -> Tensor:
         """The numbers of the texts that take part: int64 [5, B, T], see `parse.compiled.forward`."""
@@ -259,19 +272,20 @@ def drive(steps: Steps[T]) -> T:
 def growing(steps: Steps[T], watched: bool = True) -> Generator[None, None, T]:
     """Run one text's steps, each pass by itself, and yield whenever the answer has grown: where watched, by little."""
     output = None
-    while True:
-        try:
-            wanted = steps.send(output)
-        except StopIteration as finished:
-            return finished.value  # type: ignore[no-any-return]
-        if wanted is None:
-            output = None
-            yield
-        else:
-            output = wanted.reader.forward([wanted], alone=not watched)[0]
+    with closing(steps):  # whoever stops listening, or fails, leaves no room taken
+        while True:
+            try:
+                wanted = steps.send(output)
+            except StopIteration as finished:
+                return finished.value  # type: ignore[no-any-return]
+            if wanted is None:
+                output = None
+                yield
+            else:
+                output = wanted.reader.forward([wanted], alone=not watched)[0]
 
 
-def drive_together(waiting: Iterable[Steps[T]], at_once: int) -> Iterator[tuple[int, T]]:
+def drive_together(waiting: Iterable[Steps[T]], at_once: int) -> Generator[tuple[int, T], None, None]:
     """Run the steps of many texts, so many at once: all passes that are wanted at a moment run together.
 
     A finished one leaves at once, and the next one takes its place.
@@ -282,8 +296,17 @@ def drive_together(waiting: Iterable[Steps[T]], at_once: int) -> Iterator[tuple[
     Yields:
         index and result of each text, as they finish.
     """
-    source = enumerate(waiting)
     wanted: dict[int, tuple[Steps[T], Pass]] = {}  # what each running text waits for
+    try:
+        yield from _drive_all(enumerate(waiting), at_once, wanted)
+    finally:
+        for steps, _ in wanted.values():  # where one fails, or nobody listens any more
+            steps.close()
+
+
+def _drive_all(
+    source: Iterator[tuple[int, Steps[T]]], at_once: int, wanted: dict[int, tuple[Steps[T], Pass]]
+) -> Iterator[tuple[int, T]]:
     while True:
         while len(wanted) < at_once and (entry := next(source, None)) is not None:
             index, steps = entry

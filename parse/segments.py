@@ -15,7 +15,7 @@ from functools import lru_cache
 import regex
 from transformers import PreTrainedTokenizerBase
 
-from parse.models import text_of
+from parse.text import text_of
 
 Segmenter = str | int
 

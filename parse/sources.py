@@ -6,6 +6,7 @@ imports torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ MODEL = "a folder that holds a model, or a hub id such as org/name or gpt2"
 VERIFIER = '"prompt", "likelihood", or a folder that holds verifier.json'
 RECORD = {"kind", "base", "tokenizer", "threshold"}  # what every verifier.json holds
 OPTIONS = ("target_options", "draft_options")  # of `Engine.from_pretrained`, in a recipe's engine section
+LARGE = 2**24  # bytes
 AGAIN = "start `python -m train` with its recipe again"
 
 
@@ -91,7 +93,24 @@ def _of_run(part: str, folder: Path, recipe: dict[str, Any]) -> str:
             f"--run {folder}: no {made}/ there, for its stage `{stage}` is not done: {AGAIN}, which does what is "
             f"missing, or give --{part}"
         )
+    if reason := _damage(folder, made, stage):
+        raise ValueError(f"--run {folder}: {reason}; remove the folder {folder / made} and {AGAIN}, or give --{part}")
     return str(folder / made)
+
+
+def _damage(run: Path, made: str, stage: str) -> str | None:
+    """Which file is not as the stage wrote it, by the run's record; large files are looked for only."""
+    try:
+        wrote = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["stages"][stage]["wrote"]
+        paths = [(run / made / name, digest) for name, digest in wrote.items() if not name.endswith((".md", ".html"))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    for path, digest in paths:
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size < LARGE and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            return f"{path} is damaged"
+    return None
 
 
 def _holds_model(folder: Path) -> bool:

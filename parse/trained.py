@@ -19,13 +19,15 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from parse.models import encode_text, render
-from parse.verifiers import Evidence, Likelihood, Prompt, Verifier
+from parse.prompts import turn_after_answer
+from parse.text import encode_text, eos_ids
+from parse.verifiers import Calibration, Evidence, Likelihood, Prompt, Verifier
 
 TOKEN_EVIDENCE = 4  # log-probability, entropy, margin, and whether it is the end-of-sequence token
 SEGMENT_EVIDENCE = 13  # of the three their lowest, mean and highest so far and in the segment where they tell; the end
@@ -107,6 +109,7 @@ class Probe:
     suffix_ids: list[int] = field(default_factory=list)
     reads_draft: bool = True
     adapted: None = None
+    calibration: Calibration | None = None
 
     def hazards(self, evidence: Evidence) -> Tensor:
         """The hazard of each segment, the sum over its tokens: float32 [K]."""
@@ -134,6 +137,7 @@ class Adapter:
     kind: str = "adapter"
     layers: tuple[int, ...] = ()
     reads_draft: bool = True
+    calibration: Calibration | None = None
 
     def hazards(self, evidence: Evidence) -> Tensor:
         """The hazard of each segment: float32 [K]."""
@@ -187,21 +191,26 @@ def suffix_of(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
     """The adapter's suffix: the first tokens of the turn that follows an answer in the chat template.
 
     Without a template, the end-of-sequence token again and again.
+
+    Raises:
+        ValueError: where there is neither.
     """
     if tokenizer.chat_template:
-        turns = [("user", "prompt"), ("assistant", "DRAFT-ENDS-HERE"), ("user", "?")]
-        text = render([{"role": role, "content": content} for role, content in turns], tokenizer)
-        ids = encode_text(text.split("DRAFT-ENDS-HERE")[1], tokenizer)
-    else:
-        ids = [int(cast(Any, tokenizer).eos_token_id)] * length
-    return ids[:length]
+        return encode_text(turn_after_answer("?", tokenizer), tokenizer)[:length]
+    end = cast(Any, tokenizer).eos_token_id
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has neither a chat template nor an end-of-sequence token, of "
+            "which the adapter's suffix is made: set its eos_token, or use another kind of verifier"
+        )
+    return [int(end)] * length
 
 
 def save(folder: Path, verifier: Verifier, target: PreTrainedModel, facts: dict[str, Any]) -> None:
     """Write `verifier.json`, and the head where there is one.
 
     Args:
-        facts: what else to record: segmenter, tokenizer hash, calibration.
+        facts: what else to record: segmenter, tokenizer hash, end tokens, calibration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -224,52 +233,73 @@ def save(folder: Path, verifier: Verifier, target: PreTrainedModel, facts: dict[
     (folder / "verifier.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load(
-    name: str | Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Verifier, dict[str, Any]]:
-    """Load a saved verifier, or make an untrained one: "prompt" or "likelihood".
-
-    Returns:
-        the verifier and its record (empty for untrained kinds).
+def load(name: str | Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Verifier:
+    """Load a saved verifier with its calibration, or make an untrained one: "prompt" or "likelihood".
 
     Raises:
         FileNotFoundError: if the folder holds no `verifier.json`.
-        ValueError: if the verifier was made for another target or another tokenizer.
+        ValueError: if the verifier was made for another target, other end tokens or another tokenizer, or its files are
+            damaged.
     """
     if name == "prompt":
-        return Prompt.of(tokenizer), {}
+        return Prompt.of(tokenizer)
     if name == "likelihood":
-        return Likelihood(), {}
+        return Likelihood()
     path = Path(name) / "verifier.json"
     if not path.is_file():
         raise FileNotFoundError(
             f'verifier={str(name)!r}: no such verifier; use "prompt", "likelihood", or a folder that holds '
             "verifier.json (the `verifier` stage of `python -m train` writes one)"
         )
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+        verifier, facts = _made(record, path.parent, target, tokenizer), record["calibration"]
+        settings = facts["handback"], facts.get("horizon"), record["segments"]
+        verifier.calibration = Calibration(record["thresholds"], *settings)
+        return verifier
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RuntimeError) as error:
+        raise ValueError(
+            f"the verifier in {path.parent} is damaged ({type(error).__name__}: {error}): restore the folder, or run "
+            "the stage `verifier` again"
+        ) from error
+
+
+def _made(
+    record: dict[str, Any], folder: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Verifier:
+    """The verifier that a folder's record describes, for the target that it was made for."""
     if record["base"] != fingerprint(target):
         raise ValueError(
-            f"the verifier in {path.parent} was trained on {record['base_name']!r} (weights {record['base'][:12]}), "
+            f"the verifier in {folder} was trained on {record['base_name']!r} (weights {record['base'][:12]}), "
             f"and the target is {target.config.name_or_path!r} (weights {fingerprint(target)[:12]}): "
             "train a verifier for this target or load that one"
         )
     if record["tokenizer"] != tokenizer_hash(tokenizer):
         raise ValueError(
-            f"the verifier in {path.parent} was trained with another tokenizer or chat template "
+            f"the verifier in {folder} was trained with another tokenizer or chat template "
             f"({record['tokenizer'][:12]}, the target's is {tokenizer_hash(tokenizer)[:12]}): train it again"
+        )
+    ends = sorted(eos_ids(target, tokenizer.eos_token_id))
+    if record.get("end_ids", ends) != ends:
+        raise ValueError(
+            f"the verifier in {folder} was calibrated for answers that end with the tokens {record['end_ids']}, and "
+            f"the target's now end with {ends}: restore eos_token_id in its generation config, or run the stage "
+            "`verifier` again"
         )
     threshold = float(record["threshold"])
     if record["kind"] == "prompt":
-        return Prompt.of(tokenizer, threshold), record
+        return Prompt.of(tokenizer, threshold)
     if record["kind"] == "likelihood":
-        return Likelihood(record["rule"], record["scope"], threshold), record
+        return Likelihood(record["rule"], record["scope"], threshold)
     head = HazardHead(**record["head"])
-    head.load_state_dict(load_file(path.parent / "head.safetensors"))
+    head.load_state_dict(load_file(folder / "head.safetensors"))
     head = head.to(target.device).eval()
     if record["kind"] == "adapter":
-        adapted = PeftModel.from_pretrained(sharing(target), str(path.parent))
-        return Adapter(adapted.eval(), head, record["suffix_ids"], threshold), record
-    return Probe(head, tuple(record["layers"]), threshold), record
+        adapted = PeftModel.from_pretrained(sharing(target), str(folder))
+        return Adapter(adapted.eval(), head, record["suffix_ids"], threshold)
+    return Probe(head, tuple(record["layers"]), threshold)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from parse.models import encode_text, render
+from parse.prompts import turn_after_answer
+from parse.text import encode_text
 
 QUESTION = "Is the answer above correct so far, as far as it goes? Reply with one word, yes or no."
 
@@ -24,8 +25,9 @@ QUESTION = "Is the answer above correct so far, as far as it goes? Reply with on
 class Evidence:
     """What one packed pass tells about a draft of N tokens and its K prefixes.
 
-    Where the draft ended, its end-of-sequence token counts as token N+1, in the last segment.
-    M is N, or N+1 where the draft ended; 0 where the verifier does not read the draft's own tokens.
+    Where the draft ended, that counts as token N+1, in the last segment: the event that the text ends, by any of the
+    target's end-of-sequence tokens. M is N, or N+1 where the draft ended; 0 where the verifier does not read the
+    draft's own tokens.
     """
 
     ends: Sequence[int]  # K prefix ends; the last one covers token N+1
@@ -47,46 +49,88 @@ class Evidence:
 _LOGITS = 2**20  # numbers that are worked on at a time, whole rows over the vocabulary
 
 
-def token_evidence(before: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_evidence(
+    before: Tensor, logits: Tensor, tokens: Tensor, end_ids: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and margin of the draft's tokens, float32 [M] each; see `Evidence`.
 
     A few rows at a time, so that there is no second copy of the logits.
 
     Args:
         before: [V], the target's logits of the first token.
-        logits: [N, V], those behind each token; the last row predicts the end of sequence, where M is N+1.
-        tokens: int64 [M].
+        logits: [N, V], those behind each token.
+        tokens: int64 [N].
+        end_ids: where the draft ended, the tokens that end a text: token N+1 is any of them.
     """
     parts: list[Tensor] = []
-    start = 0
+    start, m = 0, len(tokens) + bool(end_ids)
     for chunk in _by_rows(logits):
         known = chunk if parts else torch.cat([before[None], chunk])  # [rows, V]
-        chosen = tokens[start : start + len(known)]  # [rows]
-        log_probs = known[: len(chosen)].float().log_softmax(-1)  # [rows, V]
+        log_probs = known[: m - start].float().log_softmax(-1)  # [rows, V]
+        chosen = tokens[start : start + len(log_probs)]  # [rows], or one less where the last row is the end's
+        token = log_probs[: len(chosen)].gather(1, chosen[:, None])[:, 0]
+        if len(chosen) < len(log_probs):
+            token = torch.cat([token, log_probs[-1:, list(end_ids)].logsumexp(-1)])  # [rows]
         start += len(known)
-        token = log_probs.gather(1, chosen[:, None])[:, 0]  # [rows]
         entropy = -(log_probs.exp() * log_probs).sum(-1)  # [rows]
-        parts.append(torch.stack([token, entropy, log_probs.amax(-1) - token]))
+        parts.append(torch.stack([token, entropy, torch.maximum(log_probs.amax(-1), token) - token]))
     log_prob, entropy, margin = torch.cat(parts, dim=1)  # [3, M]
     return log_prob, entropy, margin
 
 
-def token_divergence(target: Tensor, draft: Tensor) -> Tensor:
+def token_divergence(target: Tensor, draft: Tensor, end_ids: Sequence[int] = ()) -> Tensor:
     """KL divergence in nats of the draft's distribution from the target's, from logits [M, V] each: float32 [M].
 
     Where models pad their vocabulary to other sizes, what both have counts.
+
+    Args:
+        end_ids: the tokens that end a text for either model: one outcome, whichever of them each model prefers.
     """
     width = min(target.shape[1], draft.shape[1])
+    ends = [token for token in end_ids if token < width]
     parts = []
     for ours, theirs in zip(_by_rows(target[:, :width]), _by_rows(draft[:, :width]), strict=True):
-        log_q = theirs.float().log_softmax(-1)  # [rows, V]
-        parts.append((log_q.exp() * (log_q - ours.float().log_softmax(-1))).sum(-1))
+        log_p, log_q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)  # [rows, V] each
+        terms = log_q.exp() * (log_q - log_p)  # [rows, V]
+        if len(ends) > 1:
+            end_p, end_q = log_p[:, ends].logsumexp(-1), log_q[:, ends].logsumexp(-1)  # [rows] each
+            terms[:, ends] = 0
+            terms[:, ends[0]] = end_q.exp() * (end_q - end_p)
+        parts.append(terms.sum(-1))
     return torch.cat(parts)
 
 
 def _by_rows(logits: Tensor) -> tuple[Tensor, ...]:
     """Logits [M, V], some rows at a time."""
     return torch.split(logits, max(1, _LOGITS // logits.shape[1]))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a verifier's thresholds were calibrated for: they keep their promise there alone."""
+
+    thresholds: dict[str, float]  # by acceptance policy
+    handback: str
+    horizon: int | str | None
+    segments: str | int
+
+    def threshold(self, policy: str, handback: str, horizon: int | str | None) -> float:
+        """The threshold for these settings of the engine.
+
+        Raises:
+            ValueError: where it was calibrated for others.
+        """
+        # "whole" lets the target write to the end whatever the handback
+        asked = {"horizon": horizon} if policy == "whole" else {"handback": handback, "horizon": horizon}
+        if wrong := [name for name, value in asked.items() if getattr(self, name) != value]:
+            given = " and ".join(f"{name}={asked[name]!r}" for name in wrong)
+            known = " and ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            raise ValueError(
+                f"{given}, and the verifier's threshold was calibrated for {known}: use that, calibrate it for yours "
+                "(set it in the recipe's section `engine` and run the stage `verifier`), or give a threshold of your "
+                "own, which promises nothing"
+            )
+        return self.thresholds[policy]
 
 
 class Verifier(Protocol):
@@ -97,6 +141,7 @@ class Verifier(Protocol):
     reads_draft: bool  # whether it reads the evidence of the draft's own tokens, which takes the target's logits there
     layers: tuple[int, ...]  # indices into the model's `hidden_states` that `Evidence.states` joins
     threshold: float  # confidences at or above it accept
+    calibration: Calibration | None  # of its thresholds, where it was saved with one
 
     @property
     def adapted(self) -> PeftModel | None:
@@ -120,6 +165,7 @@ class Likelihood:
     reads_draft: bool = True
     layers: tuple[int, ...] = ()
     adapted: None = None
+    calibration: Calibration | None = None
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """The probability that the rule gives for each prefix or segment: float32 [K]."""
@@ -160,13 +206,15 @@ class Prompt:
     layers: tuple[int, ...] = ()
     reads_draft: bool = False
     adapted: None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, threshold: float = 0.5) -> Prompt:
         """Ask in the tokenizer's chat template; its `verdict_question`, if it has one, is the question.
 
         Raises:
-            ValueError: if the tokenizer has no chat template or no single token for yes and no.
+            ValueError: if the tokenizer has no chat template, one without room for the question, or no single token for
+                yes and no.
         """
         question = tokenizer.init_kwargs.get("verdict_question", QUESTION)
         if not tokenizer.chat_template:
@@ -174,12 +222,17 @@ class Prompt:
                 'verifier="prompt" asks in a chat turn, and the target\'s tokenizer has no chat template: '
                 'use "likelihood" or a trained verifier'
             )
-        turns = [("user", "prompt"), ("assistant", "DRAFT-ENDS-HERE"), ("user", question)]
-        # rendered once, and only what follows the draft is kept
-        text = render([{"role": role, "content": content} for role, content in turns], tokenizer)
-        suffix = encode_text(text.split("DRAFT-ENDS-HERE")[1], tokenizer)
+        suffix = encode_text(turn_after_answer(question, tokenizer), tokenizer)
         yes, no = (_single_tokens(tokenizer, word) for word in ("yes", "no"))
         return cls(suffix, yes, no, threshold)
+
+    @classmethod
+    def if_possible(cls, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+        """The same; None where the tokenizer does not allow it."""
+        try:
+            return cls.of(tokenizer)
+        except ValueError:
+            return None
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """P(yes) against P(no) behind each suffix copy: float32 [K]."""

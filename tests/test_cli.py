@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from eval.tasks import ledger
 from parse import Generation, Segment, Stats
 from parse.__main__ import _message, main, transcript
 from parse.models import load_model
-from parse.trained import save, tokenizer_hash
+from parse.trained import save
 from parse.verifiers import Likelihood
-from tests.conftest import MODELS, ROOT
+from tests.conftest import MODELS, ROOT, adopt, facts_of
 from train.recipe import load_recipe, to_dict
 
 RESULT = Generation(
@@ -42,6 +43,11 @@ QUESTION = (
 TARGET = ["--target", str(MODELS / "ledger-target")]
 ALONE = [*TARGET, "--method", "target"]
 PAIR = [*TARGET, "--draft", str(MODELS / "ledger-draft"), "--verifier", "prompt"]
+
+
+def besides_prompts(said):
+    """What is said but that the pair was not made for a prompt."""
+    return [line for line in said.splitlines() if "made for" not in line and "know all words" not in line]
 
 
 def test_the_transcript_without_colour():
@@ -65,14 +71,14 @@ def test_the_transcript_in_colour():
 def objects(capsys) -> list[dict]:
     """The lines of JSON that were printed, and nothing else was."""
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert not besides_prompts(printed.err)
     return [json.loads(line) for line in printed.out.splitlines()]
 
 
 def test_an_answer_alone_stands_on_standard_output(capsys):
     assert main([QUESTION, *PAIR, "--threshold", "0.5"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert not besides_prompts(printed.err)
     assert printed.out.split("\n\n")[1] in printed.out
     assert ledger.check(QUESTION, printed.out.split("\n\n")[1])
     assert "127 of 127 draft tokens accepted" in printed.out
@@ -252,7 +258,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(capsys, monkeypatch):
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["q", *ALONE, "--max-new-tokens", "1"]) == 141
-    assert capsys.readouterr().err == ""
+    assert not besides_prompts(capsys.readouterr().err)
 
 
 def test_help_and_the_public_names_wait_for_no_library():
@@ -287,7 +293,7 @@ def project(tmp_path_factory) -> Path:
         run / "verifier",
         Likelihood("mean", "segment", 0.0),
         target,
-        {"tokenizer": tokenizer_hash(tokenizer), "segments": 2, "thresholds": {"first_fail": 0.0}},
+        facts_of(tokenizer, 2, thresholds=dict.fromkeys(("first_fail", "longest", "whole"), 0.0), horizon=6),
     )
     lora = get_peft_model(load_model(run / "draft"), LoraConfig(r=2, target_modules="all-linear"))
     lora.save_pretrained(str(run / "draft-lora"))
@@ -323,7 +329,9 @@ def test_a_run_gives_models_and_settings_from_any_folder(project, capsys, monkey
     assert line["stats"]["draft_tokens"] == 24
     assert line["stats"]["rounds"] == 4  # by the recipe's horizon
     assert len(line["segments"]) == 12  # by the verifier's segmenter
-    assert main([QUESTION, "--run", run, "--json", "--max-new-tokens", "30", "--horizon", "none"]) == 0
+    assert (
+        main([QUESTION, "--run", run, "--json", "--max-new-tokens", "30", "--horizon", "none", "--threshold", "0"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["stats"]["rounds"] == 1
     monkeypatch.chdir(project / "runs")
     assert main([QUESTION, "--run", "quickstart", "--method", "draft", "--json"]) == 0
@@ -353,7 +361,7 @@ def test_in_a_process_of_its_own_nothing_precedes_the_answer(project, tmp_path):
         ({"policy": "whole"}, ["--policy", "longest"], 12, 4),
         ({"handback": "never"}, ["--threshold", "2"], 4, 1),
         ({"handback": "never"}, ["--threshold", "2", "--handback", "segment", "--segments", "2"], None, 12),
-        ({"horizon": "segment"}, [], 12, 12),
+        ({"horizon": "segment"}, ["--threshold", "0"], 12, 12),
     ],
 )
 def test_settings_of_a_run_and_over_it(project, tmp_path, capsys, engine, words, segments, rounds):
@@ -416,3 +424,46 @@ def test_a_run_that_is_not_whole_is_named(project, tmp_path, capsys, change, mes
     assert printed.startswith("error: ")
     for message in messages:
         assert message in printed
+
+
+def test_a_template_that_refuses_is_a_line(tmp_path, capsys):
+    folder = tmp_path / "target"
+    shutil.copytree(MODELS / "ledger-target", folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    assert main([QUESTION, "--target", str(folder), "--method", "target"]) == 2
+    said = capsys.readouterr().err
+    assert "refuses the turns user" in said
+    assert "not today" in said
+    assert "Traceback" not in said
+
+
+def test_raw_prompts(capsys):
+    assert main(["<|user|> right ? <|end|> <|assistant|>", "--raw", *ALONE]) == 0
+    assert capsys.readouterr().out
+
+
+def test_what_was_calibrated_for_other_settings_is_refused(project, tmp_path, capsys):
+    run = changed(project, tmp_path, with_recipe(engine={"horizon": "segment"}))
+    assert main([QUESTION, "--run", run]) == 2
+    assert "horizon='segment', and the verifier's threshold was calibrated for horizon=6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["draft/tokenizer.json", "draft/chat_template.jinja", "draft/model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_file_of_a_run_is_named(project, tmp_path, capsys, file, damage):
+    def change(run: Path) -> None:
+        with_recipe(engine={"target_options": {}})(run)
+        recipe = load_recipe(run / "recipe.yaml")
+        adopted = replace(recipe, runs=str(tmp_path / "adopted"))
+        adopt(adopted, distill=run / "draft", verifier=run / "verifier")
+        shutil.rmtree(run)
+        shutil.copytree(adopted.folder, run)
+
+    run = changed(project, tmp_path, change)
+    assert main([QUESTION, "--run", run, "--max-new-tokens", "4"]) == 0
+    capsys.readouterr()
+    path = Path(run) / file
+    path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-9])
+    assert main([QUESTION, "--run", run, "--max-new-tokens", "4"]) == 2
+    said = capsys.readouterr().err
+    assert f"{file.split('/')[1]} is {'missing' if damage == 'gone' else 'damaged'}; remove the folder" in said

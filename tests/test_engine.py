@@ -181,6 +181,8 @@ def test_no_token_is_read_twice_and_the_last_ones_of_a_repair_with_the_next_draf
         ("longest", [0.9, 0.4, 0.9, 0.2], 3),
         ("longest", [0.1, 0.2], 0),
         ("whole", [0.6], 1),
+        ("whole", [0.4, 0.9, 0.6], 3),
+        ("whole", [0.9, 0.9, 0.4], 0),
         ("first_fail", [], 0),
     ],
 )

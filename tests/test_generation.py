@@ -1,12 +1,15 @@
 """Texts for data: kept one by one, whichever process wrote them and however often it was killed."""
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parse.decode import Context
 from parse.passes import Reader
-from train.generation import finish_all, going_on, together, write_all
+from train.generation import FAILED, TooManyFailed, finish_all, going_on, in_threads, together, write_all
+from train.recipe import RecipeError
 
 
 def making(made, fatal=None):
@@ -41,6 +44,59 @@ def test_a_killed_start_is_gone_on_from(tmp_path_factory, kills, torn):
     assert sorted(made) == list(range(10))  # nothing is made twice
 
 
+def test_other_items_before_them_do_not_move_kept_rows(tmp_path):
+    made = []
+    finish_all(tmp_path, [{"q": "b"}, {"q": "c"}], together(making(made), 2), what="rows")
+    rows = finish_all(tmp_path, [{"q": "a"}, {"q": "c"}, {"q": "b"}], together(making(made), 2), what="rows")
+    assert [row["item"]["q"] for row in rows] == ["a", "c", "b"]
+    assert [item["q"] for item in made] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("line", ["no json", '{"a": 1}', "[1]", '["key", 2, 3]', "\udcff"])
+def test_a_damaged_line_is_made_again(tmp_path, line):
+    finish_all(tmp_path, "ab", together(making([]), 1), what="letters")
+    file = next(tmp_path.glob("*.jsonl"))
+    first, second = file.read_text().splitlines()
+    file.write_bytes(f"{first}\n{line}\n".encode(errors="surrogateescape"))
+    made = []
+    rows = finish_all(tmp_path, "ab", together(making(made), 1), what="letters")
+    assert [row["item"] for row in rows] == ["a", "b"]
+    assert made == ["b"]
+    assert second
+
+
+def failing(fails):
+    """Work of which some items fail."""
+
+    def work(items):
+        for place, item in enumerate(items):
+            yield place, ({FAILED: "sick"} if item in fails else {"item": item})
+
+    return work
+
+
+def test_few_failures_are_rows_and_many_are_an_error(tmp_path):
+    rows = finish_all(tmp_path / "few", range(200), failing({7, 150}), what="numbers")
+    assert [i for i, row in enumerate(rows) if FAILED in row] == [7, 150]
+    with pytest.raises(TooManyFailed, match="3 of 200 failed; what is finished is kept, .* The reason: sick"):
+        finish_all(tmp_path / "many", range(200), failing({7, 8, 150}), what="numbers")
+    rows = finish_all(tmp_path / "many", range(200), failing({8}), what="numbers")  # asked again
+    assert [i for i, row in enumerate(rows) if FAILED in row] == [8]
+
+
+def test_where_all_fails_nothing_more_is_asked(tmp_path):
+    asked = []
+
+    def work(items):
+        for place, _ in enumerate(items):
+            asked.append(place)
+            yield place, {FAILED: "sick"}
+
+    with pytest.raises(TooManyFailed, match="the last 20 of 1000 failed"):
+        finish_all(tmp_path, range(1000), work, what="numbers")
+    assert len(asked) == 20
+
+
 def test_what_a_model_writes_is_what_it_writes_alone(target):
     reader = Reader(target, frozenset([1]))
     prompts = [[5, 9, 13], [7], [20, 21, 22, 23]]
@@ -57,3 +113,21 @@ def test_a_text_makes_room_when_it_is_done(target):
     reader.forward([next(steps)])
     steps.close()
     assert reader.open() == 0
+
+
+def test_nobody_waits_for_a_thread_that_hangs(tmp_path):
+    """Where one request fails for good, or the user stops, the others may wait for a server for an hour."""
+    hanging, started = threading.Event(), threading.Event()
+
+    def make(item):
+        if item:
+            started.set()
+            hanging.wait(60)
+        elif started.wait(60):
+            raise RecipeError("refused")
+        return {"item": item}
+
+    with pytest.raises(RecipeError, match="refused"):
+        finish_all(tmp_path, range(5), in_threads(make, 2), what="numbers")
+    assert not hanging.is_set()
+    hanging.set()

@@ -28,7 +28,7 @@ from parse.trained import (
     tokenizer_hash,
 )
 from parse.verifiers import Evidence, Likelihood, Prompt
-from tests.conftest import MODELS, random_adapter, random_model
+from tests.conftest import MODELS, facts_of, random_adapter, random_model
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.hazards import AdapterModule, ProbeModule, fit
 from train.recipe import AdapterSection, ProbeSection
@@ -223,7 +223,7 @@ def test_only_the_last_layers_are_adapted(target):
 
 @pytest.mark.parametrize("other", ["weights", "tokenizer", "segments"])
 def test_an_adapter_for_something_else_is_refused(tmp_path, target, draft, tokenizer, other):
-    facts = {"tokenizer": tokenizer_hash(tokenizer), "segments": "sentence"}
+    facts = facts_of(tokenizer)
     save(tmp_path, random_adapter(target, [7, 8]), target, facts)
     assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "verifier.json"} <= {
         path.name for path in tmp_path.iterdir()
@@ -253,9 +253,9 @@ def check_training(engine, drafts, folder, section):
     assert fingerprint(engine.target) == before
     weights = [p for name, p in adapter.adapted.named_parameters() if "lora_B" in name]
     assert any(weight.abs().max() > 0 for weight in weights)
-    save(folder, adapter, engine.target, {"tokenizer": tokenizer_hash(engine.tokenizer), "segments": engine.segments})
+    save(folder, adapter, engine.target, facts_of(engine.tokenizer, engine.segments))
     assert set(load_file(folder / "head.safetensors")) == set(adapter.head.state_dict())
-    loaded, _ = load(folder, engine.target, engine.tokenizer)
+    loaded = load(folder, engine.target, engine.tokenizer)
     one = drafts[0]
     verdicts = []
     for verifier in (adapter, loaded):

@@ -1,6 +1,7 @@
 """Labels: found by bisection as by asking for every prefix; judged by the task, or by the target itself."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from eval.judges import Agreement, Checked, controls
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
+from parse.decode import Context
 from parse.passes import drive, drive_together
 from tests.conftest import MODELS
 from train.labels import Labeller, bisecting
@@ -37,6 +39,34 @@ def rollouts(engine, labeller, every, prompts):
     steps = (rolling_out(labeller, prompt, rounds=4, every=every) for prompt in prompts)
     finished = dict(drive_together(steps, 40))
     return [finished[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("horizon", [25, "segment"])
+def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, every, horizon):
+    """Each continues the one before where that is valid; its last prefix is labelled by asking, not by how it ends."""
+    prompts = draw_prompts(ledger, "train", 6, seed=12)
+    labeller = Labeller(engine, Checked(ledger), 200)
+    steps = (rolling_out(labeller, prompt, 3, every, horizon) for prompt in prompts)
+    found = dict(drive_together(steps, 10))
+    for index, rows in found.items():
+        assert len(rows) > 3
+        assert [row["round"] for row in rows] == sorted(row["round"] for row in rows)
+        for row, later in pairwise(rows):
+            assert not row["ended"]
+            assert horizon == "segment" or len(row["draft_ids"]) == horizon
+            assert horizon != "segment" or len(row["ends"]) == 1
+            if all(row["valid"]):
+                assert later["prefix_ids"] == [*row["prefix_ids"], *row["draft_ids"]]
+                assert later["round"] == row["round"]
+            else:
+                assert later["round"] == row["round"] + 1
+        for row in rows[:4]:  # the labels are what the target makes of the prefixes
+            context = Context(engine.readers["target"])
+            start = [*row["prefix_ids"], *row["draft_ids"]]
+            right, _ = drive(labeller.finishing(context, prompts[index], start))
+            context.close()
+            assert right == row["valid"][-1] or row["ended"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from eval.properties import foreign_accuracy, judge_drafts, measure_pair
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
 from parse.__main__ import main as ask
-from tests.conftest import MODELS, launch, wait_for
+from tests.conftest import MODELS, adopt, launch, wait_for
 from train.__main__ import main as train
 from train.recipe import load_recipe
 
@@ -216,10 +216,9 @@ def test_the_winner_beats_the_free_rules_and_the_prompt(recipe):
 def test_too_few_prompts_promise_nothing(words, recipe, tmp_path, capsys):
     """The stage says how many more it takes, and the engine accepts nothing."""
     folder = tmp_path / "quickstart"
-    shutil.copytree(recipe.folder / "draft", folder / "draft")
-    shutil.copytree(recipe.rollouts_folder, folder / "rollouts")
     options = [*(w for w in words if not w.startswith("runs=")), UNALIGNED]
     options += [f"runs={tmp_path}", "verifier.kind=likelihood", "verifier.max_accuracy_loss=0.001"]
+    adopt(load_recipe(RECIPE, options), distill=recipe.folder / "draft", rollouts=recipe.rollouts_folder)
     assert train([RECIPE, "verifier", *options]) == 0
     assert "It takes at least 899 more (rollouts.calibration: 999)" in capsys.readouterr().out
     engine = Engine.from_pretrained(recipe.target, folder / "draft", folder / "verifier", compile=False)
@@ -230,10 +229,10 @@ def test_too_few_prompts_promise_nothing(words, recipe, tmp_path, capsys):
 def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     """Killed for good in the middle, on two processes, and gone on with by one."""
     folder, kept = tmp_path / "quickstart", tmp_path / "quickstart" / ".rollouts.part" / ".kept" / "rollouts"
-    shutil.copytree(recipe.folder / "draft", folder / "draft")
     options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}", UNALIGNED]
     options += [f"rollouts.{split}=10" for split in ("train", "calibration", "test")]
     options += ["rollouts.recheck=2", "rollouts.batch_size=4"]
+    adopt(load_recipe(RECIPE, options), distill=recipe.folder / "draft")
     process = launch("ddp", RECIPE, "rollouts", *options)
     lines = lambda: sum(file.read_text().count("\n") for file in kept.glob("*.jsonl")) if kept.is_dir() else 0
     wait_for(lambda: lines() >= 5, process)
@@ -254,10 +253,9 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
 def some(words, recipe, tmp_path_factory):
     """A copy of the run with part of its rollouts, and one process's report of the kinds that need no training."""
     folder = tmp_path_factory.mktemp("some") / "quickstart"
-    shutil.copytree(recipe.folder / "draft", folder / "draft")
-    rollouts = load_from_disk(recipe.rollouts_folder)
-    rollouts.filter(lambda row: row["number"] % 5 < 2).save_to_disk(folder / "rollouts")
+    rollouts = load_from_disk(recipe.rollouts_folder).filter(lambda row: row["number"] % 5 < 2)
     options = [*(w for w in words if not w.startswith("runs=")), f"runs={folder.parent}", UNALIGNED]
+    adopt(load_recipe(RECIPE, options), distill=recipe.folder / "draft", rollouts=rollouts)
     assert train([RECIPE, "verifier", *options, "verifier.kind=likelihood"]) == 0
     return folder, options, json.loads((folder / "verifier" / "report.json").read_text())
 

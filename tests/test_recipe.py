@@ -149,8 +149,9 @@ def test_numbers_out_of_their_range_are_refused(write, override, key, value):
         load_recipe(write(), [override])
 
 
-def test_pickled_weights_are_refused(tmp_path, target):
+def test_pickled_weights_are_refused(tmp_path, target, tokenizer):
     target.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
     recipe = Recipe(**{**BASE, "target": str(tmp_path / "m"), "draft": str(tmp_path / "m")})
     check_models(recipe)
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")

@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval.instruments import endless
 from parse import Engine
 from parse.answer import Answer
 from parse.decode import Sampling
-from parse.models import text_of
 from parse.passes import growing
+from parse.text import text_of
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS, TORCHRUN, random_model
 from tests.split_target import answers
@@ -117,7 +118,32 @@ def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
         ({"method": "x"}, "method='x'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"horizon": 0}, "horizon=0"),
-        ({"lookahead": -1}, "lookahead=-1 is negative"),
+        ({"lookahead": -1}, "lookahead=-1: use a whole number from 0 on"),
+        ({"lookahead": 1.5}, "lookahead=1.5: use a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_new_tokens": "9"}, "max_new_tokens='9'"),
+        ({"horizon": True}, 'horizon=True: use None, "segment" or a whole number from 1 on'),
+        ({"horizon": 1.0}, "horizon=1.0"),
+        ({"horizon": "sentence"}, "horizon='sentence'"),
+        ({"threshold": float("nan")}, "threshold=nan: use a number"),
+        ({"threshold": float("inf")}, "threshold=inf"),
+        ({"threshold": "0.5"}, "threshold='0.5'"),
+        ({"threshold": True}, "threshold=True"),
+        ({"temperature": float("inf")}, "temperature=inf: use a number from 0 on"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": None}, "temperature=None"),
+        ({"top_k": 2.0}, "top_k=2.0"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"top_p": "x"}, "top_p='x'"),
+        ({"seed": 1.5}, "seed=1.5: use None or a whole number from 0 to"),
+        ({"seed": b"x"}, "seed=b'x'"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"seed": True}, "seed=True"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**70}, "seed=1180591620717411303424"),
+        ({"batch_size": 0}, "batch_size=0: use a whole number from 1 on"),
+        ({"batch_size": 1.5}, "batch_size=1.5"),
         ({"temperature": -1}, "temperature=-1"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
@@ -125,8 +151,20 @@ def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
 )
 def test_settings_that_are_not_allowed(target, draft, tokenizer, options, message):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         engine.generate(PROMPT, **options)
+    if "batch_size" not in options:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            engine.stream(PROMPT, **options)  # at once, not when the first piece is asked for
+
+
+def test_whole_numbers_are_numbers_whoever_made_them(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4)
+    ways = {"threshold": 0.2, "top_k": 40, "seed": 3}
+    plain = engine.generate(PROMPT, 12, temperature=1.0, **ways)[0].token_ids
+    assert engine.generate(PROMPT, 12, temperature=1, **ways)[0].token_ids == plain
+    numpys = {"threshold": np.float32(0.2), "top_k": np.int64(40), "seed": np.int32(3), "top_p": 1}
+    assert engine.generate(PROMPT, np.int64(12), temperature=np.float64(1), **numpys)[0].token_ids == plain
 
 
 def test_missing_parts_are_named(target, tokenizer):
@@ -156,6 +194,12 @@ def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
     message = rf"the prompt has {len(ids)} tokens, a verdict takes \d+, and the context of the target holds 512"
     with pytest.raises(ValueError, match=message):
         engine.generate(words)
+    with pytest.warns(UserWarning, match=f"prompt 1 of the list is not answered: {message}"):
+        results = engine.generate(["the fig", words, "tea"], 8)
+    assert (results[1].text, results[1].finish_reason, results[1].segments) == ("", "length", [])
+    assert [results[0], results[2]] != [results[1]] * 2
+    for prompt, one in zip(["the fig", "tea"], (results[0], results[2]), strict=True):
+        assert one.token_ids == engine.generate(prompt, 8)[0].token_ids  # the others are not lost
     with pytest.raises(ValueError, match=r"a text of 51[3-9] tokens, and the model's context holds 512"):
         engine.verify(ids[:400], ids[400:512], [112])  # behind which the question has no room
 

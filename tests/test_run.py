@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
 from train.__main__ import main
+from train.files import write_text
+from train.progress import progress_bar
 from train.recipe import load_recipe
-from train.run import KEPT, Run, progress_bar, write_text
+from train.run import KEPT, Run
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def test_a_finished_stage_is_skipped_and_recorded(recipe_of):
     assert Run(recipe_of()).is_done("answers")
     record = json.loads((run.folder / "provenance.json").read_text())
     assert record["stages"]["answers"]["seconds"] >= 0
-    assert {"argv", "git_commit", "packages", "hardware", "python"} <= set(record)
+    assert {"argv", "git_commit", "packages", "hardware", "python", "recipe"} <= set(record["stages"]["answers"])
     assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["name"] == "quickstart"
 
 
@@ -77,8 +80,9 @@ def test_a_killed_stage_leaves_the_old_one_whole(recipe_of):
 
 
 def test_a_killed_stage_keeps_what_it_kept_for_the_same_recipe(recipe_of):
-    def killed(run):
+    def killed(run, kept=None):
         with run.stage("answers") as folder:
+            assert kept is None or (folder / KEPT / "rows").read_text() == kept
             (folder / KEPT / "rows").write_text("some")
             (folder / "file").write_text("half")
             raise KeyboardInterrupt
@@ -90,7 +94,10 @@ def test_a_killed_stage_keeps_what_it_kept_for_the_same_recipe(recipe_of):
         assert not (folder / "file").exists()
     with pytest.raises(KeyboardInterrupt):
         killed(Run(recipe_of()))
-    with Run(recipe_of("seed=3")).stage("answers") as folder:
+    other = Run(recipe_of("seed=3", "answers.prompts=7", "answers.batch_size=2"))
+    with pytest.raises(KeyboardInterrupt):  # its rows are kept by their prompts, whatever others are drawn
+        killed(other, "some")
+    with Run(recipe_of("engine.max_new_tokens=9")).stage("answers") as folder:
         assert not (folder / KEPT / "rows").exists()
 
 
@@ -120,7 +127,7 @@ def test_a_stop_by_the_user_says_what_is_kept(recipe_of, monkeypatch, capsys):
     monkeypatch.setattr("train.answers.run", stopped)
     recipe = recipe_of()
     assert main(["recipes/quickstart.yaml", "answers", f"runs={recipe.runs}"]) == 130
-    assert capsys.readouterr().err == "stopped: what is finished is kept, and the same command goes on from there\n"
+    assert capsys.readouterr().err == "stopped: what is finished is kept, and the same command continues from there\n"
     with Run(recipe) as run, run.stage("answers") as folder:  # nothing holds the folder any more
         assert (folder / KEPT / "rows").read_text() == "some"
 
@@ -131,6 +138,7 @@ def test_all_stages_log_to_one_run_without_a_network(recipe_of):
     for stage in ("answers", "rollouts"):
         with Run(recipe) as run:
             run.log(stage, {"right": 0.5})
+        time.sleep(1.1)  # the library names its folders by the second
     runs = sorted((recipe.folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert runs
     assert {file.stem.removeprefix("run-") for file in runs} == {(recipe.folder / ".wandb-id").read_text()}
@@ -140,8 +148,14 @@ def test_all_stages_log_to_one_run_without_a_network(recipe_of):
 
 
 def test_secrets_are_not_written_down(recipe_of, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", "distill.trainer.hub_token=hf_abcdefghijkl", "eval.prompts=3"])
-    run = Run(recipe_of("distill.trainer.hub_token=plain", "distill.trainer.eos_token=<|end|>", "name=hf_0123456789"))
+    monkeypatch.setattr(
+        sys, "argv", ["train", "distill.trainer.hub_token=hf_abcdefghijklmnopqrstuvwx", "eval.prompts=3"]
+    )
+    run = Run(
+        recipe_of(
+            "distill.trainer.hub_token=plain", "distill.trainer.eos_token=<|end|>", "name=hf_0123456789abcdefghijklmn"
+        )
+    )
     finish(run, "answers")
     written = (run.folder / "recipe.yaml").read_text() + (run.folder / "provenance.json").read_text()
     assert "hf_abc" not in written

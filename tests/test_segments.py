@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import parse.segments
-from parse.models import encode_continuation, encode_text, text_of
 from parse.segments import check_segmenter, cut, ends_segment
+from parse.text import encode_continuation, encode_text, text_of
 from tests.test_tokenizers import unigram  # noqa: F401
 
 # Each text with a stroke where it may be cut.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.instruments import endless
 from parse import Engine
-from parse.models import encode_text, text_behind, text_of
+from parse.text import encode_text, text_behind, text_of
 from parse.verifiers import Likelihood
 from tests.conftest import ROOT, random_model
 

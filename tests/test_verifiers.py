@@ -10,9 +10,9 @@ import torch
 from eval.judged import Draft, examine
 from parse import Engine
 from parse.passes import drive
-from parse.trained import HazardHead, Probe, fingerprint, load, save, token_inputs, tokenizer_hash
-from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
-from tests.conftest import peak_bytes, random_model
+from parse.trained import HazardHead, Probe, fingerprint, load, save, token_inputs
+from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
+from tests.conftest import facts_of, peak_bytes, random_model
 
 
 def evidence(ended=True, n=6, width=4):
@@ -130,14 +130,14 @@ def test_the_probe_is_a_chance_of_survival():
 def saved(tmp_path, target, tokenizer):
     torch.manual_seed(1)
     probe = Probe(HazardHead(96, 4).eval(), (2, 3), threshold=0.7)
-    save(tmp_path, probe, target, {"tokenizer": tokenizer_hash(tokenizer), "segments": "sentence"})
+    save(tmp_path, probe, target, facts_of(tokenizer))
     return tmp_path, probe
 
 
 def test_what_is_saved_loads_to_the_same_verdicts(saved, target, tokenizer, draft):
     folder, probe = saved
-    loaded, record = load(folder, target, tokenizer)
-    assert record["segments"] == "sentence"
+    loaded = load(folder, target, tokenizer)
+    assert loaded.calibration.segments == "sentence"
     assert loaded.threshold == 0.7
     engine = Engine(target, tokenizer, draft, tokenizer, probe)
     ids = list(range(5, 40))
@@ -170,9 +170,10 @@ def test_a_verifier_that_is_not_there(tmp_path, target, tokenizer):
 @pytest.mark.parametrize("verifier", [Likelihood("mean", "segment", 0.3), "prompt"])
 def test_untrained_kinds_are_saved_with_their_threshold(tmp_path, target, tokenizer, verifier):
     verifier = Prompt.of(tokenizer, 0.3) if verifier == "prompt" else verifier
-    save(tmp_path, verifier, target, {"tokenizer": tokenizer_hash(tokenizer), "segments": 4})
+    save(tmp_path, verifier, target, facts_of(tokenizer, 4))
     assert json.loads((tmp_path / "verifier.json").read_text())["kind"] == verifier.kind
-    assert load(tmp_path, target, tokenizer)[0] == verifier
+    loaded = load(tmp_path, target, tokenizer)
+    assert dataclasses.replace(loaded, calibration=None) == verifier
 
 
 def test_the_fingerprint_survives_a_cast_and_notices_a_change(target):
@@ -211,3 +212,52 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, toke
     peak = peak_bytes(lambda: drive(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others
+
+
+def test_a_threshold_holds_for_what_it_was_calibrated_for(tmp_path, target, draft, tokenizer):
+    facts = facts_of(tokenizer, 4, thresholds={"longest": 0.6}, handback="never", horizon=8)
+    save(tmp_path, Likelihood(threshold=0.4), target, facts)
+    engine = Engine.from_pretrained(target, draft, tmp_path, tokenizer=tokenizer, draft_tokenizer=tokenizer)
+    met = {"handback": "never", "horizon": 8}
+    assert engine.settings(**met).threshold == 0.5
+    assert engine.settings(**met, policy="longest").threshold == 0.6
+    assert engine.settings(policy="whole", horizon=8).threshold == 0.5  # lets the target write to the end anyway
+    for other in ({"handback": "segment"}, {"horizon": None}, {"horizon": 9}, {"horizon": "segment"}):
+        with pytest.raises(ValueError, match="and the verifier's threshold was calibrated for"):
+            engine.settings(**(met | other))
+        assert engine.settings(**(met | other), threshold=0.7).threshold == 0.7  # the user's own
+    with pytest.raises(ValueError, match="calibrated for"):
+        engine.settings(policy="whole")
+
+
+def test_other_end_tokens_are_refused(tmp_path, target, tokenizer):
+    save(tmp_path, Likelihood(), target, facts_of(tokenizer) | {"end_ids": [0, 1]})
+    with pytest.raises(
+        ValueError, match=r"answers that end with the tokens \[0, 1\], and the target's now end with \[1\]"
+    ):
+        load(tmp_path, target, tokenizer)
+
+
+@pytest.mark.parametrize("damage", ["json", "key", "list", "head cut", "head missing", "head of another size"])
+def test_a_damaged_verifier_is_named(saved, target, tokenizer, damage):
+    folder, _ = saved
+    record = json.loads((folder / "verifier.json").read_text())
+    text = {"json": "{", "key": json.dumps({"kind": "probe"}), "list": "[]"}.get(damage)
+    if damage == "head of another size":
+        text = json.dumps(record | {"head": {"width": 8, "evidence": 4, "hidden": 128}})
+    if text is not None:
+        (folder / "verifier.json").write_text(text)
+    head = folder / "head.safetensors"
+    if damage == "head cut":
+        head.write_bytes(head.read_bytes()[:-50])
+    if damage == "head missing":
+        head.unlink()
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"(?s)is damaged .* run the stage `verifier` again|head.safetensors"
+    ):
+        load(folder, target, tokenizer)
+
+
+def test_calibrations_are_plain_data():
+    calibration = Calibration({"first_fail": 0.5}, "segment", None, "line")
+    assert calibration.threshold("first_fail", "segment", None) == 0.5

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
+
+from train.command import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,60 +17,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("rest", nargs="*", metavar="stage | section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="check everything, run nothing")
     options = parser.parse_intermixed_args(arguments)
+    return run_command(lambda folders: _main(options, folders))
 
-    from train.run import quieten
+
+def _main(options: argparse.Namespace, folders: list[Path]) -> int:
+    from train.progress import quieten
 
     quieten()
     from train.checks import check_all
     from train.recipe import STAGES, RecipeError, load_recipe
 
     stages = [word for word in options.rest if "=" not in word]
-    overrides = [word for word in options.rest if "=" in word]
-    try:
-        recipe = load_recipe(options.recipe, overrides)
-        for stage in stages:
-            if stage not in STAGES:
-                raise RecipeError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
-        chosen = _in_order(recipe, stages)
-        need = check_all(recipe, chosen) if chosen != ["pretrain"] else 0
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    recipe = load_recipe(options.recipe, [word for word in options.rest if "=" in word])
+    for stage in stages:
+        if stage not in STAGES:
+            raise RecipeError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
+    chosen = _in_order(recipe, stages)
+    need = check_all(recipe, chosen)
     if options.dry_run:
         print(f"{options.recipe}: all checks passed; stages: {', '.join(chosen)}; {_estimate(recipe, need)}")
         return 0
-    try:
-        _run(recipe, chosen, need)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, MemoryError, RuntimeError) as error:
-        if (advice := _advice(error)) is None:
-            raise
-        print(f"error: {error}\n{advice}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+    folders.append(recipe.folder)
+    _run(recipe, chosen, need)
     return 0
-
-
-def _advice(error: BaseException) -> str | None:
-    """What to do where memory or the disk has run out; None for any other error."""
-    import errno
-
-    import torch
-
-    kept = "What is finished is kept, and the same command goes on from there."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full: make room, or move the run folder and set runs to its new place. {kept}"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return (
-            "Memory has run out: lower the stage's batch_size (answers, rollouts) or "
-            "trainer.per_device_train_batch_size with gradient_accumulation_steps, turn trainer.gradient_checkpointing "
-            f"on, or spread the target (engine.target_options: {{device_map: auto}}). {kept}"
-        )
-    return None
 
 
 def _in_order(recipe, stages) -> list[str]:  # type: ignore[no-untyped-def]
@@ -99,7 +71,10 @@ def _run(recipe, chosen, need: int) -> None:  # type: ignore[no-untyped-def]
     from train.run import Run
 
     with Run(recipe) as run:
-        if need and not all(run.is_done(stage) for stage in chosen):
+        for stage in chosen:
+            if stage != "pretrain":
+                run.check_inputs(stage, others=chosen)
+        if need and not all(run.is_done(stage) for stage in chosen if stage != "pretrain"):
             run.say(_estimate(recipe, need))
         for stage in chosen:
             if stage != "pretrain" and run.is_done(stage):
@@ -108,6 +83,7 @@ def _run(recipe, chosen, need: int) -> None:  # type: ignore[no-untyped-def]
             started = time.time()
             set_seed(recipe.seed)
             importlib.import_module(f"train.{stage}").run(recipe, run)
+            run.forget_models()
             run.say(f"{stage}: {time.time() - started:.0f} s")
 
 

@@ -18,7 +18,7 @@ from trl import DistillationConfig, DPOConfig, DPOTrainer
 from parse import Engine
 from parse.models import load_model
 from train.distill import prompts
-from train.models import load_engine, whole_weights
+from train.models import load_engine, target_tokenizer, whole_weights
 from train.recipe import Recipe, RecipeError
 from train.rollouts import first_segment
 from train.run import Run
@@ -70,10 +70,10 @@ def _on_policy(recipe: Recipe, rollouts: Dataset, common: dict[str, Any]) -> Tra
     """Distillation on the draft's own answers to the prompts of the rollouts."""
     target = load_model(recipe.target, options=recipe.engine.target_options)
     widths = (common["model"].config.vocab_size, target.config.vocab_size)
-    of_target = AutoTokenizer.from_pretrained(recipe.target)
+    of_target = target_tokenizer(recipe)
     same_vocabulary(recipe, "align.method=on_policy", common["processing_class"], of_target, widths)
-    firsts = [row["prompt"] for row in rollouts if row["round"] == 0]
-    data = prompts(firsts, common["processing_class"])
+    asked = {row["number"]: row["prompt"] for row in rollouts}
+    data = prompts(list(asked.values()), common["processing_class"])
     return training_kind(OnPolicyTrainer)(teacher_model=target, train_dataset=data, **common)
 
 

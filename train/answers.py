@@ -7,45 +7,43 @@ later. What nothing can be learnt from is left out, and stands in `rejected.json
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 
-from eval.tasks import Task, draw_prompts, load_task
+from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows
-from parse.models import encode_continuation, encode_prompt, text_of
 from parse.passes import Steps
+from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
+from parse.text import encode_continuation, text_of
+from train.files import write_text
 from train.generation import Row, Work, finish_all, going_on, in_threads, together
-from train.models import load_engine
+from train.models import learnt_end, load_engine, target_tokenizer
+from train.prompts import prompts_of
 from train.recipe import Recipe, RecipeError, to_dict
-from train.run import KEPT, Run, write_text
+from train.run import KEPT, Run
 from train.server import Answered, Client
-
-THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 def run(recipe: Recipe, run: Run) -> None:
     """Write `answers/`: input_ids, completion_mask, prompt, answer, and whether the task calls it right (or None)."""
     with run.stage("answers") as folder:
         task, section = load_task(recipe.task, to_dict(recipe.data)), recipe.answers
-        prompts = draw_prompts(task, "answers", section.prompts, recipe.seed)
-        if len(prompts) < section.prompts:
-            run.say(
-                f"answers: {recipe.task} has {len(prompts)} prompts for this stage, {section.prompts} were asked for"
-            )
+        chosen = prompts_of(recipe, task, "answers")
+        prompts = [prompt for _, prompt in chosen.prompts]
+        encode = Encoding(recipe)
         found = finish_all(folder / KEPT, prompts, _from_server(recipe) if section.server else _here(recipe), "answers")
         if run.is_main:
-            encode = Encoding(recipe)
             rows = [_row(encode, task, prompt, Answered(**one)) for prompt, one in zip(prompts, found, strict=True)]
             kept = [row for row in rows if "reason" not in row]
             rejected = [row for row in rows if "reason" in row]
+            rejected += [{"prompt": prompt, "answer": "", "reason": reason} for prompt, reason in chosen.too_long]
             write_text(folder / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
             if not kept:
                 raise RecipeError(
-                    f"answers: all {len(rows)} were rejected, the first because it {rejected[0]['reason']}"
+                    f"answers: all {len(rows)} were rejected, the first because it {rejected[0]['reason']}; see what "
+                    "the target writes, or raise engine.max_new_tokens"
                 )
             Dataset.from_list(kept).save_to_disk(folder)
             _explain(run, kept, rejected)
@@ -72,45 +70,63 @@ def _from_server(recipe: Recipe) -> Work[Prompt]:
 
 
 class Encoding:
-    """From prompts and answers to the tokens that a draft learns."""
+    """From prompts and answers to the tokens that a draft learns.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.target)
-        self.end = self.tokenizer.eos_token_id
-        if self.end is None:
-            raise RecipeError(
-                f"target: the tokenizer of {recipe.target} names no end of sequence, so no draft can learn to end: set "
-                "its eos_token and save it with the model"
-            )
+    An answer is what the target writes after the prompt, its thinking included, which the template may have begun. With
+    `answers.thinking=drop` it is an empty thought, as the template spells it, and what comes after the thinking.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any = None) -> None:
+        self.tokenizer = tokenizer or target_tokenizer(recipe)
+        self.end = learnt_end(recipe, self.tokenizer)
         self.drop = recipe.answers.thinking == "drop"
+        self.opened, self.no_thinking = opens_thinking(self.tokenizer), no_thinking(self.tokenizer)
+
+    def final(self, answered: Answered) -> str:
+        """What of an answer comes after its thinking."""
+        opened = self.opened
+        if answered.ids is None:  # a server may hand the thinking over apart, or have begun it by a template of its own
+            head, closed, _ = answered.text.partition(CLOSE)
+            opened = bool(closed) and OPEN not in head
+        return final_answer(answered.text, opened).lstrip()
 
     def __call__(self, prompt: Prompt, answered: Answered) -> dict[str, Any]:
         """Token ids, mask and text; the end of the answer is learnt too."""
         text, ids = answered.text, answered.ids
-        if answered.thinking and not self.drop:
-            text, ids = f"<think>\n{answered.thinking}\n</think>\n\n{text}", None
-        if self.drop and THINKING.search(text):
-            text, ids = THINKING.sub("", text), None
+        if self.drop and (self.no_thinking or CLOSE in text or begins_thinking(text)):
+            text, ids = self.no_thinking + self.final(answered), None
+        elif ids is None and not self.drop:
+            text = self._whole(text, answered.thinking)
         start = encode_prompt(prompt, self.tokenizer)
         completion = [*(ids if ids is not None else encode_continuation(text, self.tokenizer)), self.end]
         mask = [0] * len(start) + [1] * len(completion)
         return {"input_ids": [*start, *completion], "completion_mask": mask, "prompt": prompt, "answer": text}
 
+    def _whole(self, text: str, thinking: str | None) -> str:
+        """A server's answer as the target wrote it after the prompt, with its thinking."""
+        text = text.lstrip()
+        if thinking:
+            thought = thinking.replace(OPEN, "").replace(CLOSE, "").strip()
+            return f"{'' if self.opened else OPEN + chr(10)}{thought}\n{CLOSE}\n\n{text}"
+        if self.opened and CLOSE not in text:
+            return self.no_thinking + text
+        return text.removeprefix(OPEN).lstrip() if self.opened else text
+
 
 def _row(encode: Encoding, task: Task | Rows, prompt: Prompt, answered: Answered) -> Row:
     """A row of the data set, or one with the `reason` why it is none."""
-    reason = answered.error
+    reason = answered.error or answered.failed
     if reason is None and not answered.ended:
         reason = "did not end within engine.max_new_tokens"
     if reason is None and not answered.text.strip():
         reason = "is empty"
-    row = encode(prompt, answered)
-    if reason is None and not row["answer"].strip():
+    final = encode.final(answered)
+    if reason is None and not final.strip():
         reason = "is empty without its thinking"
     if reason is not None:
         return {"prompt": prompt, "answer": answered.text, "reason": reason}
     checks = not isinstance(task, Rows) or task.checks
-    return {**row, "right": task.check(prompt, row["answer"]) if checks else None}
+    return {**encode(prompt, answered), "right": task.check(prompt, final) if checks else None}
 
 
 def _explain(run: Run, kept: list[Row], rejected: list[Row]) -> None:

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import str_to_bool
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import AutoHfQuantizer
 
-from eval.judges import labeller_of, question_of
-from eval.tasks import draw_prompts, load_task
+from eval.judges import labeller_of
+from eval.tasks import load_task
 from eval.tasks.rows import Prompt, Rows
-from parse.models import (
-    check_architecture,
-    check_weights,
-    context_length,
-    encode_prompt,
-    encode_text,
-    finding,
-    render,
-    text_of,
-)
+from parse.models import FINDING, HUB_ID, check_architecture, check_options, check_weights, finding, whole_model
+from parse.prompts import as_messages, encode_prompt, render
+from parse.text import encode_text, text_of
+from parse.trained import suffix_of
 from parse.verifiers import Prompt as Verdict
-from train.models import empty_draft
-from train.recipe import NewDraft, Recipe, RecipeError, hidden_states, to_dict
+from train.models import draft_tokenizer, empty_draft, target_config, target_tokenizer
+from train.prompts import plan, prompts_of
+from train.recipe import Recipe, RecipeError, adapted_layers, hidden_states, to_dict
 
-LOOKED_AT = 200  # prompts of each split whose tokens are counted
+OTHER_THINKING = ("[THINK]", "<|channel|>", "<thinking>", "<reasoning>")  # tags that are not read, as <think> is
 SAVED = 4  # bytes a weight of the draft, in its folder
 CHECKPOINT = 12  # bytes a trained weight: itself and AdamW's two moments; the old one stands until the new is whole
 ROW = 40  # bytes a token of an answer or a draft: ids, mask, text, labels; the data set and what was kept on the way
@@ -45,6 +42,10 @@ def check_all(recipe: Recipe, stages: Sequence[str]) -> int:
         RecipeError: naming the key, what was given and the remedy.
     """
     check_launch(stages)
+    if "pretrain" in stages:
+        check_pretrain(recipe)
+    if set(stages) == {"pretrain"}:
+        return 0
     check_models(recipe)
     check_methods(recipe, stages)
     check_prompts(recipe, stages)
@@ -60,42 +61,55 @@ def check_launch(stages: Sequence[str]) -> None:
         )
 
 
+def check_pretrain(recipe: Recipe) -> None:
+    """Refuse models that cannot be made: their architectures, and what of them learns to judge."""
+    from train.judging import check
+    from train.lessons import make_tokenizer
+
+    vocabulary = len(make_tokenizer())
+    for name, section in recipe.pretrain.items():
+        try:
+            check(name, section, vocabulary)
+            with torch.device("meta"):
+                architecture = {**section.architecture, "vocab_size": vocabulary}
+                AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+        except Exception as error:  # whatever a model's code raises for sizes that it cannot have
+            reason = f"{type(error).__name__}: {error}"
+            raise RecipeError(f"pretrain.{name} describes a model that cannot be made: {reason:.500}") from error
+
+
 def check_methods(recipe: Recipe, stages: Sequence[str]) -> None:
     """Refuse a method of training that this pair of models cannot take, or arguments that the libraries refuse."""
-    from train import align, distill  # TRL takes seconds to import
-    from train.trainers import lora_config, same_vocabulary
+    from train.trainers import same_vocabulary  # TRL takes seconds to import
+    from train.trial import try_align, try_distill
 
     comparing = []
     if "distill" in stages:
-        distill.trainer_config(recipe)
-        if recipe.distill.lora is not None:
-            lora_config(recipe.distill.lora, "distill.lora")
         if recipe.distill.method == "gold":
             _check_gold(recipe)
         if recipe.distill.method in ("logits", "on_policy"):
             comparing.append(f"distill.method={recipe.distill.method}")
-    if "align" in stages:
-        align.trainer_config(recipe)
-        lora_config(recipe.align.lora, "align.lora")
-        if recipe.align.method == "on_policy":
-            comparing.append("align.method=on_policy")
+    if "align" in stages and recipe.align.method == "on_policy":
+        comparing.append("align.method=on_policy")
     if comparing:
-        draft = recipe.draft if isinstance(recipe.draft, str) else recipe.target
-        own, theirs = (AutoTokenizer.from_pretrained(source) for source in (draft, recipe.target))
+        own, theirs = draft_tokenizer(recipe), target_tokenizer(recipe)
         with torch.device("meta"):
             width = empty_draft(recipe).config.vocab_size
-        widths = (width, AutoConfig.from_pretrained(recipe.target).vocab_size)
+        widths = (width, target_config(recipe).vocab_size)
         for method in comparing:
             same_vocabulary(recipe, method, own, theirs, widths)
+    if "distill" in stages:
+        try_distill(recipe)
+    if "align" in stages:
+        try_align(recipe)
 
 
 def _check_gold(recipe: Recipe) -> None:
     """Refuse tokenizers across which TRL cannot align answers."""
     from trl.experimental.utils import is_byte_level_tokenizer
 
-    draft = recipe.draft if isinstance(recipe.draft, str) else recipe.target
-    for source in (draft, recipe.target):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    sources = recipe.draft if isinstance(recipe.draft, str) else recipe.target, recipe.target
+    for source, tokenizer in zip(sources, (draft_tokenizer(recipe), target_tokenizer(recipe)), strict=True):
         if not tokenizer.chat_template or not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
             raise RecipeError(
                 f"distill.method=gold aligns answers by the bytes of their tokens, and the tokenizer of {source} has "
@@ -115,72 +129,55 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
             import math_verify  # noqa: F401
         except ImportError as error:
             raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
-    compared = labeller_of(recipe, task) == "agreement" and bool({"rollouts", "relabel", "eval"} & set(stages))
-    if compared:
+    if labeller_of(recipe, task) == "agreement" and {"rollouts", "relabel", "eval"} & set(stages):
         check_asking(recipe, "rollouts.labeller")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.target)
-    contexts = {"target": (tokenizer, context_length(AutoConfig.from_pretrained(recipe.target)))}
-    if {"distill", "align"} & set(stages):  # the engine's draft may stop at its context's end, what it learns may not
-        own = AutoTokenizer.from_pretrained(recipe.draft) if isinstance(recipe.draft, str) else tokenizer
-        with torch.device("meta"):
-            contexts["draft"] = own, context_length(empty_draft(recipe).config)
-    labelled = ("train", "calibration", "test")
-    splits = {
-        "answers": ("answers",),
-        "distill": ("answers",),
-        "rollouts": ("train",) if recipe.aligned else labelled,
-        "align": ("train",),
-        "relabel": labelled,
-        "eval": ("test",),
-    }
-    for split in dict.fromkeys(split for stage in stages for split in splits.get(stage, ())):
-        prompts = draw_prompts(task, split, LOOKED_AT, recipe.seed)
-        if not prompts:
-            raise RecipeError(
-                f"task: {recipe.task} has no prompt for the split {split!r}: give more rows, or change data.shares"
-            )
-        for role, (own, context) in contexts.items():
-            _check_lengths(recipe, prompts, role, own, context)
-        if compared:
-            asked = [question_of(prompt) for prompt in prompts]
-            _check_lengths(recipe, asked, "target", *contexts["target"], answers=2)
+    if isinstance(task, Rows) and task.duplicates:
+        print(f"task: {task.duplicates} rows of {recipe.task} hold a prompt of an earlier row and are left out")
+    tokenizer = target_tokenizer(recipe)
+    if other := [tag for tag in OTHER_THINKING if tag in str(tokenizer.chat_template)]:
+        print(f"note: the target's chat template has {other[0]}, and what stands there counts as a part of the answer")
+    for stage in dict.fromkeys(stage for stage in stages if plan(recipe, stage)[0]):
+        chosen = prompts_of(recipe, task, stage)
+        prompts = [prompt for _, prompt in chosen.prompts]
+        for remark in chosen.remarks:
+            print(remark)
+        for prompt in prompts:
+            _check_words(recipe, prompt, tokenizer)
         _check_reading(recipe, prompts[0], tokenizer)
 
 
-def _check_lengths(
-    recipe: Recipe, prompts: Sequence[Prompt], role: str, tokenizer: Any, context: int | None, answers: int = 1
-) -> None:
-    if context is None:
-        return
-    lengths, limit = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts], recipe.engine.max_new_tokens
-    if (longest := max(lengths)) > context - answers * limit:
-        over = sum(length > context - answers * limit for length in lengths)
-        what = "it" if answers == 1 else "two answers, which rollouts.labeller=agreement lets the target compare"
+def _check_words(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
+    """Refuse a prompt with words that the target's tokenizer does not know."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return  # where one token is all of them (Granite, OLMo 2), it stands in templates, and no word is unknown
+    ids = encode_prompt(prompt, tokenizer)
+    if unknown in ids:
         raise RecipeError(
-            f"engine.max_new_tokens is {limit}, and {over} of {len(lengths)} prompts leave no room for {what}: the "
-            f"longest has {longest} tokens, and the {role}'s context holds {context}. Shorten or leave out those "
-            f"prompts, or set engine.max_new_tokens to {max((context - longest) // answers, 0)} or less"
+            f"task: the tokenizer of {recipe.target} does not know words of the prompt {prompt!r:.200}: it reads "
+            f"{text_of(ids, tokenizer)!r:.200}. Take a target whose tokenizer covers these prompts"
         )
 
 
 def _check_reading(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
     """A prompt that comes back from its tokens as another text is not what the target will read."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        text = render(messages, tokenizer) if tokenizer.chat_template else str(prompt)
-    except Exception as error:  # whatever the template's own code raises
-        raise RecipeError(f"task: the target's chat template refuses the prompt {messages!r}: {error}") from error
-    ids = encode_text(text, tokenizer)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+    text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
+    words = as_messages(prompt)[-1]["content"]
+    if _letters(words) not in _letters(text):
         raise RecipeError(
-            f"task: the tokenizer of {recipe.target} does not know words of the prompt {prompt!r}: it reads "
-            f"{text_of(ids, tokenizer)!r}. Take a target whose tokenizer covers these prompts"
+            f"task: the target's chat template leaves out words of a prompt: of {words!r:.200} it makes {text!r:.200}"
         )
-    if "".join(text_of(ids, tokenizer).split()) != "".join(text.split()):
+    back = text_of(encode_text(text, tokenizer), tokenizer)
+    if _letters(back) != _letters(text):
         raise RecipeError(
-            f"task: a prompt comes back from the tokens of {recipe.target} as another text, "
-            f"{text_of(ids, tokenizer)!r} instead of {text!r}: its tokenizer does not suit these prompts"
+            f"task: a prompt comes back from the tokens of {recipe.target} as another text, {back!r:.200} instead of "
+            f"{text!r:.200}: its tokenizer does not suit these prompts"
         )
+
+
+def _letters(text: str) -> str:
+    """A text without what tokenizers may change of it: spaces, and which of several ways spells a character."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
@@ -233,40 +230,57 @@ def check_models(recipe: Recipe) -> None:
         RecipeError: naming the key, the model and the remedy.
     """
     for key, options in ("target", recipe.engine.target_options), ("draft", recipe.engine.draft_options):
-        if found := ", ".join(sorted(finding(options))):
+        if found := ", ".join(sorted(FINDING & options.keys())):
             raise RecipeError(
                 f"engine.{key}_options holds {found}, and the stages read the {key}'s configuration and tokenizer from "
                 "where it is named: download what you mean into a folder, and name the folder"
             )
     models = {"target": recipe.target} | ({"draft": recipe.draft} if isinstance(recipe.draft, str) else {})
+    options = {"target": recipe.engine.target_options, "draft": recipe.engine.draft_options}
     for key, source in models.items():
-        looks_local = source.count("/") != 1 or source.startswith((".", "~"))
-        if not Path(source).is_dir() and looks_local:
+        if not Path(source).is_dir() and not HUB_ID.fullmatch(source):
             raise RecipeError(
                 f"{key}: {source} is not a folder here; give the folder of a model, or a hub id such as org/name"
             )
         try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
+            config = AutoConfig.from_pretrained(source, **finding(options[key]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
         try:
-            check_weights(source)
             check_architecture(config)
-        except ValueError as error:
+            check_options(options[key], config)
+            if wanted := options[key].get("quantization_config"):
+                AutoHfQuantizer.from_config(wanted).validate_environment(device_map=options[key].get("device_map"))
+        except Exception as error:  # a quantiser says in its own way what it lacks
             raise RecipeError(f"{key}: {error}") from error
-    if isinstance(recipe.draft, NewDraft):
-        with torch.device("meta"):
-            empty_draft(recipe)
+    for key, source in models.items():
+        try:
+            check_weights(source)
+            if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
+                whole_model(source, device_map="meta", **finding(options[key]))
+            AutoTokenizer.from_pretrained(source, **finding(options[key]))
+        except Exception as error:  # whatever a library raises for files that it cannot read
+            raise RecipeError(f"{key}: {source} cannot be loaded: {error}") from error
+    draft_tokenizer(recipe)
+    with torch.device("meta"):
+        empty_draft(recipe)
     if recipe.verifier.kind == "prompt":
         check_asking(recipe, "verifier.kind")
     if recipe.rollouts.labeller == "agreement":
         check_asking(recipe, "rollouts.labeller")
-    hidden_states(recipe.verifier.probe.layers, AutoConfig.from_pretrained(recipe.target).num_hidden_layers)
+    depth = target_config(recipe).num_hidden_layers
+    hidden_states(recipe.verifier.probe.layers, depth)
+    adapted_layers(recipe.verifier.adapter.layers, depth)
+    if recipe.verifier.kind in ("best", "adapter"):
+        try:
+            suffix_of(target_tokenizer(recipe), recipe.verifier.adapter.suffix)
+        except ValueError as error:
+            raise RecipeError(f"verifier.kind: {error}") from error
 
 
 def check_asking(recipe: Recipe, key: str) -> None:
     """Raise RecipeError for a target that cannot be asked in words."""
     try:
-        Verdict.of(AutoTokenizer.from_pretrained(recipe.target))
+        Verdict.of(target_tokenizer(recipe))
     except ValueError as error:
         raise RecipeError(f"{key} asks the target in words: {error}") from error

@@ -10,19 +10,22 @@ Each trains every weight, or a LoRA that is merged afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
-from transformers import AutoTokenizer, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 from trl import DistillationConfig, SFTConfig, SFTTrainer
 
-from parse.models import encode_continuation, encode_prompt, load_model
+from parse.models import Messages, context_length, load_model
+from parse.prompts import as_messages, encode_for_draft, encode_prompt, render
+from parse.text import encode_continuation, encode_text
 from train.logits import LogitsTrainer, likely_tokens
-from train.models import first_draft, whole_weights
-from train.recipe import Recipe
+from train.models import first_draft, target_tokenizer, whole_weights
+from train.recipe import Recipe, RecipeError
 from train.run import KEPT, Run
 from train.trainers import OnPolicyTrainer, arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
 
@@ -34,13 +37,30 @@ def run(recipe: Recipe, run: Run) -> None:
         answers = load_from_disk(run.path("answers"))
         assert isinstance(answers, Dataset)
         model, tokenizer = first_draft(recipe)
-        trainer = make_trainer(recipe, answers, model, tokenizer, folder)
+        trainer = make_trainer(recipe, _that_fit(recipe, answers, model, run), model, tokenizer, folder)
         adapter = folder / KEPT / "lora"
         train(trainer, "distill", run, adapter if section.lora is not None else folder)
         if run.is_main:
             if section.lora is not None:
                 _merge(recipe, adapter, folder)
             tokenizer.save_pretrained(folder)
+
+
+def _that_fit(recipe: Recipe, answers: Dataset, model: PreTrainedModel, run: Run) -> Dataset:
+    """The answers that the draft's context, and the recipe's `max_length`, hold whole: no end may be cut off."""
+    given = recipe.distill.trainer.get("max_length")
+    longest = min((limit for limit in (context_length(model.config), given) if limit is not None), default=None)
+    if longest is None:
+        return answers
+    fitting = answers.select([i for i, ids in enumerate(answers["input_ids"]) if len(ids) <= longest])
+    if not len(fitting):
+        raise RecipeError(
+            f"distill: room for {longest} tokens, and every prompt with its answer has more: raise max_length"
+        )
+    if len(fitting) < len(answers):
+        count = len(answers) - len(fitting)
+        run.say(f"distill: {count} answers have more than {longest} tokens with their prompts: left out")
+    return fitting
 
 
 def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, folder: Path) -> Trainer:
@@ -59,11 +79,8 @@ def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, f
     with whole_weights() if section.method == "logits" else nullcontext():
         target = load_model(recipe.target, options=recipe.engine.target_options)
     if section.method == "gold":
-        from trl.experimental.gold import GOLDTrainer
-
-        turns = [{"messages": [*_turns(row["prompt"]), _turn("assistant", row["answer"])]} for row in answers]
-        return training_kind(GOLDTrainer)(teacher_model=target, train_dataset=Dataset.from_list(turns), **common)
-    of_target = AutoTokenizer.from_pretrained(recipe.target)
+        return gold_trainer(answers, target, common)
+    of_target = target_tokenizer(recipe)
     widths = (model.config.vocab_size, target.config.vocab_size)
     same_vocabulary(recipe, f"distill.method={section.method}", tokenizer, of_target, widths)
     if section.method == "on_policy":
@@ -72,6 +89,19 @@ def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, f
         )
     kept = likely_tokens(folder / KEPT / "likely", target, answers, section.top_k)
     return training_kind(LogitsTrainer)(train_dataset=kept, **common)
+
+
+def gold_trainer(answers: Iterable[dict[str, Any]], target: PreTrainedModel, common: dict[str, Any]) -> Trainer:
+    """TRL's GOLDTrainer on answers as conversations."""
+    from trl.experimental.gold import GOLDTrainer
+
+    turns = [
+        {"messages": [*as_messages(row["prompt"]), {"role": "assistant", "content": row["answer"]}]} for row in answers
+    ]
+    trainer: Trainer = training_kind(GOLDTrainer)(
+        teacher_model=target, train_dataset=Dataset.from_list(turns), **common
+    )
+    return trainer
 
 
 def trainer_config(recipe: Recipe, output: str | None = None) -> Any:
@@ -104,11 +134,12 @@ def trainer_config(recipe: Recipe, output: str | None = None) -> Any:
 def examples(recipe: Recipe, answers: Dataset, tokenizer: Any) -> Dataset:
     """Token ids and masks of the answers in the draft's tokens: the target's as they are, else anew from text."""
     columns = ["input_ids", "completion_mask"]
-    if tokenizer.get_vocab() == AutoTokenizer.from_pretrained(recipe.target).get_vocab():
+    target = target_tokenizer(recipe)
+    if tokenizer.get_vocab() == target.get_vocab():
         return answers.select_columns(columns)
 
     def encoded(row: dict[str, Any]) -> dict[str, Any]:
-        start = encode_prompt(row["prompt"], tokenizer)
+        start = encode_for_draft(row["prompt"], tokenizer, target)
         completion = [*encode_continuation(row["answer"], tokenizer), tokenizer.eos_token_id]
         return {
             "input_ids": [*start, *completion],
@@ -120,15 +151,22 @@ def examples(recipe: Recipe, answers: Dataset, tokenizer: Any) -> Dataset:
 
 def prompts(rows: Any, tokenizer: Any) -> Dataset:
     """Prompts as TRL's trainers that generate take them: turns where there is a chat template."""
-    return Dataset.from_list([{"prompt": _turns(prompt) if tokenizer.chat_template else prompt} for prompt in rows])
+    as_taken = as_messages if tokenizer.chat_template else lambda prompt: prompt
+    alike = [as_taken(prompt) for prompt in rows if _reads_alike(prompt, tokenizer)]
+    if not alike:
+        raise RecipeError(
+            "every prompt holds what looks like control tokens, which TRL would read as such: use sequence"
+        )
+    if len(alike) < len(rows):
+        print(f"{len(rows) - len(alike)} prompts hold what TRL would read as control tokens: left out")
+    return Dataset.from_list([{"prompt": prompt} for prompt in alike])
 
 
-def _turns(prompt: Any) -> list[dict[str, str]]:
-    return [_turn("user", prompt)] if isinstance(prompt, str) else [_turn(**turn) for turn in prompt]
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def _reads_alike(prompt: str | Messages, tokenizer: Any) -> bool:
+    """Whether TRL gives the model the same tokens of a prompt as the engine does."""
+    text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
+    plain = encode_text(text, tokenizer) if tokenizer.chat_template else list(tokenizer.encode(text))
+    return plain == encode_prompt(prompt, tokenizer)
 
 
 def _merge(recipe: Recipe, adapter: Path, folder: Path) -> None:

@@ -23,8 +23,8 @@ from parse.compiled import masks
 from parse.layout import pack, stack_layouts
 from parse.trained import HazardHead, segment_evidence, survival, token_inputs
 from train.calibration import empirical
+from train.progress import progress_bar
 from train.recipe import Fit
-from train.run import progress_bar
 
 T = TypeVar("T")
 Log = Callable[[dict[str, float]], None]

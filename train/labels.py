@@ -15,8 +15,8 @@ from eval.judges import TEMPERATURE, Judge
 from eval.tasks.rows import Prompt
 from parse import Engine
 from parse.decode import Context, Sampling, Written
-from parse.models import text_of
 from parse.passes import Steps
+from parse.text import text_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Labeller:
         prefix: list[int],
         draft: Written,
         ends: list[int],
-        right: bool,
+        right: bool | None,
         every: bool,
     ) -> Steps[Labels]:
         """Label the K prefixes of a draft that goes on from a valid prefix of an answer.
@@ -88,22 +88,27 @@ class Labeller:
             context: the target's.
             prefix: tokens of the answer in front of the draft.
             ends: K prefix ends.
-            right: whether the draft finishes the answer rightly: so it is for its last prefix.
+            right: whether the draft finishes the answer rightly, which is the label of its last prefix; None where it
+                does not finish it, and the target is asked.
             every: ask about every prefix. Else all are valid where the draft is right, and where it is wrong the first
                 invalid one is found by bisection.
         """
         k, ways = len(ends), dict[int, Written]()
-        valid = dict[int, bool]({k: right})
+        valid = dict[int, bool]()
 
         def ask(cut: int) -> Steps[bool]:
             start = [*prefix, *draft.ids[: ends[cut - 1] if cut else 0]]
             valid[cut], ways[cut] = yield from self.asking(context, prompt, start)
             return valid[cut]
 
+        if right is None:
+            yield from ask(k)
+        else:
+            valid[k] = right
         if every:
             for cut in range(k - 1, 0, -1):  # the longest first: shorter ones are in the cache
                 yield from ask(cut)
-        elif right:
+        elif valid[k]:
             valid = dict.fromkeys(range(1, k + 1), True)
         if all(valid.values()):
             return Labels([True] * k, True, [], False)

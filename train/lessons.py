@@ -22,6 +22,11 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+MADE_FOR = {  # see `parse.prompts.unsuited`
+    "pattern": rf"list : (#\d \w+ \w+ \d ; ){{{min(ledger.SIZES) - 1},{max(ledger.SIZES) - 1}}}#\d \w+ \w+ \d \.",
+    "words": f"lists of {min(ledger.SIZES)} to {max(ledger.SIZES)} purchases, written as "
+    "`list : #1 fig rome 4 ; #2 tea oslo 7 ; ... .`",
+}
 ASKED = 8  # verdicts a lesson
 IN_ORDER = 0.3  # of the foreign prefixes
 LEAST = {"target": (1, 1, 1, 4, 6), "draft": (1,)}  # amount in a list; high sums would be rare among the target's
@@ -64,6 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=TEMPLATE,
         verdict_question=ledger.JUDGE,
+        made_for=MADE_FOR,
     )
 
 

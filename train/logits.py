@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from parse.decode import Context
-from parse.models import eos_ids
 from parse.passes import Pass, Reader, Steps
+from parse.text import eos_ids
 from train.generation import Row, finish_all, together
 
 AT_ONCE = 8  # answers read together
@@ -46,13 +46,18 @@ def likely_tokens(folder: Path, target: PreTrainedModel, answers: Dataset, k: in
         finally:
             context.close()
         log_probs, tokens = output.logits.float().log_softmax(-1).topk(k)  # [C, k] each
-        packed = tokens.int().cpu().numpy().tobytes() + log_probs.half().cpu().numpy().tobytes()
-        return {"likely": base64.b64encode(packed).decode()}
+        return {"likely": packed(tokens, log_probs)}
 
     rows = [answers[i] for i in range(len(answers))]
-    found = finish_all(folder, rows, together(reading, AT_ONCE), "target's logits")
+    found = finish_all(folder, rows, together(reading, AT_ONCE), "target's logits", lambda row: row["input_ids"])
     kept = answers.select_columns(["input_ids", "completion_mask"])
     return kept.add_column("likely", [row["likely"] for row in found])
+
+
+def packed(tokens: Tensor, log_probs: Tensor) -> str:
+    """Token ids int64 and log-probabilities [C, k] as they are kept."""
+    content = tokens.int().cpu().numpy().tobytes() + log_probs.half().cpu().numpy().tobytes()
+    return base64.b64encode(content).decode()
 
 
 def unpack(likely: str, count: int) -> tuple[Tensor, Tensor]:

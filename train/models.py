@@ -5,31 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed
 
 from parse import Engine
-from parse.models import load_model
+from parse.models import finding, load_model, trusts_code
+from parse.prompts import end_of_answer
+from parse.text import eos_ids, named_ends
 from train.recipe import NewDraft, Recipe, RecipeError
 
 
 def load_engine(
     recipe: Recipe, draft: Path | None = None, verifier: Path | None = None, compile: bool | None = False
 ) -> Engine:
-    """The recipe's target, with the draft and the verifier of some folders."""
+    """The recipe's target, with the draft and the verifier of some folders.
+
+    Raises:
+        RecipeError: where they cannot be loaded, or not together.
+    """
     with whole_weights():
-        return Engine.from_pretrained(
-            recipe.target,
-            draft,
-            verifier,
-            segments=recipe.segments,
-            compile=compile,
-            target_options=recipe.engine.target_options,
-            draft_options=recipe.engine.draft_options,
-        )
+        try:
+            return Engine.from_pretrained(
+                recipe.target,
+                draft,
+                verifier,
+                segments=recipe.segments,
+                compile=compile,
+                target_options=recipe.engine.target_options,
+                draft_options=recipe.engine.draft_options,
+            )
+        except (ValueError, FileNotFoundError) as error:
+            raise RecipeError(str(error)) from error
 
 
 @contextmanager
@@ -46,19 +64,85 @@ def whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = dealing
 
 
+def target_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The target's tokenizer."""
+    loaded = AutoTokenizer.from_pretrained(recipe.target, **finding(recipe.engine.target_options))
+    return cast(PreTrainedTokenizerBase, loaded)
+
+
+def target_config(recipe: Recipe) -> PreTrainedConfig:
+    """The target's configuration."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.target, **finding(recipe.engine.target_options))
+    return config
+
+
 def first_draft(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The draft that distillation begins with, in float32, and its tokenizer.
+    """The draft that distillation begins with, in float32, and its tokenizer, which name the end that it will learn.
 
     Raises:
         RecipeError: where the target has no such layers, or the configuration is refused.
     """
-    draft = recipe.draft
+    draft, tokenizer = recipe.draft, draft_tokenizer(recipe)
     if isinstance(draft, str):
-        return load_model(draft, dtype=torch.float32), AutoTokenizer.from_pretrained(draft)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.target)
-    if draft.layers is not None:
-        return with_layers(load_model(recipe.target, dtype=torch.float32), draft.layers), tokenizer
-    return _from_config(draft, tokenizer), tokenizer
+        model = load_model(draft, dtype=torch.float32, options=finding(recipe.engine.draft_options))
+    elif draft.layers is not None:
+        whole = load_model(recipe.target, dtype=torch.float32, options=finding(recipe.engine.target_options))
+        model = with_layers(whole, draft.layers)
+    else:
+        model = _from_config(draft, tokenizer)
+    end = int(cast(Any, tokenizer).eos_token_id)
+    others = sorted(eos_ids(model) - {end})
+    model.config.eos_token_id = end
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [end, *others] if others else end
+    return model, tokenizer
+
+
+def draft_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that the draft learns with; its end-of-sequence token is the one that ends the answers.
+
+    Where draft and target have the same vocabulary it is the target's, chat template and all: the engine gives both
+    models the same tokens.
+
+    Raises:
+        RecipeError: where it names no end, so that no draft can learn to end.
+    """
+    target = target_tokenizer(recipe)
+    if not isinstance(recipe.draft, str):
+        own, source = target, recipe.target
+    else:
+        source = recipe.draft
+        own = AutoTokenizer.from_pretrained(source, **finding(recipe.engine.draft_options))
+    if own.get_vocab() == target.get_vocab():
+        target.eos_token = target.convert_ids_to_tokens(learnt_end(recipe, target))
+        return target
+    if own.eos_token_id is None:
+        raise RecipeError(
+            f"draft: the tokenizer of {source} names no end-of-sequence token, so no draft can learn to end: set its "
+            "eos_token and save it with the model"
+        )
+    return own
+
+
+def learnt_end(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The target's token that ends the answers which the draft learns.
+
+    Raises:
+        RecipeError: where neither the target's configurations nor its tokenizer name one.
+    """
+    try:
+        generation = GenerationConfig.from_pretrained(recipe.target)
+    except OSError:  # there is none
+        generation = None
+    config = target_config(recipe)
+    size = getattr(config.get_text_config(), "vocab_size", len(tokenizer))
+    ends = named_ends([generation, config], cast(Any, tokenizer).eos_token_id, size)
+    if not ends:
+        raise RecipeError(
+            f"target: neither the configuration nor the tokenizer of {recipe.target} names an end-of-sequence token, "
+            "so no draft can learn to end: set eos_token and save it with the model"
+        )
+    return end_of_answer(ends, tokenizer)
 
 
 def empty_draft(recipe: Recipe) -> PreTrainedModel:
@@ -69,9 +153,13 @@ def empty_draft(recipe: Recipe) -> PreTrainedModel:
     """
     draft = recipe.draft
     if isinstance(draft, NewDraft) and draft.config is not None:
-        return _from_config(draft, AutoTokenizer.from_pretrained(recipe.target))
-    source = draft if isinstance(draft, str) else recipe.target
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        return _from_config(draft, target_tokenizer(recipe))
+    if isinstance(draft, str):
+        trust = trusts_code(recipe.engine.draft_options)
+        config = AutoConfig.from_pretrained(draft, trust_remote_code=trust)
+    else:
+        trust, config = trusts_code(recipe.engine.target_options), target_config(recipe)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     return model if isinstance(draft, str) or draft.layers is None else with_layers(model, draft.layers)
 
 
@@ -108,7 +196,8 @@ def _from_config(draft: NewDraft, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     try:
         config = AutoConfig.for_model(given.pop("model_type"), **{"vocab_size": len(tokenizer), **special, **given})
         return AutoModelForCausalLM.from_config(config)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a model's code raises for sizes that it cannot have
         raise RecipeError(
-            f"draft.config is refused: {error}; name a `model_type` such as llama and that configuration's arguments"
+            f"draft.config is refused: {type(error).__name__}: {error}; name a `model_type` "
+            "such as llama and that configuration's arguments"
         ) from error

@@ -155,7 +155,7 @@ class Rollouts:
     train: Count = 400  # prompts
     calibration: Count = 400
     test: Count = 400  # on which the verifier is measured
-    rounds: Count = 8  # drafts a prompt at most, each behind the target's repair of the one before
+    rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
     labels: Literal["bisect", "all"] = "bisect"  # "all" asks the target about every prefix
     labeller: Literal["auto", "task", "agreement"] = "auto"  # "task", its checker, where it has one; else "agreement":
     # the target compares with its own answer
@@ -294,6 +294,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         RecipeError: naming the file, the key, and what is allowed.
     """
     content = _read(path)
+    _check_trust(content)
     for override in overrides:
         _override(content, override)
     try:
@@ -302,6 +303,18 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise RecipeError(str(error)) from error
     _check(recipe)
     return recipe
+
+
+def _check_trust(content: dict[str, Any]) -> None:
+    """Refuse a file that lets a model run its own code: that is for whoever starts it to say."""
+    section = content.get("engine")
+    for name in ("target_options", "draft_options"):
+        options = section.get(name) if isinstance(section, dict) else None
+        if isinstance(options, dict) and "trust_remote_code" in options:
+            raise RecipeError(
+                f"engine.{name} holds trust_remote_code, which runs whatever code a model brings: leave it out, or, if "
+                f"you have read that code, say so on the command line: engine.{name}.trust_remote_code=true"
+            )
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:

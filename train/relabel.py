@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from train.recipe import Recipe
-from train.rollouts import counts_of, write_rollouts
+from train.rollouts import write_rollouts
 from train.run import Run
 
 
 def run(recipe: Recipe, run: Run) -> None:
     """Write `rollouts-aligned/`, as `train.rollouts` does."""
-    write_rollouts(recipe, run, "relabel", run.path("align"), counts_of(recipe))
+    write_rollouts(recipe, run, "relabel", run.path("align"))

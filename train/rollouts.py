@@ -17,20 +17,23 @@ from typing import Any
 from datasets import Dataset
 
 from eval.judges import Agreement, Checked, controls, labeller_of
-from eval.tasks import Task, draw_prompts, load_task
+from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows
 from parse import Engine
+from parse.answer import drafted_up_to
 from parse.decode import Context, Written
-from parse.models import text_of
 from parse.passes import Steps, drive_together
+from parse.prompts import opens_thinking
 from parse.segments import cut, ends_segment
+from parse.text import text_of
+from train.files import write_text
 from train.generation import Row, finish_all, together
 from train.labels import Labeller
 from train.models import load_engine
+from train.prompts import prompts_of
 from train.recipe import Recipe, RecipeError, to_dict
-from train.run import KEPT, Run, write_text
+from train.run import KEPT, Run
 
-SPLITS = ("train", "calibration", "test")
 SAMPLED = 2  # ways on by which a label is asked again
 CONTROLS = 24  # prompts whose answers measure the noise of agreement
 
@@ -38,32 +41,33 @@ CONTROLS = 24  # prompts whose answers measure the noise of agreement
 def run(recipe: Recipe, run: Run) -> None:
     """Write `rollouts/`, a row a draft, and `labels.json`, what the labels cost and how far they can be trusted.
 
-    Columns: split, number (of the prompt), round, prompt, prompt_ids, prefix_ids (the answer so far), draft_ids, ended,
-    ends, valid (one a cut), target_right, continuation_ids (the target's, behind the last valid prefix).
+    Columns: split, number (of the prompt), round (repairs before the draft), prompt, prompt_ids, prefix_ids (the
+    answer so far), draft_ids, ended, ends, valid (one a cut), target_right, continuation_ids (the target's, behind the
+    last valid prefix).
     """
-    counts = {"train": recipe.align.prompts, "calibration": 0, "test": 0} if recipe.aligned else counts_of(recipe)
-    write_rollouts(recipe, run, "rollouts", run.path("distill"), counts)
+    write_rollouts(recipe, run, "rollouts", run.path("distill"))
 
 
-def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path, counts: dict[str, int]) -> None:
-    """The stage's body, for the draft in a folder and so many prompts of each split."""
+def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
+    """The stage's body, for the draft in a folder."""
     with run.stage(stage) as folder:
         task, section = load_task(recipe.task, to_dict(recipe.data)), recipe.rollouts
         engine = load_engine(recipe, draft)
-        prompts = _prompts(recipe, task, stage, counts)
+        prompts = prompts_of(recipe, task, stage).prompts
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
 
         def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
             split, prompt = item
-            rounds = yield from rolling_out(labeller, prompt, section.rounds, every=section.labels == "all")
+            every, horizon = section.labels == "all", recipe.engine.horizon
+            rounds = yield from rolling_out(labeller, prompt, section.rounds, every, horizon)
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
         work = together(rolling, section.batch_size)
         found = finish_all(folder / KEPT / "rollouts", prompts, work, stage)
         rows = [
-            {"split": row["split"], "number": number, "round": index, "prompt": row["prompt"], **drafted}
+            {"split": row["split"], "number": number, "prompt": row["prompt"], **drafted}
             for number, row in enumerate(found)
-            for index, drafted in enumerate(row["rounds"])
+            for drafted in row["rounds"]
         ]
         if not rows:
             raise RecipeError(
@@ -79,24 +83,38 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path, counts: di
             run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
 
 
-def rolling_out(labeller: Labeller, prompt: Prompt, rounds: int, every: bool) -> Steps[list[Row]]:
-    """The drafts of one prompt, each behind the target's repair of the one before, with their labels."""
+def rolling_out(
+    labeller: Labeller, prompt: Prompt, rounds: int, every: bool, horizon: int | str | None = None
+) -> Steps[list[Row]]:
+    """The drafts of one prompt with their labels, as the engine's rounds meet them.
+
+    A draft that is valid up to the horizon is continued by the next one; one that goes wrong, after a repair.
+
+    Args:
+        rounds: the target repairs fewer drafts than that.
+    """
     engine = labeller.engine
     target, draft = Context(engine.readers["target"]), Context(engine.readers["draft"])
     prompt_ids = engine.encode(prompt)
     found: list[Row] = []
     prefix: list[int] = []
+    repairs = 0
     try:
-        while len(found) < rounds and len(prefix) < labeller.limit:
-            written = yield from drafting(engine, draft, prompt, prefix, labeller.limit)
-            answer = text_of([*prefix, *written.ids], engine.tokenizer)
-            right = written.ended and (yield from labeller.judge.judging(prompt, answer))
+        while repairs < rounds and len(prefix) < labeller.limit:
+            written = yield from drafting(engine, draft, prompt, prefix, labeller.limit, horizon)
+            answer = [*prefix, *written.ids]
+            goes_on = not written.ended and len(answer) < labeller.limit
+            right = None
+            if not goes_on:
+                text = text_of(answer, engine.tokenizer)
+                right = written.ended and (yield from labeller.judge.judging(prompt, text))
             ends = cut(written.ids, engine.tokenizer, engine.segments)
             if not ends:  # the engine lets the target write the rest
                 break
             labels = yield from labeller.labelling(target, prompt, prefix, written, ends, right, every)
             found.append(
                 {
+                    "round": repairs,
                     "prompt_ids": prompt_ids,
                     "prefix_ids": prefix,
                     "draft_ids": written.ids,
@@ -107,22 +125,29 @@ def rolling_out(labeller: Labeller, prompt: Prompt, rounds: int, every: bool) ->
                     "continuation_ids": labels.continuation_ids,
                 }
             )
+            if all(labels.valid) and goes_on:
+                prefix = answer
+                continue
             if all(labels.valid) or not labels.target_right:
                 break
             repair = first_segment(engine, labels.continuation_ids)
             if labels.continuation_ended and len(repair) == len(labels.continuation_ids):
                 break
             prefix = [*prefix, *written.ids[: [0, *ends][labels.valid.index(False)]], *repair]
+            repairs += 1
     finally:
         target.close()
         draft.close()
     return found
 
 
-def drafting(engine: Engine, draft: Context, prompt: Prompt, prefix: list[int], limit: int) -> Steps[Written]:
-    """What the draft writes behind the start of an answer, to its end, in the target's tokens."""
+def drafting(
+    engine: Engine, draft: Context, prompt: Prompt, prefix: list[int], limit: int, horizon: int | str | None = None
+) -> Steps[Written]:
+    """What the draft writes after the start of an answer, to its end or the horizon, in the target's tokens."""
     text = [*engine.encode_for_draft(prompt), *engine.to_draft(prefix)]
-    written = yield from draft.continuing(text, limit - len(prefix))
+    room, stop = drafted_up_to(horizon, limit - len(prefix), engine)
+    written = yield from draft.continuing(text, room, stop=stop)
     return Written(engine.to_target(written.ids), written.ended)
 
 
@@ -134,25 +159,14 @@ def first_segment(engine: Engine, ids: list[int]) -> list[int]:
     return ids
 
 
-def counts_of(recipe: Recipe) -> dict[str, int]:
-    """How many prompts of each split the verifier is made with."""
-    section = recipe.rollouts
-    return {"train": section.train, "calibration": section.calibration, "test": section.test}
-
-
-def _prompts(recipe: Recipe, task: Task | Rows, stage: str, counts: dict[str, int]) -> list[tuple[str, Prompt]]:
-    """Split and prompt; seeds of their own, so that nothing is judged on prompts that the draft learnt from."""
-    seed = recipe.seed + (2 if stage == "relabel" else 1)
-    return [(split, prompt) for split in SPLITS for prompt in draw_prompts(task, split, counts[split], seed)]
-
-
 def _labeller(
     recipe: Recipe, engine: Engine, task: Task | Rows, prompts: list[Prompt]
 ) -> tuple[Labeller, dict[str, Any]]:
     """The recipe's labeller, and what is known of its noise beforehand."""
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
     if labeller_of(recipe, task) == "task":
-        return Labeller(engine, Checked(task), limit, section.samples, recipe.seed), {"labeller": "task"}
+        checked = Checked(task, opens_thinking(engine.tokenizer))
+        return Labeller(engine, checked, limit, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
     def together(many: Any) -> list[float]:
@@ -202,12 +216,15 @@ def _ask_again(
 
 def _balance(rows: list[Row]) -> dict[str, Any]:
     """How many of what there are."""
-    firsts = [row for row in rows if row["round"] == 0]
+    first = {row["number"]: True for row in rows}  # whether all that is drafted before a repair is valid
+    for row in rows:
+        if row["round"] == 0:
+            first[row["number"]] &= all(row["valid"])
     known = [(sum(row["valid"]), row["valid"].count(False)) for row in rows]
     return {
-        "prompts": dict(Counter(row["split"] for row in firsts)),
+        "prompts": dict(Counter({row["number"]: row["split"] for row in rows}.values())),
         "drafts": len(rows),
-        "drafts_right": sum(all(row["valid"]) for row in firsts) / len(firsts),
+        "drafts_right": sum(first.values()) / len(first),
         "prefixes": sum(valid + invalid for valid, invalid in known),
         "valid_prefixes": sum(valid for valid, _ in known),
     }

@@ -1,42 +1,39 @@
 """The run folder: resolved recipe, provenance, which stages are done, progress.
 
-A stage writes into a temporary folder that takes its final name when it is whole, so a stage killed
-at any moment leaves nothing half-written; the next start of the same recipe finds what it kept there and
-goes on. A stage is skipped where its recipe section and everything before it are unchanged. Where there are
-several processes they share the folder, and one of them names and records.
+A stage writes into a temporary folder that takes its final name when it is whole, so a stage killed at any moment
+leaves nothing half-written; the next start of the same recipe finds what it kept there and continues. A stage is
+skipped where all that it depends on is as it was: its part of the recipe, and the content of the data, the models and
+the earlier stages' files that it reads. What a stage wrote is recorded file by file: damage is found before it is used,
+and nothing that is not the run's own is deleted. With several processes one of them names and records.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
-import os
-import platform
-import re
 import shutil
-import subprocess
 import sys
 import time
 import uuid
-import warnings
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Collection, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import datasets
 import torch
-import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from tqdm import tqdm
-from transformers.utils import logging
 
-from train.recipe import STAGES, Recipe, RecipeError, to_dict
+from train.dependencies import Dependencies
+from train.digests import Digests, of_values
+from train.files import files_in, replace_folder, set_rights, write_text
+from train.machine import environment, gpu_memory
+from train.recipe import Recipe, RecipeError, to_dict
+from train.secrets import without_secrets
+from train.strict import dump, parse
 
-SHARED = ("target", "draft", "task", "data", "segments", "seed")  # keys that every stage depends on
+T = TypeVar("T")
 FOLDERS = {
     "answers": "answers",
     "distill": "draft",
@@ -45,28 +42,70 @@ FOLDERS = {
     "relabel": "rollouts-aligned",
     "verifier": "verifier",
 }
+BEGINNING = {".lock", ".provenance.json.part"}  # what a start may leave that is killed as it begins
+UNREAD = {".md", ".html"}  # files of a stage that are for people alone
+CACHED = "cache-*.arrow"  # what the library `datasets` leaves beside a data set that it has worked on
 KEPT = ".kept"  # in a stage's scratch folder: what it goes on from where it was killed
-SECRET_KEY = re.compile(r"(hub|access|auth|api|bearer)_?(token|key)$|secret|password", re.IGNORECASE)
-SECRET = re.compile(r"\b(hf_|sk-|ghp_)[\w-]{8,}")
-PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
 class Run:
     """A run folder and what is in it; one start at a time.
 
     Raises:
-        RecipeError: where another start works in the folder.
+        RecipeError: where another start works in the folder, it is not a run's, or its record is damaged.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.folder = recipe, recipe.folder
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        # the others wait while one process looks at large models
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=3))
         self.is_main = self._state.is_main_process
-        if self.is_main:
+        self._digests = Digests(self.folder / ".digests.json")
+        self._dependencies = Dependencies(recipe, self._digests, self._latest)
+        self._by_main(self._begin)
+
+    def _begin(self) -> None:
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            write_text(self.folder / "recipe.yaml", yaml.safe_dump(without_secrets(to_dict(recipe)), sort_keys=False))
-        self._state.wait_for_everyone()
+        except OSError as error:
+            raise RecipeError(
+                f"{self.folder} cannot be made ({error.strerror}): set runs to a folder that can"
+            ) from error
+        found = sorted(path.name for path in self.folder.iterdir() if path.name not in BEGINNING)
+        if found and not self._record_file.is_file():
+            raise RecipeError(
+                f"{self.folder} holds {', '.join(found[:3])} and no provenance.json, so it is not a run's folder: give "
+                "this run another name, or move what is there"
+            )
+        self._lock()
+        if not self._record_file.is_file():
+            write_text(self._record_file, json.dumps({"stages": {}, "history": []}) + "\n")
+        self._provenance()
+        try:
+            parse((self.folder / "recipe.yaml").read_text())
+        except (OSError, ValueError):
+            self._write_recipe()
+
+    def _by_main(self, call: Callable[[], T]) -> T:
+        """What a call gives on the main process, or its error, on every process."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [call(), None]
+            except Exception as error:
+                outcome = [None, error]
+        if self._state.num_processes > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    @property
+    def _record_file(self) -> Path:
+        return self.folder / "provenance.json"
+
+    def _write_recipe(self) -> None:
+        write_text(self.folder / "recipe.yaml", dump(without_secrets(to_dict(self.recipe))))
 
     def _lock(self) -> None:
         """Keep the folder to this process until it ends, however it ends."""
@@ -123,152 +162,196 @@ class Run:
         return self.folder / FOLDERS[stage]
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage has run with this recipe and all that comes before it."""
-        record = self._provenance().get("stages", {}).get(stage, {})
-        return record.get("hash") == self._hash(stage) and self.path(stage).is_dir()
+        """Whether the stage has run with this recipe, on the data, models and files that are there now.
+
+        Raises:
+            RecipeError: where what it wrote then is damaged.
+        """
+        return self._by_main(lambda: self._is_done(stage))
+
+    def _is_done(self, stage: str) -> bool:
+        content = self._dependencies.hash(stage)
+        self._recorded_late(stage, content)
+        if self._latest(stage).get("hash") != content or not self.path(stage).is_dir():
+            return False
+        self._check_whole(stage)
+        return True
+
+    def check_inputs(self, stage: str, others: Collection[str] = ()) -> None:
+        """Raise RecipeError unless what a stage reads is there and whole, or `others` of this start write it."""
+
+        def check() -> None:
+            for earlier in self._dependencies.reads(stage):
+                if earlier not in others and not self._is_done(earlier):
+                    raise RecipeError(
+                        f"the stage {stage!r} reads what {earlier!r} writes, and that has not run with this "
+                        "recipe, data and models: name it too, or name no stage to run all"
+                    )
+
+        self._by_main(check)
+
+    def check_outputs(self) -> None:
+        """Raise RecipeError where files that finished stages wrote are missing or are not as they wrote them."""
+
+        def check() -> None:
+            for stage in self._provenance()["stages"]:
+                if stage in FOLDERS and self.path(stage).is_dir():
+                    self._check_whole(stage)
+
+        self._by_main(check)
+
+    def _check_whole(self, stage: str) -> None:
+        folder, wrote = self.path(stage), self._latest(stage).get("wrote", {})
+        for name, digest in wrote.items():
+            path = folder / name
+            if path.suffix in UNREAD:
+                continue
+            state = "missing" if not path.is_file() else "damaged" if self._digests.of_file(path) != digest else ""
+            if state:
+                raise RecipeError(
+                    f"{path} is {state}: the stage {stage!r} wrote it otherwise. Restore it, or delete the folder "
+                    f"{folder} and start again, and the stage runs again"
+                )
 
     @contextlib.contextmanager
     def stage(self, stage: str) -> Iterator[Path]:
         """Run a stage's body with the folder to write; it takes its name when the body ends, on every process.
 
         What a killed start of the same stage and recipe kept under `KEPT` is still there.
+
+        Raises:
+            RecipeError: where something that is not the run's own stands in the way.
         """
         started = time.time()
         scratch = self.folder / f".{FOLDERS[stage]}.part"
-        if self.is_main:
-            self._claim(scratch, self._hash(stage))
-        self._state.wait_for_everyone()
+        self._by_main(lambda: self._claim(stage, scratch))
+        read = self._by_main(lambda: self._dependencies.of(stage))  # before: what it reads may change while it runs
         yield scratch
         self._state.wait_for_everyone()
-        if self.is_main:
-            shutil.rmtree(scratch / KEPT)
-            shutil.rmtree(self.path(stage), ignore_errors=True)
-            scratch.rename(self.path(stage))
-            self._record(stage, time.time() - started)
-            self.log(stage, {"seconds": time.time() - started, **_gpu_memory()})
-        self._state.wait_for_everyone()
+        self._by_main(lambda: self._finish(stage, scratch, read, time.time() - started))
 
-    def _claim(self, scratch: Path, content: str) -> None:
+    def _finish(self, stage: str, scratch: Path, read: dict[str, Any], seconds: float) -> None:
+        """Give a stage's folder its name, and record it; a kill in between is made good by `_recorded_late`."""
+        self._check_own(stage)
+        set_rights(scratch)
+        made = {"hash": of_values([read]), "read": read, "wrote": self._files_of(scratch), "seconds": seconds}
+        write_text(self._pending(stage), json.dumps(made))
+        replace_folder(self.path(stage), scratch)
+        self._record_stage(stage, made)
+        self.log(stage, {"seconds": seconds, **gpu_memory()})
+
+    def _names_of(self, folder: Path) -> list[str]:
+        """The files of a stage, without those that it, or the library `datasets`, kept there for itself."""
+        names = [path.relative_to(folder).as_posix() for path in files_in(folder)]
+        return [name for name in names if not name.startswith(f"{KEPT}/") and not Path(name).match(CACHED)]
+
+    def _files_of(self, folder: Path) -> dict[str, str]:
+        """The digests of a stage's files, by name."""
+        return {name: self._digests.of_file(folder / name) for name in self._names_of(folder)}
+
+    def _record_stage(self, stage: str, made: dict[str, Any]) -> None:
+        facts = {key: made[key] for key in ("hash", "read", "wrote")}
+        self.record(stage, made["seconds"], facts)
+        self._write_recipe()
+        self._tidy_up(stage)
+
+    def _tidy_up(self, stage: str) -> None:
+        """Remove what a recorded stage needs no more."""
+        shutil.rmtree(self.path(stage) / KEPT, ignore_errors=True)
+        self._pending(stage).unlink(missing_ok=True)
+
+    def _pending(self, stage: str) -> Path:
+        """Where a stage's record stands while its folder takes its name."""
+        return self.folder / f".{FOLDERS[stage]}.pending.json"
+
+    def _recorded_late(self, stage: str, content: str) -> None:
+        """Finish a stage that was killed when its files were whole and it was not recorded, or not tidied up."""
+        made, folder = self._read_pending(stage), self.path(stage)
+        if made.get("hash") == content and folder.is_dir() and made["wrote"] == self._files_of(folder):
+            latest = self._latest(stage)
+            recorded = all(latest.get(key) == made[key] for key in ("hash", "wrote"))
+            self._tidy_up(stage) if recorded else self._record_stage(stage, made)
+
+    def _read_pending(self, stage: str) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            made = json.loads(self._pending(stage).read_text())
+            if isinstance(made, dict) and made.keys() >= {"hash", "read", "wrote", "seconds"}:
+                return made
+        return {}
+
+    def _claim(self, stage: str, scratch: Path) -> None:
         """Make the scratch folder, with what is kept there where it is for the same content and nothing else."""
+        self._check_own(stage)
+        content = of_values([self._dependencies.of_kept(stage)])
         kept, stamp = scratch / KEPT, scratch / KEPT / "recipe.sha256"
-        if not (stamp.is_file() and stamp.read_text() == content):
+        if not (stamp.is_file() and stamp.read_text(errors="replace") == content):
             shutil.rmtree(scratch, ignore_errors=True)
+            scratch.unlink(missing_ok=True)
         for path in scratch.iterdir() if scratch.is_dir() else ():
             if path != kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         kept.mkdir(parents=True, exist_ok=True)
         write_text(stamp, content)
 
-    def _hash(self, stage: str) -> str:
-        """The content that a stage's outcome depends on: its section and all earlier ones."""
-        content = to_dict(self.recipe)
-        order = [s for s in STAGES if s in FOLDERS]
-        earlier = order[: order.index(stage) + 1]
-        aligned = self.recipe.aligned
-        kept = {key: content[key] for key in (*SHARED, *earlier) if key in content and (aligned or key != "align")}
-        if aligned and "rollouts" in earlier:
-            kept["pairs"] = self.recipe.align.prompts  # the rollouts are of these, and of no others
-        kept["max_new_tokens"] = content["engine"]["max_new_tokens"]
-        if stage == "verifier":
-            kept |= {key: content["engine"][key] for key in ("policy", "handback")}  # a threshold is for these
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    def _check_own(self, stage: str) -> None:
+        """Raise RecipeError where the stage's folder holds what no stage of this run wrote: it would be deleted."""
+        provenance, folder = self._provenance(), self.path(stage)
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise RecipeError(
+                f"{folder} is a link or a file, and the stage {stage!r} writes a folder of that name: move it away; "
+                "for a larger disk, set runs to a folder there"
+            )
+        records = [*provenance["stages"].values(), *provenance["history"]]
+        own = {name for record in records if record["stage"] == stage for name in record.get("wrote", {})}
+        own |= self._read_pending(stage).get("wrote", {}).keys()
+        found = self._names_of(folder)
+        if foreign := [name for name in found if name not in own]:
+            raise RecipeError(
+                f"{folder} holds {', '.join(foreign[:3])}, which no stage of this run wrote, and the stage {stage!r} "
+                "is about to write that folder anew: move it elsewhere"
+            )
+
+    def forget_models(self) -> None:
+        """Look at models and data again: a stage may have written a model that others read."""
+        self._dependencies.forget()
 
     def _provenance(self) -> dict[str, Any]:
-        path = self.folder / "provenance.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        """The run's record: the latest of each stage under `stages`, those before under `history`."""
+        try:
+            content = json.loads(self._record_file.read_text())
+            stages, history = content["stages"], content.get("history", [])
+            records = [*stages.values(), *history]
+            whole = all(isinstance(one["stage"], str) and isinstance(one.get("wrote", {}), dict) for one in records)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            whole, reason = False, f"{type(error).__name__}: {error}"
+        else:
+            reason = "a record without its stage or its files"
+        if not whole:
+            raise RecipeError(
+                f"{self._record_file} is damaged ({reason}), and says which stages are done: restore it, or move the "
+                f"folder {self.folder} away and start again"
+            )
+        return {"stages": stages, "history": history}
 
-    def _record(self, stage: str, seconds: float) -> None:
-        provenance = self._provenance() | {
+    def _latest(self, stage: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._provenance()["stages"].get(stage, {})
+        return found
+
+    def record(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
+        """Add to the run's record how a stage, or an evaluation, was made; on the main process."""
+        if not self.is_main:
+            return
+        entry = {
+            "stage": stage,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
             "argv": without_secrets(sys.argv),
-            "git_commit": _git_commit(),
-            "packages": {name: version(name) for name in PACKAGES},
-            "python": platform.python_version(),
-            "hardware": hardware(),
+            "recipe": without_secrets(to_dict(self.recipe)),
+            **environment(),
+            **without_secrets(facts),
         }
-        record = {"hash": self._hash(stage), "seconds": round(seconds, 1)}
-        provenance["stages"] = provenance.get("stages", {}) | {stage: record}
-        write_text(self.folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
-
-
-def without_secrets(content: Any) -> Any:
-    """Plain data with what looks like a password or a token blotted out, by its key or by its own look."""
-    if isinstance(content, dict):
-        return {k: "[redacted]" if v and SECRET_KEY.search(k) else without_secrets(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_secrets(item) for item in content]
-    if isinstance(content, str):
-        key, equals, _ = content.partition("=")
-        if equals and SECRET_KEY.search(key):
-            return f"{key}=[redacted]"
-        return SECRET.sub("[redacted]", content)
-    return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text)
-    scratch.replace(path)
-
-
-def hardware() -> str:
-    """The machine, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
-    return f"{os.cpu_count()} CPU cores, {model}, {torch.get_num_threads()} threads"
-
-
-def _gpu_memory() -> dict[str, float]:
-    """The most that was allocated on the GPU since it was last asked, GiB."""
-    if not torch.cuda.is_available():
-        return {}
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return {"gpu_memory_gib": peak}
-
-
-class _Lines(io.TextIOBase):
-    """Where no terminal rewrites a line, each state of a progress bar takes a line of its own."""
-
-    def write(self, text: str) -> int:
-        line = text.strip("\r\n ")
-        return sys.stderr.write(f"{line}\n") if line else 0
-
-
-class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
-    """A progress bar that estimates once there is something to go by: texts that begin together end together."""
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """What tqdm formats the bar from."""
-        values: dict[str, Any] = super().format_dict
-        if 50 * values["n"] < (values["total"] or 0):
-            values["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
-        return values
-
-
-def progress_bar(what: str, total: int) -> tqdm[Any]:
-    """A progress bar with rate and remaining time; off a terminal, a line every ten seconds."""
-    if sys.stderr.isatty():
-        return _Bar(desc=what, total=total, mininterval=0.2, dynamic_ncols=True)
-    return _Bar(desc=what, total=total, mininterval=10, maxinterval=10, ascii=True, ncols=100, file=_Lines())
-
-
-def quieten() -> None:
-    """Silence the libraries' own bars and notices, so that ours can be read."""
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)  # PEFT mends it itself
-
-
-def _git_commit() -> str | None:
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
+        provenance = self._provenance()
+        if before := provenance["stages"].pop(stage, None):
+            provenance["history"].append(before)
+        provenance["stages"][stage] = entry
+        write_text(self._record_file, json.dumps(provenance, indent=2) + "\n")

@@ -11,6 +11,7 @@ import openai
 from eval.tasks.rows import Prompt
 from train.recipe import RecipeError, Server
 
+REFUSED_PROMPT = (400, 413, 422)  # as this prompt will be at every try
 REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)  # as every request will be
 
 
@@ -21,7 +22,8 @@ class Answered:
     text: str
     ended: bool
     thinking: str | None = None  # where a server hands it over apart
-    error: str | None = None
+    error: str | None = None  # the server will never answer this prompt
+    failed: str | None = None  # this try came to nothing, see `train.generation.FAILED`
     ids: list[int] | None = None  # the target's own tokens, where they are known
 
 
@@ -42,18 +44,20 @@ class Client:
         )
 
     def answer(self, prompt: Prompt) -> Answered:
-        """The greedy answer to a prompt; where the request fails for its own sake, one with an `error`.
+        """The greedy answer to a prompt; where the request is refused for its own sake, one with an `error`.
 
         Raises:
             RecipeError: where the server cannot be reached, or refuses the model or the key.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            choice = self._client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=self.model, messages=cast(Any, messages), max_tokens=self.limit, temperature=0.0
-            ).choices[0]
+            )
+            choice = completion.choices[0]
+            fields = choice.message.model_dump()
         except openai.APITimeoutError:
-            return Answered("", False, error=f"took the server longer than {self.server.timeout:.0f} s")
+            return Answered("", False, failed=f"took the server longer than {self.server.timeout:.0f} s")
         except openai.APIConnectionError as error:
             raise RecipeError(
                 f"answers.server: {self.server.url} cannot be reached after {self.server.retries + 1} tries "
@@ -65,7 +69,16 @@ class Client:
                 f"${self.server.key_variable}: {error}"
             ) from error
         except openai.APIStatusError as error:
-            return Answered("", False, error=f"was refused by the server: {error}")
-        fields = choice.message.model_dump()
+            if error.status_code in REFUSED_PROMPT:
+                return Answered("", False, error=f"was refused by the server: {error}")
+            return Answered("", False, failed=f"got the status {error.status_code} from the server: {error}")
+        except (
+            openai.APIError,
+            AttributeError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ) as error:  # whatever a broken server may send
+            return Answered("", False, failed=f"got no answer that can be read: {type(error).__name__}: {error}")
         thinking = fields.get("reasoning_content") or fields.get("reasoning")
         return Answered(choice.message.content or "", choice.finish_reason == "stop", thinking)

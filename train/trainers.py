@@ -11,20 +11,51 @@ import json
 import shutil
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DistillationTrainer
 
+from train.digests import Digests
+from train.files import write_text
+from train.progress import progress_bar
 from train.recipe import Recipe, RecipeError
-from train.run import KEPT, Run, progress_bar, write_text
+from train.run import KEPT, Run
 
+# numbers of a trainer: their kind, what they are at least, and that in words
+OURS = {
+    "output_dir": "it keeps checkpoints and finds them by itself",
+    "resume_from_checkpoint": "it keeps checkpoints and finds them by itself",
+    "report_to": "set logging.wandb",
+}
+TINY = 1e-12
+COUNT = (int, 1, "a whole number from 1 on")
+POSITIVE = (int | float, TINY, "a number above 0")
+NUMBERS: dict[str, tuple[Any, float, str]] = {
+    "max_steps": (int, 1, "a whole number from 1 on, or leave it out for num_train_epochs"),
+    "num_train_epochs": POSITIVE,
+    "per_device_train_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "learning_rate": POSITIVE,
+    "max_length": COUNT,
+    "max_completion_length": COUNT,
+    "save_steps": POSITIVE,
+    "logging_steps": POSITIVE,
+    "temperature": POSITIVE,
+    "warmup_steps": (int | float, 0, "a number from 0 on"),
+    "weight_decay": (int | float, 0, "a number from 0 on"),
+    "max_grad_norm": (int | float, 0, "a number from 0 on"),
+}
+SEAL = "digests.json"  # in a checkpoint
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -39,6 +70,7 @@ def arguments(kind: type, given: dict[str, Any], recipe: Recipe, section: str, *
         RecipeError: for a key or a value that TRL refuses.
     """
     _check_keys(kind, given, section)
+    _check_numbers(given, section)
     on_gpu = torch.cuda.is_available()
     common = {
         "output_dir": str(recipe.folder / f".{section}-checkpoints"),
@@ -66,10 +98,32 @@ def lora_config(given: dict[str, Any], section: str) -> LoraConfig:
         RecipeError: for a key or a value that PEFT refuses.
     """
     _check_keys(LoraConfig, given, section)
+    for key, (least, most) in {"r": (1, 8192), "lora_alpha": (TINY, 1e6), "lora_dropout": (0, 0.99)}.items():
+        value = given.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise RecipeError(f"{section}.{key} is {value!r}: give a number from {least:g} to {most:g}")
+    if (task := given.get("task_type", "CAUSAL_LM")) != "CAUSAL_LM":
+        raise RecipeError(f"{section}.task_type is {task!r}: the draft is a causal language model, so leave it out")
+    for key in ("inference_mode", "alora_invocation_tokens"):
+        if given.get(key):
+            raise RecipeError(f"{section}.{key} is set, and the draft's LoRA is learnt and merged: leave it out")
     try:
         return LoraConfig(**{**LORA, **given})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"section {section!r} is refused by PEFT: {error}") from error
+
+
+def _check_numbers(given: dict[str, Any], section: str) -> None:
+    """Refuse numbers with which nothing would be learnt, or that fail at the first step."""
+    for key, instead in OURS.items():
+        if key in given:
+            raise RecipeError(f"{section}.{key} is the stage's own: {instead}")
+    for key, (kind, least, words) in NUMBERS.items():
+        value = given.get(key)
+        if key not in given or (key == "max_steps" and value == -1) or (key == "max_length" and value is None):
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            raise RecipeError(f"{section}.{key} is {value!r}: give {words}")
 
 
 def _check_keys(kind: type, given: dict[str, Any], section: str) -> None:
@@ -117,6 +171,13 @@ class Guarded(Trainer):
         ]
         return found or f"that begin with the tokens {[row[:8] for row in batch]}"
 
+    def _run_epoch(self, **options: Any) -> None:
+        """An epoch of the library's loop, unless a checkpoint of the last step was loaded: it would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**options)
+
 
 class OnPolicyTrainer(DistillationTrainer):
     """TRL's, with an order of prompts that an epoch's number decides: so a start in the middle finds the same one."""
@@ -156,26 +217,34 @@ class Progress(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Where the user asks to stop (Ctrl-C), save and stop behind the step; a second time, stop at once."""
+    """Where the user asks to stop (Ctrl-C, or SIGTERM), save and stop after the step; a second time, stop at once."""
 
     asked = False
 
     def __enter__(self) -> Stop:
-        self._before = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._set(dict.fromkeys(self._before, self._ask))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
+        self._set(self._before)
 
     def _ask(self, *_: object) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+        self._set(self._before)
+
+    def _set(self, handlers: Mapping[signal.Signals, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, _: Any, __: Any, control: Any, **options: Any) -> None:
-        """A step is done."""
+        """A step is done; all processes stop after the same one, whichever of them was asked."""
+        state = PartialState()
+        asked = torch.tensor(float(self.asked), device=state.device)
+        if state.num_processes > 1:
+            asked = reduce(asked, reduction="sum")
+        self.asked = bool(asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
 
@@ -193,6 +262,7 @@ def train(trainer: Trainer, stage: str, run: Run, folder: Path) -> None:
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(stage))
+    trainer.add_callback(Sealed())
     with Stop() as stop:
         trainer.add_callback(stop)
         try:
@@ -208,20 +278,39 @@ def train(trainer: Trainer, stage: str, run: Run, folder: Path) -> None:
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
         history = [{k: v for k, v in log.items() if k in ("step", "loss")} for log in trainer.state.log_history]
         write_text(folder / "losses.json", json.dumps([log for log in history if "loss" in log]) + "\n")
-        run.say(f"{stage}: {result.global_step} steps, training loss {result.training_loss:.4f}")
+        losses = [log["loss"] for log in history if "loss" in log] or [result.training_loss]
+        run.say(f"{stage}: {result.global_step} steps, training loss {sum(losses) / len(losses):.4f}")
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; what comes behind it is taken away."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # the last file of a checkpoint
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-            continue
-        return str(path)
+    """The last checkpoint that is as it was written; what is not is taken away."""
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(numbered, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if _is_whole(path):
+            return str(path)
+        print(f"{path.name} is damaged or was not finished: training continues from the one before it")
+        shutil.rmtree(path)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are those that `Sealed` saw."""
+    try:
+        seal = json.loads((checkpoint / SEAL).read_text())
+        return bool(seal) and all(Digests().of_file(checkpoint / name) == digest for name, digest in seal.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+class Sealed(TrainerCallback):
+    """Writes the digests of a checkpoint's files beside them, when it is whole."""
+
+    def on_save(self, args: Any, state: Any, *rest: Any, **options: Any) -> None:
+        """A checkpoint is written, by all processes."""
+        PartialState().wait_for_everyone()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_text(folder / SEAL, json.dumps(Digests().of_folder(folder)))
 
 
 def same_vocabulary(recipe: Recipe, method: str, draft: Any, target: Any, logits: tuple[int, int]) -> None:

@@ -45,10 +45,12 @@ from parse.trained import (
 )
 from parse.verifiers import Evidence, Likelihood, Verifier
 from train.calibration import NEVER, prompts_needed, thresholds
+from train.files import write_text
 from train.hazards import AdapterModule, Log, ProbeModule, acceptable, fit
 from train.models import load_engine
+from train.progress import progress_bar
 from train.recipe import AdapterSection, ProbeSection, Recipe, hidden_states
-from train.run import Run, progress_bar, write_text
+from train.run import Run
 
 HELD_OUT = 6  # every so manieth training prompt decides on epochs and kinds
 TIMED = 10  # drafts on which a verdict's cost is measured
@@ -59,7 +61,7 @@ Scores = dict[str, list[Scored]]  # by split, of all processes
 def run(recipe: Recipe, run: Run) -> None:
     """Write `verifier/`: verifier.json, head and LoRA; report.json and report.html."""
     with run.stage("verifier") as folder:
-        promise, policy, handback = recipe.verifier.max_accuracy_loss, recipe.engine.policy, recipe.engine.handback
+        promise, settings = recipe.verifier.max_accuracy_loss, recipe.engine
         engine = load_engine(recipe, recipe.draft_folder)
         rollouts = load_from_disk(recipe.rollouts_folder)
         assert isinstance(rollouts, Dataset)
@@ -67,17 +69,24 @@ def run(recipe: Recipe, run: Run) -> None:
         kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe, partial(run.log, "verifier"))}
         scores = score_all(engine, kinds, drafts)
         name = choose(recipe.verifier.kind, scores, promise)
-        limits = {kind: thresholds(scores[kind]["calibration"], promise, handback) for kind in kinds}
+        limits = {kind: thresholds(scores[kind]["calibration"], promise, settings.handback) for kind in kinds}
         for kind, verifier in kinds.items():
-            verifier.threshold = limits[kind][policy]
+            verifier.threshold = limits[kind][settings.policy]
         if run.is_main:
             costs = milliseconds_per_cut(engine, kinds, drafts["test"][:TIMED])
             n = len({one.draft.number for one in scores[name]["calibration"]})
             facts = {
                 "tokenizer": tokenizer_hash(engine.tokenizer),
+                "end_ids": sorted(engine.readers["target"].eos_ids),
                 "segments": recipe.segments,
                 "thresholds": limits[name],
-                "calibration": {"max_accuracy_loss": promise, "prompts": n, "policy": policy, "handback": handback},
+                "calibration": {
+                    "max_accuracy_loss": promise,
+                    "prompts": n,
+                    "policy": settings.policy,
+                    "handback": settings.handback,
+                    "horizon": settings.horizon,
+                },
             }
             save(folder, kinds[name], engine.target, facts)
             report = report_of(name, kinds, scores, costs, recipe)

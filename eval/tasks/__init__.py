@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -62,3 +65,16 @@ def draw_prompts(task: Task | Rows, split: str, count: int, seed: int) -> list[P
     while len(prompts) < count:
         prompts[task.draw_prompt(rng, split)] = None
     return list(prompts)
+
+
+def content_of_task(task: Task | Rows, data: Mapping[str, Any]) -> str:
+    """The digest of what a task asks and how it checks answers: of its rows, or of its program.
+
+    Args:
+        data: the recipe's section `data`.
+    """
+    if isinstance(task, Rows):
+        content = json.dumps([data["check"], task.prompts, task.references], sort_keys=True).encode()
+    else:
+        content = Path(str(cast(ModuleType, task).__file__)).read_bytes()
+    return hashlib.sha256(content).hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from eval.answer_checks import CHECKS, check_reference
 from parse.models import Messages
+from parse.prompts import as_messages, checked_text, checked_turn, shown
 
 Prompt = str | Messages
 
@@ -58,7 +58,7 @@ class Rows:
         self.prompts: dict[str, list[Prompt]] = {split: [] for split in settings["shares"]}
         self.references: dict[str, tuple[str, ...]] = {}
         for row in distinct:
-            prompt = _turns(row.prompt) if conversations else row.prompt
+            prompt = as_messages(row.prompt) if conversations else row.prompt
             self.prompts[row.split].append(prompt)
             if row.references:
                 self.references[key_of(prompt)] = row.references
@@ -82,7 +82,7 @@ class Rows:
                     f"{where}: the same prompt is in the splits {split!r} and {row.split!r}: keep it in one, or leave "
                     "the field `split` out"
                 )
-            first = distinct.setdefault(key_of(_turns(row.prompt)), row)
+            first = distinct.setdefault(key_of(as_messages(row.prompt)), row)
             if set(first.references) != set(row.references):
                 right, other = (" or ".join(map(repr, one.references)) or "none" for one in (first, row))
                 raise ValueError(
@@ -98,10 +98,12 @@ class Rows:
         return bool(self.references)
 
     def draw_prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        """So many prompts of a split or all there are, in an order that the seed decides."""
-        prompts = list(self.prompts[split])
-        random.Random(f"{split} {seed}").shuffle(prompts)
-        return prompts[:count]
+        """So many prompts of a split or all there are, in an order that the seed decides.
+
+        Each has its own place in it, whatever other rows there are: one more row changes one prompt.
+        """
+        place = lambda prompt: hashlib.sha256(f"{split} {seed} {key_of(prompt)}".encode()).digest()
+        return sorted(self.prompts[split], key=place)[:count]
 
     def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether a finished answer, without its thinking, says what the reference says, or one of a list of them."""
@@ -213,7 +215,7 @@ def _read(row: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> _R
         )
     prompt = _prompt_of(fields, settings["system"], where)
     words, shares = _words(prompt), settings["shares"]
-    split = fields.get("split") or _split_of(words, shares)
+    split = fields["split"] if "split" in fields else _split_of(words, shares)
     if not isinstance(split, str) or split not in shares:
         raise ValueError(f"{where}: split is {split!r}; allowed: {', '.join(shares)}")
     references = _references(fields["reference"], settings["check"], where) if "reference" in fields else ()
@@ -222,18 +224,18 @@ def _read(row: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> _R
 
 def _prompt_of(fields: Mapping[str, Any], system: str | None, where: str) -> Prompt:
     """Text, or messages where a conversation or a system's turn is given."""
-    system = _text(fields.get("system", system or ""), "`system`", where)
+    system = checked_text(fields.get("system", system or ""), f"{where}: `system`")
     if "prompt" in fields:
         if isinstance(fields["prompt"], list):
             raise ValueError(
                 f"{where}: `prompt` must be text: name a list of turns `messages`, or say so in data.fields"
             )
-        prompt = _text(fields["prompt"], "`prompt`", where)
-        turns = _turns(prompt)
+        prompt = checked_text(fields["prompt"], f"{where}: `prompt`")
+        turns = as_messages(prompt)
     else:
         prompt, messages = None, fields["messages"]
         if not isinstance(messages, list) or not messages:
-            raise ValueError(f"{where}: `messages` must be a list of one turn or more, and is {_shown(messages)}")
+            raise ValueError(f"{where}: `messages` must be a list of one turn or more, and is {shown(messages)}")
         turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(messages, 1)]
     if turns[-1]["role"] not in ("user", "tool"):
         raise ValueError(
@@ -241,57 +243,29 @@ def _prompt_of(fields: Mapping[str, Any], system: str | None, where: str) -> Pro
         )
     if not turns[-1]["content"].strip():
         raise ValueError(f"{where}: the prompt is empty")
-    if system and turns[0]["role"] not in ("system", "developer"):
+    told = turns[0]["role"] in ("system", "developer")
+    if told and fields.get("system"):
+        raise ValueError(f"{where} has a `system`, and `messages` that begin with another: keep one of them")
+    if system and not told:
         return [{"role": "system", "content": system}, *turns]
     return turns if prompt is None else prompt
 
 
 def _turn(turn: Any, where: str) -> dict[str, str]:
     """Role and content of a turn, whose content may be given in parts."""
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} is {_shown(turn)}: `messages` must be a list of objects with `role` and `content`")
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where}: `role` is {_shown(role)}; allowed: {', '.join(ROLES)}")
-    if turn.get("tool_calls"):
-        raise ValueError(f"{where} calls a tool, which is not supported: leave the row out, or write the call as text")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, Mapping) else part
-                raise ValueError(
-                    f"{where}: a part of `content` is {_shown(kind)}; only parts of type 'text' can be read"
-                )
-        content = "".join(_text(part.get("text"), "a part of `content`", where) for part in content)
-    return {"role": str(role), "content": _text(content, "`content`", where)}
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be text, and is {_shown(value)}")
-    if not _whole(value):
-        raise ValueError(f"{where}: {name} holds half a character (a lone surrogate such as \\ud800): write it whole")
-    return value
-
-
-def _whole(text: str) -> bool:
-    """Whether a text can be written as UTF-8, which a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    if isinstance(turn, Mapping):
+        if turn.get("role") not in ROLES:
+            raise ValueError(f"{where}: `role` is {shown(turn.get('role'))}; allowed: {', '.join(ROLES)}")
+        if turn.get("tool_calls"):
+            raise ValueError(
+                f"{where} calls a tool, which is not supported: leave the row out, or write the call as text"
+            )
+    return checked_turn(turn, where)
 
 
 def _name(field: Any) -> str:
     """A field's name in a message, which must be printable."""
     return str(field) if str(field).isprintable() else ascii(field)
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, shortened."""
-    text = ascii(value)
-    return "null" if value is None else f"{type(value).__name__} {text if len(text) < 60 else text[:60] + '...'}"
 
 
 def _references(value: Any, check: str, where: str) -> tuple[str, ...]:
@@ -309,7 +283,7 @@ def _references(value: Any, check: str, where: str) -> tuple[str, ...]:
 
 def _reference(value: Any, where: str) -> str:
     if isinstance(value, str):
-        return _text(value, "`reference`", where)
+        return checked_text(value, f"{where}: `reference`")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as a column of numbers that are not all whole gives them
     if (
@@ -318,12 +292,8 @@ def _reference(value: Any, where: str) -> str:
         or value in (math.inf, -math.inf)
         or value != value
     ):
-        raise ValueError(f"{where}: `reference` is {_shown(value)}: write it as text, as a right answer would say it")
+        raise ValueError(f"{where}: `reference` is {shown(value)}: write it as text, as a right answer would say it")
     return str(value)
-
-
-def _turns(prompt: Prompt) -> Messages:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _split_of(words: str, shares: Mapping[str, int]) -> str:
@@ -338,5 +308,5 @@ def _split_of(words: str, shares: Mapping[str, int]) -> str:
 
 def _words(prompt: Prompt) -> str:
     """What is said, however it is spaced, capitalised and encoded."""
-    texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in _turns(prompt)]
+    texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in as_messages(prompt)]
     return "\n".join(" ".join(text.split()) for text in texts)

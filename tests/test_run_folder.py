@@ -1,0 +1,414 @@
+"""What a run folder knows by content: its inputs, its outputs, what is its own, and how each stage was made."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from safetensors import SafetensorError
+
+from tests.conftest import MODELS, wait_for
+from train.__main__ import main as train
+from train.command import advice_for
+from train.digests import Digests
+from train.recipe import RecipeError, load_recipe
+from train.run import KEPT, Run
+from train.secrets import without_secrets
+
+QUICK = "recipes/quickstart.yaml"
+LISTS = [
+    "list : #1 fig rome 4 ; #2 tea oslo 7 .",
+    "list : #1 jam paris 2 .",
+    "list : #1 egg lima 9 .",
+    "the fig",
+    "tea",
+]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Words of a recipe whose models and rows are copies, to be changed."""
+    for role in ("target", "draft"):
+        shutil.copytree(MODELS / f"ledger-{role}", tmp_path / role)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": prompt, "split": "answers"}) + "\n" for prompt in LISTS))
+    words = [
+        f"target={tmp_path / 'target'}",
+        f"draft={tmp_path / 'draft'}",
+        f"task={rows}",
+        f"runs={tmp_path / 'runs'}",
+    ]
+    return [*words, "stages=[answers,distill,rollouts,verifier]", "engine.max_new_tokens=60"]
+
+
+def finish(run, *stages):
+    for stage in stages:
+        with run.stage(stage) as folder:
+            Dataset.from_list([{"stage": stage}]).save_to_disk(folder)
+            (folder / "notes.json").write_text(stage)
+
+
+def done(words, *more):
+    run = Run(load_recipe(QUICK, [*words, *more]))
+    return [stage for stage in ("answers", "distill", "rollouts", "verifier") if run.is_done(stage)]
+
+
+ALL = ["answers", "distill", "rollouts", "verifier"]
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        ("nothing", ALL),
+        ("a row in front", []),
+        ("a row's reference", []),
+        ("a blank line", ALL),
+        ("the target, in place", []),
+        ("the draft, in place", ["answers"]),
+        ("the target's chat template", []),
+        ("the target's README", ALL),
+        ("the target's place", ALL),
+    ],
+)
+def test_data_and_models_are_known_by_content(copied, tmp_path, change, left):
+    finish(Run(load_recipe(QUICK, copied)), *ALL)
+    assert done(copied) == ALL
+    rows, target = tmp_path / "rows.jsonl", tmp_path / "target"
+    text = rows.read_text()
+    if change == "a row in front":
+        rows.write_text(json.dumps({"prompt": "fig", "split": "answers"}) + "\n" + text)
+    if change == "a row's reference":
+        rows.write_text("".join(json.dumps(json.loads(row) | {"reference": "4"}) + "\n" for row in text.splitlines()))
+    if change == "a blank line":
+        rows.write_text("\n" + text)
+    if "in place" in change:
+        weights = tmp_path / change.split()[1].strip(",") / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    if change == "the target's chat template":
+        (target / "chat_template.jinja").write_text("{{ messages }}")
+    if change == "the target's README":
+        (target / "README.md").write_text("new words")
+    if change == "the target's place":
+        target.rename(tmp_path / "moved")
+        copied = [word.replace(str(target), str(tmp_path / "moved")) for word in copied]
+    assert done(copied) == left
+
+
+@pytest.mark.parametrize(
+    ("word", "left"),
+    [
+        ("engine.target_options={quantization_config: {load_in_8bit: true}}", []),
+        ("engine.target_options={device_map: auto}", ALL),  # says where it lies, not what it is
+        ("engine.horizon=16", ["answers", "distill"]),
+        ("engine.policy=longest", ["answers", "distill", "rollouts"]),
+        ("segments=line", ["answers", "distill"]),
+        ("data.check=equal", []),
+        ("eval.prompts=3", ALL),
+        ("answers.batch_size=2", ALL),  # how it runs, not what comes out
+        ("rollouts.batch_size=2", ALL),
+    ],
+)
+def test_settings_count_where_a_stage_depends_on_them(copied, word, left):
+    finish(Run(load_recipe(QUICK, copied)), *ALL)
+    assert done(copied, word) == left
+
+
+def test_another_outcome_of_an_earlier_stage_runs_the_later_ones(copied):
+    run = Run(load_recipe(QUICK, copied))
+    finish(run, *ALL)
+    shutil.rmtree(run.path("answers"))
+    finish(run, "answers")  # the same once more
+    assert done(copied) == ALL
+    shutil.rmtree(run.path("answers"))
+    with run.stage("answers") as folder:
+        Dataset.from_list([{"stage": "other"}]).save_to_disk(folder)
+    assert done(copied) == ["answers"]
+
+
+def test_a_stage_whose_inputs_are_not_there_is_refused(copied, capsys):
+    assert train([QUICK, "distill", *copied]) == 2
+    assert "the stage 'distill' reads what 'answers' writes, and that has not run" in capsys.readouterr().err
+    finish(Run(load_recipe(QUICK, copied)), "answers", "distill")
+    assert train([QUICK, "distill", *copied, "answers.prompts=3"]) == 2
+    assert "reads what 'answers' writes" in capsys.readouterr().err
+
+
+def test_another_server_or_batch_keeps_what_is_answered(copied):
+    """As the advice says: lower the batch size, mend the server's address; what is answered is kept."""
+
+    def killed(*words):
+        with Run(load_recipe(QUICK, [*copied, *words])).stage("answers") as folder:
+            seen = (folder / KEPT / "rows").exists()
+            (folder / KEPT / "rows").write_text("some")
+            raise KeyboardInterrupt(seen)
+
+    server = "answers.server={url: 'http://a/v1', model: big}"
+    for words, kept in (
+        ([server], False),
+        (["answers.server={url: 'http://b/v1', model: big, concurrency: 3, retries: 1}"], True),
+        ([server, "answers.prompts=3"], True),
+        (["answers.server={url: 'http://b/v1', model: other}"], False),
+        ([], False),
+        (["answers.batch_size=1"], True),
+    ):
+        with pytest.raises(KeyboardInterrupt) as found:
+            killed(*words)
+        assert found.value.args == (kept,), words
+
+
+def test_rows_are_kept_by_their_prompts(copied, tmp_path):
+    """Killed after two answers; then a line comes in front of the file: no prompt gets another one's answer."""
+    words = [QUICK, "answers", *copied, "answers.batch_size=1"]
+    command = [sys.executable, "-m", "train", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    part = tmp_path / "runs" / "quickstart" / ".answers.part"
+    lines = lambda: [line for file in part.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    wait_for(lambda: len(lines()) >= 2, process)
+    process.kill()
+    process.communicate()
+    kept = lines()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "list : #1 pear genoa 3 .", "split": "answers"}) + "\n" + rows.read_text())
+    assert train(words) == 0
+    found = load_from_disk(tmp_path / "runs" / "quickstart" / "answers").to_list()
+    rejected = (tmp_path / "runs" / "quickstart" / "answers" / "rejected.jsonl").read_text().splitlines()
+    answers = {row["prompt"]: row["answer"] for row in [*found, *map(json.loads, rejected)]}
+    fresh = [word.replace(str(tmp_path / "runs"), str(tmp_path / "fresh")) for word in words]
+    assert train(fresh) == 0
+    again = load_from_disk(tmp_path / "fresh" / "quickstart" / "answers").to_list()
+    assert {row["prompt"]: row["answer"] for row in again}.items() <= answers.items()
+    assert len(answers) == len(LISTS) + 1
+    assert len(kept) >= 2
+
+
+def test_every_stage_leaves_a_record_that_stays(copied, monkeypatch):
+    finish(Run(load_recipe(QUICK, copied)), "answers", "distill")
+    monkeypatch.setattr(sys, "argv", ["train", QUICK, "answers.prompts=7"])
+    finish(Run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
+    monkeypatch.setattr(sys, "argv", ["eval", QUICK, "eval.prompts=5"])
+    run = Run(load_recipe(QUICK, [*copied, "eval.prompts=5"]))
+    run.record("eval", 3.0, {"methods": []})
+    record = json.loads((run.folder / "provenance.json").read_text())
+    assert [old["stage"] for old in record["history"]] == ["answers"]
+    assert set(record["stages"]) == {"answers", "distill", "eval"}
+    assert record["stages"]["answers"]["argv"] == ["train", QUICK, "answers.prompts=7"]
+    assert record["stages"]["answers"]["recipe"]["answers"]["prompts"] == 7
+    assert record["history"][0]["recipe"]["answers"]["prompts"] == 350
+    assert record["stages"]["eval"]["recipe"]["eval"]["prompts"] == 5
+    assert {"target", "prompts"} <= set(record["stages"]["answers"]["read"])
+    assert "notes.json" in record["stages"]["answers"]["wrote"]
+    kept = load_recipe(run.folder / "recipe.yaml")  # of the last stage, not of an evaluation
+    assert (kept.answers.prompts, kept.eval.prompts) == (7, 50)
+
+
+def test_what_is_not_the_runs_own_is_not_deleted(copied, tmp_path):
+    folder = tmp_path / "runs" / "quickstart"
+    (folder / "answers").mkdir(parents=True)
+    (folder / "answers" / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="holds answers and no provenance.json, so it is not a run's folder"):
+        Run(load_recipe(QUICK, copied))
+    assert (folder / "answers" / "thesis.txt").read_text() == "mine"
+    shutil.rmtree(folder)
+    run = Run(load_recipe(QUICK, copied))
+    finish(run, "answers")
+    (folder / "answers" / "thesis.txt").write_text("mine")
+    assert done(copied) == ["answers"]  # it disturbs nobody, until the folder is to be written anew
+    with pytest.raises(RecipeError, match=r"holds thesis.txt, which no stage of this run wrote"):
+        finish(Run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
+    (folder / "distill").write_text("a file")
+    assert (folder / "answers" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("at", ["train.files.Path.rename", "train.run.Run.record", "train.run.shutil.rmtree"])
+@pytest.mark.parametrize("before", [False, True])
+def test_killed_while_a_stage_takes_its_place_nothing_is_lost(copied, monkeypatch, at, before):
+    """Neither what was there before nor what the stage has made; and the next start does not refuse its own files."""
+    if before:
+        finish(Run(load_recipe(QUICK, copied)), "answers")
+    words = [*copied, "engine.max_new_tokens=50"]
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    run = Run(load_recipe(QUICK, words))
+
+    def kill_at_the_end():
+        with run.stage("answers") as folder:
+            Dataset.from_list([{"stage": "answers"}]).save_to_disk(folder)
+            (folder / KEPT / "rows").write_text("some")
+            monkeypatch.setattr(at, killed)
+
+    with pytest.raises(KeyboardInterrupt):
+        kill_at_the_end()
+    monkeypatch.undo()
+    run._held.release()
+    run = Run(load_recipe(QUICK, words))
+    if not run.is_done("answers"):
+        with run.stage("answers") as folder:
+            assert (folder / KEPT / "rows").read_text() == "some"
+            Dataset.from_list([{"stage": "answers"}]).save_to_disk(folder)
+    assert run.is_done("answers")
+    run.check_outputs()
+    assert load_from_disk(run.path("answers")).to_list() == [{"stage": "answers"}]
+    assert not (run.path("answers") / KEPT).exists()
+    assert sorted(path.name for path in run.folder.iterdir() if not path.name.startswith(".")) == [
+        "answers",
+        "provenance.json",
+        "recipe.yaml",
+    ]
+
+
+def test_killed_as_it_begins_a_run_begins_again(copied, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for step in ("train.run.Run._lock", "train.run.write_text", "train.run.Run._write_recipe"):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                Run(load_recipe(QUICK, copied))
+    assert not Run(load_recipe(QUICK, copied)).is_done("answers")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"stages": []}', '{"stages": {"answers": 3}}', "\xff"])
+def test_a_damaged_record_is_named(copied, content):
+    run = Run(load_recipe(QUICK, copied))
+    (run.folder / "provenance.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(RecipeError, match="provenance.json is damaged .* restore it, or move the folder"):
+        Run(load_recipe(QUICK, copied))
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "missing", "folder empty", "state.json", "changed"])
+def test_damage_to_what_a_stage_wrote_is_found_before_it_is_used(copied, damage, capsys):
+    run = Run(load_recipe(QUICK, copied))
+    finish(run, "answers")
+    arrow = next(run.path("answers").glob("*.arrow"))
+    data = arrow.read_bytes()
+    if damage == "folder empty":
+        shutil.rmtree(run.path("answers"))
+        run.path("answers").mkdir()
+    elif damage == "state.json":
+        (run.path("answers") / "state.json").unlink()
+    elif damage == "missing":
+        arrow.unlink()
+    else:
+        arrow.write_bytes({"cut": data[:-9], "emptied": b"", "changed": data[:-9] + bytes(9)}[damage])
+    assert train([QUICK, "answers", "distill", *copied]) == 2
+    said = capsys.readouterr().err
+    assert str(run.path("answers")) in said
+    assert "delete the folder" in said
+    assert "the stage runs again" in said
+    with pytest.raises(RecipeError, match="is damaged|is missing"):
+        Run(load_recipe(QUICK, copied)).check_outputs()
+    shutil.rmtree(run.path("answers"))  # as it says
+    assert done(copied) == []
+
+
+def test_files_have_the_rights_that_the_umask_allows(copied):
+    run, before = Run(load_recipe(QUICK, copied)), os.umask(0o027)
+    try:
+        with run.stage("answers") as folder:
+            (folder / "weights").touch(mode=0o600)  # as some libraries write them
+            (folder / "notes").touch(mode=0o666)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in run.path("answers").iterdir()} == {0o640}
+
+
+def test_large_files_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.digests.LARGE", 4)
+    file = tmp_path / "weights"
+    file.write_bytes(b"12345678")
+    first = Digests(tmp_path / "index").of_file(file)
+    reads = []
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: reads.append(1))
+    assert Digests(tmp_path / "index").of_file(file) == first
+    assert not reads
+    monkeypatch.undo()
+    file.write_bytes(b"12345679")
+    os.utime(file, (1, 1))
+    assert Digests(tmp_path / "index").of_file(file) != first
+    (tmp_path / "index").write_text("broken")
+    assert Digests(tmp_path / "index").of_file(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("answers.server.url=https://me:sesame@host/v1", "answers.server.url=https://[redacted]@host/v1"),
+        ({"url": "http://sesame@host"}, {"url": "http://[redacted]@host"}),
+        ({"token": "sesame"}, {"token": "[redacted]"}),
+        ({"HF_TOKEN": "sesame"}, {"HF_TOKEN": "[redacted]"}),
+        ({"wandb_key": "sesame"}, {"wandb_key": "[redacted]"}),
+        ({"hub_token": "sesame", "eos_token": "</s>"}, {"hub_token": "[redacted]", "eos_token": "</s>"}),
+        ("runs=/data/hf_checkpoints/llama", "runs=/data/hf_checkpoints/llama"),
+        ("target=org/sk-learning-small", "target=org/sk-learning-small"),
+        ({"key_variable": "MY_KEY"}, {"key_variable": "MY_KEY"}),
+        (
+            "engine.target_options={token: sesame, revision: a}",
+            "engine.target_options={token: [redacted], revision: a}",
+        ),
+        ("OPENAI_API_KEY=sesame", "OPENAI_API_KEY=[redacted]"),
+        (["a", "github_pat_11ABCDEFG0123abcdefgh"], ["a", "[redacted]"]),
+        ("answers.server.url=http://me:p@sesame@host/v1", "answers.server.url=http://[redacted]@host/v1"),
+        ({"url": "http://host/v1?api_key=sesame&v=1"}, {"url": "http://host/v1?api_key=[redacted]&v=1"}),
+        ('engine.target_options={"token": "open sesame"}', 'engine.target_options={"token": [redacted]}'),
+        ("--token=sesame", "--token=[redacted]"),
+        ({"x-api-key": "sesame", "pwd": "sesame"}, {"x-api-key": "[redacted]", "pwd": "[redacted]"}),
+        ({"header": "Bearer sesame"}, {"header": "Bearer [redacted]"}),
+        ({"target": "models/hf_llama3_tuned1", "task": "data/sk-slovak-reviews.jsonl"},) * 2,
+        ({"password": "sesame", "n": 3}, {"password": "[redacted]", "n": 3}),
+        ("data.system=Say the token: no", "data.system=Say the token: [redacted]"),  # rather one too many
+        ({"system": "Say the token: no"}, {"system": "Say the token: no"}),
+    ],
+)
+def test_secrets_are_blotted_out_wherever_they_stand(given, written):
+    assert without_secrets(copy.deepcopy(given)) == written
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0: No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_told_in_whatever_words_a_library_meets_it(error, tmp_path):
+    assert advice_for(error, tmp_path).startswith("The disk is full")
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = error
+    assert advice_for(wrapped, tmp_path).startswith("The disk is full")
+    assert advice_for(ValueError("a bug"), tmp_path) is None
+
+
+def test_a_disk_without_room_is_why_a_write_fails(tmp_path, monkeypatch):
+    nothing_said = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    assert advice_for(nothing_said, tmp_path) is None
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 0))
+    assert advice_for(nothing_said, tmp_path).startswith("The disk is full")
+    assert advice_for(torch.OutOfMemoryError(), tmp_path).startswith(("The disk", "Memory"))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_stage_as_ctrl_c_does(copied, tmp_path):
+    words = [sys.executable, "-m", "train", QUICK, "answers", *copied, "answers.batch_size=1"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any((tmp_path / "runs").rglob(f"{KEPT}/*.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    if process.returncode != 0:  # it may have been faster
+        assert process.returncode == 130
+        assert "stopped: what is finished is kept" in error
+    started = time.time()
+    assert train([QUICK, "answers", *copied]) == 0
+    assert time.time() - started < 120
