@@ -267,6 +267,21 @@ def test_killed_while_a_stage_takes_its_place_nothing_is_lost(copied, monkeypatc
     ]
 
 
+def test_killed_before_its_record_a_stage_is_the_runs_own_for_another_recipe_too(copied, monkeypatch):
+    """What it wrote stands in no record, and the next start, which writes it anew, must not take it for foreign."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.run.Run.record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(Run(load_recipe(QUICK, copied)), "answers")
+    words = [*copied, "engine.max_new_tokens=50"]
+    finish(Run(load_recipe(QUICK, words)), "answers")
+    assert done(words) == ["answers"]
+
+
 def test_killed_as_it_begins_a_run_begins_again(copied, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt

@@ -81,8 +81,8 @@ def test_abandoned_streams_give_their_rows_back(engine):
     assert [reader.cache.window.rows for reader in engine.readers.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_call_that_fails_gives_its_rows_back(engine, monkeypatch, batch_size):
+@pytest.mark.parametrize(("prompts", "batch_size"), [(PROMPTS, 1), (PROMPTS, 4), (PROMPT, 1)])
+def test_a_call_that_fails_gives_its_rows_back(engine, monkeypatch, prompts, batch_size):
     """Even while its traceback, and with it every frame of the call, is kept."""
     forward, calls = type(engine.readers["target"]).forward, []
 
@@ -94,7 +94,7 @@ def test_a_call_that_fails_gives_its_rows_back(engine, monkeypatch, batch_size):
 
     monkeypatch.setattr(type(engine.readers["target"]), "forward", failing)
     with pytest.raises(KeyboardInterrupt) as kept:
-        engine.generate(PROMPTS, 24, threshold=0.05, batch_size=batch_size)
+        engine.generate(prompts, 24, threshold=0.05, batch_size=batch_size)
     assert rows_in_use(engine) == [0, 0]
     assert kept.tb is not None
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The run folder: resolved recipe, provenance, which stages are done, progress.
+"""The run folder: resolved recipe, provenance, and which stages are done.
 
 A stage writes into a temporary folder that takes its final name when it is whole, so a stage killed at any moment
 leaves nothing half-written; the next start of the same recipe finds what it kept there and continues. A stage is
@@ -45,7 +45,7 @@ FOLDERS = {
 BEGINNING = {".lock", ".provenance.json.part"}  # what a start may leave that is killed as it begins
 UNREAD = {".md", ".html"}  # files of a stage that are for people alone
 CACHED = "cache-*.arrow"  # what the library `datasets` leaves beside a data set that it has worked on
-KEPT = ".kept"  # in a stage's scratch folder: what it goes on from where it was killed
+KEPT = ".kept"  # in a stage's scratch folder: what it resumes from where it was killed
 
 
 class Run:
