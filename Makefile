@@ -2,6 +2,8 @@
 # make test         the tests that take minutes together
 # make slow         those that take longer: the whole chain, kills, two processes, real models
 # make lint         formatting, lint, types
+# make gpu          what only a GPU can show, in nine minutes: a table, and a JSON file in OUT (docs/results)
+# make results      docs/results.md out of the files in docs/results
 # Each sets up .venv by itself, once. With COVER=1 both kinds of tests take half as long again, and tell what of the code
 # they run, and fail where that is too little.
 
@@ -12,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint gpu results clean
 
 quickstart: .venv/run.stamp
 	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
@@ -28,6 +30,14 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# straight from the sources, with the Python at hand where nothing is installed here
+OUT ?= docs/results
+gpu:
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m eval.bench gpu --out $(OUT) $(if $(RUN),--run $(RUN))
+
+results: .venv/run.stamp
+	$(BIN)/python -m eval.results
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

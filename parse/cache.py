@@ -114,6 +114,7 @@ class PrefixCache(Cache):
         self.window = Window(rows, slice(0, 1), [0])
         self.lengths = [0] * rows
         self._buffers: list[tuple[Tensor, Tensor]] = []  # what `buffers` gave last
+        self.recorded: dict[Any, Any] = {}  # what whoever runs passes keeps for as long as the buffers stay
         make = partial(PrefixLayer, self.window)
         super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], make))
 
@@ -163,6 +164,7 @@ class PrefixCache(Cache):
             for layer in layers:
                 layer.grow(rows, tokens)
             self._buffers = [layer.buffers for layer in layers]
+            self.recorded.clear()
         return self._buffers
 
     def states(self, row: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -181,17 +183,17 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, buffers: tuple[Tensor, Tensor], rows: Tensor | None, at: Tensor, keys: int) -> None:
+    def __init__(self, buffers: tuple[Tensor, Tensor], rows: Tensor | None, at: Tensor, key: Tensor) -> None:
         """Set up.
 
         Args:
             buffers: keys and values [rows, heads, capacity, D].
             rows: int64 [B], each text's row; None: the first B.
             at: int64 [B, T], the position in its row that each new token takes.
-            keys: P, how many to read.
+            key: int64 [P], 0 to P - 1: how many to read.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.buffers, self.rows, self.at, self.read, self.is_initialized = buffers, rows, at, keys, True
+        self.buffers, self.rows, self.at, self.key, self.is_initialized = buffers, rows, at, key, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do."""
@@ -202,7 +204,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[rows[:, None], :, self.at] = states.transpose(1, 2)  # [B, T, heads, D]
         chosen = slice(len(rows)) if self.rows is None else rows
-        keys, values = (buffer[:, :, : self.read][chosen] for buffer in self.buffers)
+        keys, values = (buffer[:, :, : self.key.shape[0]][chosen] for buffer in self.buffers)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -215,4 +217,4 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The keys that are read, and the first one's position."""
-        return self.read, 0
+        return self.key.shape[0], 0

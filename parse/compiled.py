@@ -1,17 +1,16 @@
-"""Compiled forward passes: traced as one graph over the cache's own buffers, once for each bucket of shapes.
+"""Compiled forward passes over the cache's own buffers.
 
 Where a model is small or the hardware fast, most of a decoding step is Python and the start of kernels, not
-arithmetic. A compiled step has neither, but costs seconds to minutes to make: it is made once a bucket of shapes,
-kept on disk (in torch's own folder, TORCHINDUCTOR_CACHE_DIR), and only once the same step has taken `patience`
-seconds without it. Where it pays:
+arithmetic. A compiled step has neither, but costs seconds to minutes to make: it is kept on disk (in torch's own
+folder, TORCHINDUCTOR_CACHE_DIR), and made only once such steps have taken `patience` seconds without. Where it pays:
 
     on a CPU   models up to `LARGEST` bytes: larger ones are bound by memory and take the same time. Decoding
                steps, a bucket a count of texts, and wide passes, of any size in one graph. Wide passes of models of
                `DEEP` layers or more are made layer by layer, half a minute: a quarter to two fifths less time. Those
                of fewer layers are made whole, as quickly: a short pass of two layers takes a fifth of its time. Their
                steps compute attention in loops, see `_attention_in_loops`.
-    on a GPU   decoding steps, replayed as a CUDA graph, a bucket a count of texts and a length of the cache; and
-               wide passes (prompts, packed passes), of any width, length and count in one graph.
+    on a GPU   always, see `parse.graphs`: decoding steps, as a CUDA graph a bucket, which is a count of texts and
+               keys; and wide passes (prompts, packed passes).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parse.ahead import ANY, Run, layered, library, trace
 from parse.cache import BufferLayer, PrefixCache
+from parse.graphs import CompiledLayers, recorded
 from parse.layout import integers, sight, visible
 from parse.linear import few_rows, linears
 from parse.locks import others_idle
@@ -49,6 +49,7 @@ PATIENCE = 20.0  # seconds
 LARGEST = 200 * 2**20  # bytes of weights
 DEEP = 8  # layers: of so many the same code is better run again and again than made into one piece
 WIDE: Shape = (0, 0)  # a pass of more than one token a text
+STEP: Shape = (1, 0)
 _KEYS = 64  # keys are a multiple of it, and on a GPU four times a power of two of it
 
 
@@ -79,41 +80,54 @@ class Compiled:
         """
         self.model, self.patience, self.device = model, patience, model.device
         self._forward = partial(forward, width=width)
-        self.graph = self.device.type != "cpu"
+        self.graph = self.device.type == "cuda"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
         split = is_distributed(model)  # each of its processes would compile at a moment of its own
-        pays = not spread and not split and (self.graph or weights <= LARGEST)
+        small = self.device.type == "cpu" and weights <= LARGEST
+        pays = not spread and not split and (self.graph or small)
         self._deep = model.config.num_hidden_layers >= DEEP
-        self.pays = {"steps": pays, "wide": pays}
-        self._graphs: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
+        # FlexAttention compiles a kernel of its own for wide passes; steps take dense masks all the same
+        by_blocks = self.graph and model.config._attn_implementation == FLEX
+        self.pays = {"steps": pays, "wide": pays and not by_blocks}
+        self.kept: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
+        self._layers = CompiledLayers(model, backend)
+        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
+        self._said: set[tuple[Any, ...]] = set()  # what was compiled with a word
         self._key = torch.arange(0)  # [P], or longer: of the longest text so far
         self._linears = linears(model)
         self._backend = backend
 
     def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
-        """A graph for passes like this one. A step's has no guards: it is looked up by all that it is made for."""
+        """A graph for passes like this one: it is looked up by all that it is made for."""
         numbers, _, _, buffers, keep, with_states = arguments
-        if not self.graph and keep is None:
+        if self.graph:
+            return self._wide_by_layers if keep is not None else self._record(arguments)
+        if keep is None:
             return self._compile_step(numbers.shape[1], buffers, with_states)
-        if not self.graph:
-            return self._compile_wide(buffers)
-        model = self.model
-        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-        if keep is not None:
-            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # weights do not change
-        elif self._backend == "inductor":
-            options["triton.cudagraphs"] = True
-        return torch.compile(  # type: ignore[call-overload, no-any-return]
-            lambda *arguments: self._forward(model, *arguments),
-            fullgraph=True,
-            dynamic=False,  # but for what is marked
-            backend=self._backend,
-            options=options,
-            isolate_recompiles=True,  # without guards another model's graph would be taken for this one's
-            recompile_limit=256,
-        )
+        return self._compile_wide(buffers)
+
+    def _wide_by_layers(self, *arguments: Any) -> Read:
+        """A wide pass on a GPU."""
+        with self._layers.running(wide=True):
+            return self._forward(self.model, *arguments)
+
+    def _record(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
+        """A step on a GPU, replayed for as long as the buffers stay where they are."""
+
+        def run(numbers: Tensor) -> list[Tensor]:
+            with self._layers.running(wide=False):
+                logits, states, following = self._forward(self.model, numbers, *arguments[1:])
+            return [cast(Tensor, following), logits, *states]
+
+        replay = recorded(run, arguments[0], self._pool)
+
+        def step(numbers: Tensor, *_: Any) -> Read:
+            following, logits, *states = replay(numbers)
+            return Read(logits, tuple(states), following)
+
+        return step
 
     def _compile_step(self, texts: int, buffers: Buffers, with_states: bool) -> Callable[..., Read]:
         """Steps on a CPU as one library, for any number of keys and rows."""
@@ -190,11 +204,15 @@ class Compiled:
 
     def is_due(self, shape: Shape) -> bool:
         """Whether passes of this shape are compiled, or have waited long enough to be."""
-        return self._waited[shape] >= self.patience
+        return self._waited[self._kind(shape)] >= self.patience
 
     def waited(self, shape: Shape, seconds: float) -> None:
         """Count the time that passes of this shape have taken without."""
-        self._waited[shape] += seconds
+        self._waited[self._kind(shape)] += seconds
+
+    def _kind(self, shape: Shape) -> Shape:
+        """The shapes that are compiled together: on a GPU all steps."""
+        return STEP if self.graph and shape != WIDE else shape
 
     def __call__(
         self,
@@ -218,8 +236,17 @@ class Compiled:
         keep = None if shape != WIDE else integers(kept).to(self.device)  # [M]
         places = None if rows is None else integers(rows).to(self.device)  # [B]
         arguments = numbers.to(self.device), places, key, buffers, keep, with_states
-        graph = self._graphs.get(made := self._made(shape, arguments))
-        return self._first(made, arguments) if graph is None else self.run(graph, arguments)
+        graphs, made = self._graphs_of(shape, cache), self._made(shape, arguments)
+        if (graph := graphs.get(made)) is not None:
+            return self.run(graph, arguments)
+        graph, output = self._first(arguments)
+        if graph is not None:
+            graphs[made] = graph
+        return output
+
+    def _graphs_of(self, shape: Shape, cache: PrefixCache) -> dict[Any, Callable[..., Read]]:
+        """The graphs that there are; those of steps on a GPU hold the places of a cache's buffers."""
+        return cache.recorded if self.graph and shape != WIDE else self.kept
 
     def follow(
         self, numbers: Tensor, rows: Sequence[int], cache: PrefixCache, take: Callable[[Sequence[int]], bool]
@@ -238,7 +265,7 @@ class Compiled:
         shape = self.shape(max(rows) + 1, 1, longest)
         assert shape is not None
         key, buffers = self._held(shape, longest, cache)  # [P], a pair a layer
-        graph = self._graphs.get(self._made(shape, (numbers, None, key, buffers, None, False)))
+        graph = self._graphs_of(shape, cache).get(self._made(shape, (numbers, None, key, buffers, None, False)))
         if graph is None:
             return None
         for _ in range(len(key) - max(cache.lengths[row] for row in rows)):
@@ -260,59 +287,56 @@ class Compiled:
 
     def _made(self, shape: Shape, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """All that a graph is made for."""
-        numbers, _, _, buffers, keep, with_states = arguments
+        with_states = arguments[5]
         if not self.graph:
             return shape, with_states and shape != WIDE, torch.get_num_threads()
-        held = buffers[0][0].shape
         if shape != WIDE:
-            return shape, with_states, held
-        return shape, with_states, len(keep) == 1, numbers.shape[1] == 1, held[0] == 1  # one, or any other number
+            return shape, with_states
+        return self._form(arguments)
 
-    def _first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
-        """A pass that has to be compiled; None, for now, while another thread uses a model."""
+    def _form(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What layers are compiled for: sizes of one, or any other."""
+        numbers, _, _, buffers, keep, _ = arguments
+        return keep is None, numbers.shape[1] == 1, buffers[0][0].shape[0] == 1
+
+    def _first(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., Read] | None, Read | None]:
+        """A pass that has to be compiled, and its output; None, for now, while another thread uses a model."""
         with others_idle() as idle:
-            return self._compile_first(made, arguments) if idle else None
+            return self._compile_first(arguments) if idle else (None, None)
 
-    def _compile_first(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Read | None:
-        """Compile a pass: say what takes so long, and what may change and what stays where it is."""
-        numbers, places, key, buffers, keep, with_states = arguments
+    def _compile_first(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., Read] | None, Read | None]:
+        """Compile a pass, and say what takes so long."""
+        numbers, _, _, _, keep, _ = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
         texts = "one text" if numbers.shape[1] == 1 else f"{numbers.shape[1]} texts"
         what = f"{'wide passes' if keep is not None else f'decoding steps of {texts}'} of {name}"
-        advice = "a minute or more, once: it is kept on disk"
-        print(f"compiling {what} ({advice}) ...", file=sys.stderr, flush=True)
+        quick = self.graph and self._form(arguments) in self._said
         started = perf_counter()
-        if keep is not None and self.graph:
-            numbers, places, keep = _of_any_size(numbers, 1, 2), _of_any_size(places, 0), _of_any_size(keep, 0)
-            key, buffers = _of_any_size(key, 0), [(_of_any_size(k, 0, 2), _of_any_size(v, 0, 2)) for k, v in buffers]
-        elif self.graph:
-            for buffer in chain.from_iterable(buffers):
-                torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
+        if not quick:
+            advice = f"{'seconds' if self.graph else 'a minute or more'}, once: it is kept on disk"
+            print(f"compiling {what} ({advice}) ...", file=sys.stderr, flush=True)
+        step = keep is None
+        in_loops = step and not self.graph and not self._deep
+        attention = _attention_in_loops() if in_loops else nullcontext()
         try:
-            arguments = numbers, places, key, buffers, keep, with_states
-            step = keep is None
-            in_loops = step and not self.graph and not self._deep
-            attention = _attention_in_loops() if in_loops else nullcontext()
-            with few_rows(self._linears if step else []), attention:
+            with few_rows([] if self.graph or not step else self._linears), attention:
                 graph = self._compile(arguments)
                 output = self.run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise
-            self.pays["steps" if keep is None else "wide"] = False
+            self.pays["steps" if step else "wide"] = False
             reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(
                 f"{name} cannot be compiled here and runs without: {type(error).__name__}: {reason}", stacklevel=2
             )
-            return None
-        print(f"... compiled {what} in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        self._graphs[made] = graph
-        return output
+            return None, None
+        if not quick:
+            print(f"... compiled {what} in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            self._said.add(self._form(arguments))
+        return graph, output
 
     def run(self, graph: Callable[..., Read], arguments: tuple[Any, ...]) -> Read:
         """One pass; the arguments are `forward`'s, but for the model."""
-        logits, states, following = read = graph(*arguments)
-        if self.graph and following is not None:  # out of the memory that the CUDA graph's next replay writes over
-            return Read(logits.clone(), tuple(state.clone() for state in states), following.clone())
-        return read
+        return graph(*arguments)
 
 
 @contextmanager
@@ -356,13 +380,6 @@ def _pairs(held: Sequence[Tensor]) -> Buffers:
     return list(zip(held[::2], held[1::2], strict=True))
 
 
-def _of_any_size(tensor: Tensor, *dimensions: int) -> Tensor:
-    """The tensor, seen so that a graph takes any size of these dimensions; a size of one is special, and stays."""
-    view = tensor.view_as(tensor)  # the mark is for this pass alone
-    torch._dynamo.mark_dynamic(view, [d for d in dimensions if view.shape[d] > 1])
-    return view
-
-
 def forward(
     model: PreTrainedModel,
     numbers: Tensor,
@@ -391,7 +408,7 @@ def forward(
         input_ids=ids,
         position_ids=positions,
         attention_mask=masks(model, limit, own, at, positions, keys=key.shape[0]),
-        past_key_values=Cache(layers=[BufferLayer(pair, rows, at, key.shape[0]) for pair in buffers]),
+        past_key_values=Cache(layers=[BufferLayer(pair, rows, at, key) for pair in buffers]),
         use_cache=True,
         output_hidden_states=with_states,
         logits_to_keep=1 if keep is None else keep,

@@ -94,7 +94,7 @@ def load_model(
         loaded.eval()  # type: ignore[no-untyped-call]
         if attention:
             loaded.set_attn_implementation(attention)
-        return loaded
+        return _heeding_softcap(loaded)
     if not Path(source).is_dir() and not HUB_ID.fullmatch(str(source)):
         raise ValueError(f"{source} is not a folder here; give the folder of a model, or a hub id such as org/name")
     if (adapter := Path(source) / "adapter_config.json").is_file():
@@ -109,7 +109,19 @@ def load_model(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = whole_model(source, dtype=dtype, attn_implementation=attention, **{**options, **finding(options)})
     placed = PLACING & options.keys()
-    return cast(PreTrainedModel, (model if placed else model.to(device)).eval())  # type: ignore[arg-type]
+    return _heeding_softcap(cast(PreTrainedModel, (model if placed else model.to(device)).eval()))  # type: ignore[arg-type]
+
+
+def _heeding_softcap(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; where it bounds its scores, by an attention that does so too (`transformers` 5.17 takes another)."""
+    if softcap_of(model) and model.config._attn_implementation == SDPA:
+        model.set_attn_implementation("eager")
+    return model
+
+
+def softcap_of(model: PreTrainedModel) -> float | None:
+    """What a model bounds its attention's scores by, as Gemma 2 does; PyTorch's own attention cannot."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def whole_model(source: str | Path, **options: Any) -> PreTrainedModel:
@@ -302,8 +314,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
 # the packed pass costs 1.03 times a causal pass of as many tokens, so there is next to nothing to gain: sharing the
 # prefix keys and merging by log-sum-exp took 0.92 to 0.97 times as long, of attention's tenth of the pass.
 # "flex" leaves out whole blocks that nobody sees, on a GPU and for long drafts; on a CPU it is slow.
-FLEX = "flex_attention"
-ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": FLEX}
+FLEX, SDPA = "flex_attention", "sdpa"
+ATTENTION = {"auto": None, "sdpa": SDPA, "flex": FLEX}
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `transformers`' words
 

@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,14 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eval.bench import load_smollm2
+from eval.bench.models import load_smollm2
 from parse.trained import SEGMENT_EVIDENCE, Adapter, HazardHead, adapt, tokenizer_hash
 from train.lessons import make_tokenizer
 from train.recipe import Recipe
 from train.run import Run
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "recipes" / "models"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of tests that run on either
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -135,10 +138,10 @@ def adopt(recipe: Recipe, **found: Path | Dataset) -> None:
     with Run(recipe) as run:
         for stage, content in found.items():
             with run.stage(stage) as folder:
-                if isinstance(content, Dataset):
-                    content.save_to_disk(folder)
-                else:
+                if isinstance(content, Path):
                     shutil.copytree(content, folder, dirs_exist_ok=True)
+                else:
+                    content.save_to_disk(folder)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from eval.instruments import endless
+from eval.bench.instruments import endless
 from parse import Engine
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import check_architecture, context_length
+from parse.models import check_architecture, context_length, load_model
 from parse.passes import Pass, Reader, check_packing
 from parse.verifiers import Likelihood
+from tests.conftest import DEVICE
 from tests.test_cache import assert_same_cache
 
 BASE = {
@@ -79,7 +80,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, **others: int) -> PreTra
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **BASE | options | others)
     config.dtype = dtype
-    return AutoModelForCausalLM.from_config(config).eval()
+    return load_model(AutoModelForCausalLM.from_config(config)).to(DEVICE)
 
 
 def read(model: PreTrainedModel) -> Context:
@@ -98,8 +99,8 @@ def both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, Conte
         0
     ].logits  # [N + K, V]
     context.reader.cache.truncate(layout.past + len(DRAFT))
-    draft = model(torch.tensor([PROMPT + DRAFT])).logits[0, len(PROMPT) :]  # [N, V]
-    verdicts = [model(torch.tensor([PROMPT + DRAFT[:end] + SUFFIX])).logits[0, -1] for end in ENDS]
+    draft = model(torch.tensor([PROMPT + DRAFT], device=DEVICE)).logits[0, len(PROMPT) :]  # [N, V]
+    verdicts = [model(torch.tensor([PROMPT + DRAFT[:end] + SUFFIX], device=DEVICE)).logits[0, -1] for end in ENDS]
     return packed, torch.cat([draft, torch.stack(verdicts)]), context
 
 
@@ -156,7 +157,9 @@ def test_the_invariants_of_generation(name, tokenizer):
     model = make(name)
     engine = Engine(model, tokenizer, make("llama"), tokenizer, Likelihood("mean", "segment"), segments=4)
     ids = engine.encode("list : #1 fig rome 4 ; #2 apple oslo 7 .")
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=1, pad_token_id=0)
+    expected = model.generate(
+        torch.tensor([ids], device=DEVICE), max_new_tokens=20, do_sample=False, eos_token_id=1, pad_token_id=0
+    )
     expected = [token for token in expected[0, len(ids) :].tolist() if token != 1]
     settings = engine.settings(max_new_tokens=20, threshold=1.1, horizon=9)
     assert engine.generate_ids(ids, settings).token_ids == expected
@@ -170,7 +173,8 @@ def test_a_text_ends_where_rotations_change(tokenizer):
     engine = Engine(model, tokenizer)
     assert context_length(model.config) == 256 < model.config.max_position_embeddings
     ids = [5 + i * 7 % 160 for i in range(250)]
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    length = {"max_new_tokens": 6, "min_new_tokens": 6}
+    expected = model.generate(torch.tensor([ids], device=DEVICE), **length, do_sample=False, pad_token_id=0)
     with endless(engine):
         assert engine.generate_ids(ids, engine.settings(method="target")).token_ids == expected[0, 250:].tolist()
     with pytest.raises(ValueError, match="the prompt has 256 tokens and the context of the target holds 256"):

@@ -9,17 +9,18 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from eval import bench, instruments
-from eval.bench import PROMPT
-from eval.instruments import Scripted, endless, stopwatch, two_devices
-from parse import Engine
+from eval.bench import __main__ as command
+from eval.bench import engine as bench
+from eval.bench import instruments
+from eval.bench.engine import PROMPT
+from eval.bench.instruments import Scripted, ScriptedEngine, agreeing, endless, stopwatch, two_devices
 
 
 @pytest.mark.slow
 def test_the_benchmark_prints_tables_and_one_json_line(capsys, monkeypatch):
     monkeypatch.setattr(bench, "COMPILE", False)
     monkeypatch.setattr(bench, "SHAPES", ((32, 4),))
-    assert bench.main(["engine", "--models", "embedded", "--repeats", "1", "--batches", "1", "2"]) == 0
+    assert command.main(["engine", "--models", "embedded", "--repeats", "1", "--batches", "1", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = json.loads(printed[-1])["rows"]
     passes = [row for row in rows if "verify_over_prefill" in row]
@@ -43,7 +44,7 @@ def test_the_benchmark_prints_tables_and_one_json_line(capsys, monkeypatch):
 
 def test_a_script_decides_what_is_accepted(target, draft, tokenizer):
     """Answers of 32 tokens in cuts of 4, the draft wrong at 9 and 20: two repairs of 4 tokens, the rest is kept."""
-    engine = Engine(target, tokenizer, draft, tokenizer, Scripted((9, 20), [7, 8], answer=32), segments=4)
+    engine = ScriptedEngine(target, tokenizer, draft, tokenizer, Scripted((9, 20), [7, 8]), segments=4)
     with endless(engine):
         results = engine.generate([PROMPT] * 2, 32)
     for result in results:
@@ -54,10 +55,30 @@ def test_a_script_decides_what_is_accepted(target, draft, tokenizer):
         assert len(result.token_ids) == 32
 
 
+def test_a_script_shifts_what_is_wrong_from_text_to_text_and_knows_a_horizon(target, draft, tokenizer):
+    """Cuts of 4 and drafts of 8; wrong at 8, and in the text whose first token is odd 1 later: the same segment."""
+    engine = ScriptedEngine(target, tokenizer, draft, tokenizer, Scripted((7,), [7, 8], shift=1), segments=4)
+    with endless(engine):
+        for first, refused in ((30, 4), (31, 8)):  # the seventh token, or the eighth
+            settings = engine.settings(max_new_tokens=16, horizon=8)
+            result = engine.generate_ids([first, 5, 6], settings)
+            assert 4 * [segment.accepted for segment in result.segments].index(False) == refused
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_proposals_are_taken_by_a_script(target, draft, tokenizer, share):
+    engine = ScriptedEngine(target, tokenizer, draft, tokenizer, Scripted((), [7]), segments=4)
+    with endless(engine), agreeing(share), stopwatch(engine) as watch:
+        ids = engine.generate(PROMPT, 40, method="target", lookahead=4)[0].token_ids
+    assert len(ids) == 40
+    passes = len(watch.passes["target", True]) + len(watch.passes["target", False])
+    assert passes == pytest.approx({0.0: 40, 0.5: 20, 1.0: 9}[share], abs=3)  # with the prompt's
+
+
 def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, tokenizer):
     """The target's first packed pass does not begin to compute before the draft has written behind it."""
-    script = Scripted((9,), [7, 8], answer=32)
-    engine = Engine(target, tokenizer, draft, tokenizer, script, segments=4, compile=False)
+    script = Scripted((9,), [7, 8])
+    engine = ScriptedEngine(target, tokenizer, draft, tokenizer, script, segments=4, compile=False)
     engine.apart = True
     ahead, judging, threads = Event(), Event(), torch.get_num_threads()
     plain = engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids
@@ -86,14 +107,16 @@ def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, 
 def test_drafting_ahead_is_measured_by_horizon(target, draft, tokenizer, monkeypatch):
     monkeypatch.setattr(bench, "ANSWER", 32)
     monkeypatch.setattr(bench, "HORIZONS", (8,))
-    script = Scripted((9,), [7, 8], answer=32)
-    rows = list(bench.ahead_ratios(Engine(target, tokenizer, draft, tokenizer, script, 4, compile=False), repeats=1))
+    script = Scripted((9,), [7, 8])
+    rows = list(
+        bench.ahead_ratios(ScriptedEngine(target, tokenizer, draft, tokenizer, script, 4, compile=False), repeats=1)
+    )
     assert [(row["horizon"], row["kept"]) for row in rows] == [(8, "whole"), (8, "in part")]
     assert all(math.isfinite(row["waiting_over_ahead"]) for row in rows)
 
 
 def test_a_stopwatch_counts_no_second_twice(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, Scripted((37,), [7], answer=128), segments=16, compile=False)
+    engine = ScriptedEngine(target, tokenizer, draft, tokenizer, Scripted((37,), [7]), segments=16, compile=False)
     with endless(engine), stopwatch(engine) as watch:
         started = perf_counter()
         stats = engine.generate(PROMPT, 128)[0].stats

@@ -71,8 +71,8 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
     "name",
     [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES],
 )
-def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
-    """As on a GPU: no graph breaks, one graph for packed passes of any size and one for steps, equal logits."""
+def test_as_on_a_gpu_layers_are_compiled_once_on_every_architecture(name):
+    """No graph breaks, one graph a kind of layer for packed passes of any size and one for steps, equal logits."""
     model, counter = shallow(name), Counter()
     readers = compiled_reader(model, counter, True), Reader(model, frozenset([1]))
     mine, plain = (Context(reader) for reader in readers)
@@ -96,7 +96,40 @@ def test_decoding_and_verifying_are_one_graph_each_on_every_architecture(name):
         assert_same_cache(mine, plain)
         for context in (mine, plain):
             context.rollback(13)
-    assert counter.graphs == len(mine.reader.compiled._graphs) == 2
+    kinds = 2 if name == "deepseek v3" else 1  # of layers; a window is in the mask
+    assert counter.graphs == 2 * kinds  # of packed passes and of steps
+
+
+def test_as_on_a_gpu_states_are_those_of_a_plain_pass():
+    """Though a pass that was asked for them leaves hooks within the layers, which no compiler can read."""
+    model, counter = make("qwen3 moe"), Counter()
+    outputs = []
+    for reader in (compiled_reader(model, counter, True), Reader(model)):
+        reader.forward([Pass(reader, reader.open(), [5, 6])])
+        layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=2)
+        wide = reader.forward([Pass(reader, 0, layout.ids, layout, with_states=True)])[0]
+        reader.cache.truncate(2)
+        outputs.append((wide, reader.forward([Pass(reader, 0, [9], with_states=True)])[0]))
+    for mine, plain in zip(*outputs, strict=True):
+        tensors = [[output.logits, *output.states] for output in (mine, plain)]
+        torch.testing.assert_close(*tensors, atol=1e-4, rtol=1e-4)
+        assert len(mine.states) == 4
+    assert counter.graphs == 2
+
+
+def test_as_on_a_gpu_steps_of_a_model_with_flex_attention_take_dense_masks():
+    model, counter = make("qwen3"), Counter()
+    model.set_attn_implementation("flex_attention")
+    mine, plain = Context(compiled_reader(model, counter, True)), Context(Reader(make("qwen3"), frozenset([1])))
+    mine.reader.compiled.pays["wide"] = False
+    with torch.compiler.set_stance("force_eager"):
+        mine.read(list(range(5, 18)))
+    plain.read(list(range(5, 18)))
+    for context in (mine, plain):
+        context.read([7])
+    assert mine.write(5) == plain.write(5)
+    assert counter.graphs == 1
+    assert model.config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +150,10 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(shallow_pair, tok
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
     assert counters["draft"].graphs
     for role, reader in compiled.readers.items():
-        assert counters[role].graphs == len(reader.compiled._graphs)
+        if as_on_gpu:
+            assert counters[role].graphs <= 4  # packed passes and steps, of one text and of many
+        else:
+            assert counters[role].graphs == len(reader.compiled.kept)
 
 
 @pytest.mark.parametrize("as_on_gpu", [False, True])
@@ -181,7 +217,7 @@ def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(kind):
     plain.read(ids)
     torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
     assert_same_cache(mine, plain)
-    assert len(mine.reader.compiled._graphs) == 1
+    assert len(mine.reader.compiled.kept) == 1
     assert counter.graphs == (kind != "inductor")
 
 
@@ -300,7 +336,7 @@ def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
                 context.close()
         for mine, plain in zip(outputs[: 2 * texts], outputs[2 * texts :], strict=True):
             torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
-    assert counter.graphs == len(readers[0].compiled._graphs) == 1
+    assert counter.graphs == len(readers[0].compiled.kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -337,7 +373,7 @@ def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(na
         half = len(outputs) // 2
         for ours, theirs in zip(outputs[:half], outputs[half:], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert counter.graphs == len(mine.compiled._graphs) == 1  # two of the layers are the same
+    assert counter.graphs == len(mine.compiled.kept) == 1  # two of the layers are the same
     assert any("embedding" in operation for operation in counter.operations) != deep  # a layer, or all of the model
 
 
@@ -379,7 +415,7 @@ def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, m
                 context.read([5, 6, 7])
                 context.read([8])
             torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
-        assert len(mine.reader.compiled._graphs) == 1
+        assert len(mine.reader.compiled.kept) == 1
         (library,) = (tmp_path / "parse").iterdir()
         made.add(library.stat().st_mtime_ns)
     assert len(made) == 1  # the second model found what the first one had made
@@ -410,8 +446,8 @@ def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(shallow_pair,
     compile_in_two(recipe, engine, PROMPTS[0])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()}
     assert len(made) == 4  # steps and wide passes of both
-    assert not engine.readers["draft"].compiled._graphs  # those of the draft not here
+    assert not engine.readers["draft"].compiled.kept  # those of the draft not here
     for method in ("draft", "target", "draft"):
         engine.generate(PROMPTS[0], 4, method=method)
-    assert all(len(reader.compiled._graphs) == 2 for reader in engine.readers.values())
+    assert all(len(reader.compiled.kept) == 2 for reader in engine.readers.values())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()} == made

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, compiled packed passes, FlexAttention's kernel, models on two devices."""
+"""What only a GPU can show: CUDA graphs, compiled layers, FlexAttention's kernel, models on two devices."""
 
 import pytest
 import torch
@@ -16,16 +16,42 @@ def load(**options) -> Engine:
     return Engine.from_pretrained(*PAIR, "prompt", dtype=torch.float32, **{"compile": False, **options})
 
 
+@pytest.fixture(scope="module")
+def plain() -> Engine:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Engine:
+    return load(compile=True)
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("ways", [{"threshold": 0.5}, {"method": "target"}, {"threshold": 0.5, "lookahead": 3}])
-def test_cuda_graphs_give_the_same_answers(ways, batch_size):
-    plain, compiled = load(), load(compile=True)
+def test_cuda_graphs_and_compiled_layers_give_the_same_answers(plain, compiled, ways, batch_size):
+    expected = plain.generate(PROMPTS, 40, batch_size=batch_size, **ways)
     for _ in range(2):  # the second time graphs are replayed
-        mine = compiled.generate(PROMPTS, 40, batch_size=batch_size, **ways)
-        assert_same_answers(mine, plain.generate(PROMPTS, 40, batch_size=batch_size, **ways))
-    for reader in compiled.readers.values():
-        assert reader.compiled._graphs or ways.get("method") == "target"
+        assert_same_answers(compiled.generate(PROMPTS, 40, batch_size=batch_size, **ways), expected)
+    for role, reader in compiled.readers.items():
+        assert reader.cache.recorded or (role, ways) == ("draft", {"method": "target"})
         assert all(reader.compiled.pays.values())  # no compilation failed
+
+
+def test_a_graph_is_recorded_again_where_its_buffers_grow(plain, compiled):
+    """From 256 keys to more than there is room for, and for more texts than there are rows."""
+    for prompts, limit in ((PROMPTS[:1], 230), (PROMPTS, 300), (PROMPTS[:2], 20)):
+        mine, theirs = (
+            engine.generate(prompts, limit, method="target", batch_size=len(prompts)) for engine in (compiled, plain)
+        )
+        assert_same_answers(mine, theirs)
+
+
+def test_steps_of_a_target_with_flex_attention_are_recorded_too(plain):
+    """With dense masks: block masks pay for wide passes only."""
+    flexible = load(attention="flex", compile=True)
+    assert_same_answers(flexible.generate(PROMPTS, 40, threshold=0.5), plain.generate(PROMPTS, 40, threshold=0.5))
+    assert flexible.readers["target"].compiled.pays == {"steps": True, "wide": False}
+    assert flexible.readers["target"].cache.recorded
 
 
 def test_flex_attention_gives_the_same_answers():

@@ -95,6 +95,10 @@ def gold_trainer(answers: Iterable[dict[str, Any]], target: PreTrainedModel, com
     """TRL's GOLDTrainer on answers as conversations."""
     from trl.experimental.gold import GOLDTrainer
 
+    tokenizer = common["processing_class"]
+    if tokenizer.pad_token is None:  # as Llama 3's has none, and this trainer fails without
+        tokenizer.pad_token = tokenizer.eos_token
+
     turns = [
         {"messages": [*as_messages(row["prompt"]), {"role": "assistant", "content": row["answer"]}]} for row in answers
     ]

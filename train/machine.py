@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
     """Commit, packages and machine, as plain data."""
     return {
         "git_commit": _git_commit(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "hardware": hardware(),
     }
@@ -43,6 +43,12 @@ def gpu_memory() -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
     return {"gpu_memory_gib": peak}
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):  # measuring takes few of them
+        return version(package)
+    return None
 
 
 def _git_commit() -> str | None:

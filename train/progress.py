@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
-import datasets
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -21,8 +21,11 @@ def progress_bar(what: str, total: int) -> tqdm[Any]:
 
 def quieten() -> None:
     """Silence the libraries' own bars and notices, so that ours can be read."""
-    datasets.disable_progress_bars()
-    datasets.disable_caching()  # beside the data sets, in the run folder
+    if find_spec("datasets"):  # measuring takes none
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.disable_caching()  # beside the data sets, in the run folder
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)

@@ -7,37 +7,45 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from statistics import median
 from time import perf_counter
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import parse.answer
 import parse.engine
 import parse.passes
 from parse import Engine
 from parse.answer import Answer, Verdict
-from parse.decode import Sampling, Written
-from parse.passes import Pass, Reader, drive
+from parse.decode import Context, Sampling, Written
+from parse.graphs import GROUPED, attending, grouped_attention
+from parse.passes import Pass, Reader, Steps, drive
 from parse.verifiers import Calibration, Evidence
 
 MODELS_LABEL = "models"
 
 
+@dataclass(frozen=True)
+class Placed(Evidence):
+    """Evidence that tells where its draft begins."""
+
+    begin: int = 0  # the tokens of the answer before it
+    text: int = 0  # a number of the text's own: its first token
+
+
 @dataclass
 class Scripted:
-    """A verifier that finds a draft right but at chosen places: the engine's speed without a model's skill.
-
-    A draft writes all that is missing of an answer, so its length tells where it begins.
-    """
+    """A verifier that finds a draft right but at chosen places: the engine's speed without a model's skill."""
 
     places: Sequence[int]  # positions in the answer where the draft's first try is wrong
     suffix_ids: list[int]
-    answer: int  # tokens of a whole one
+    shift: int = 0  # texts are wrong elsewhere, by up to so many tokens, so that those of a batch fall out of step
     kind: str = "scripted"
     layers: tuple[int, ...] = ()
     threshold: float = 0.5
@@ -47,9 +55,43 @@ class Scripted:
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """1 for the cuts before the next wrong place, 0 behind it: float32 [K]."""
-        begin = self.answer - evidence.ends[-1]
-        place = next((place for place in self.places if place >= begin), self.answer)
-        return torch.tensor([float(begin + end <= place) for end in evidence.ends])
+        assert isinstance(evidence, Placed), "a script needs a `ScriptedEngine`"
+        begin, later = evidence.begin, evidence.text % (self.shift + 1)
+        place = next((place + later for place in self.places if place + later >= begin), None)
+        return torch.tensor([float(place is None or begin + end <= place) for end in evidence.ends])
+
+
+class ScriptedEngine(Engine):
+    """An engine that tells its verifier where in an answer a draft begins. All prompts have the same length."""
+
+    _prompt = 0
+
+    def _start(self, prompt_ids: list[int], *others: Any) -> Answer:
+        self._prompt = len(prompt_ids)
+        return super()._start(prompt_ids, *others)
+
+    def examining(self, target: Context, *others: Any, **named: Any) -> Steps[tuple[Evidence, Tensor]]:
+        """See `Engine`."""
+        begin, text = len(target.ids) - self._prompt, target.ids[0]
+        evidence, logits = yield from super().examining(target, *others, **named)
+        return Placed(**vars(evidence), begin=begin, text=text), logits
+
+
+@contextmanager
+def agreeing(share: float) -> Iterator[None]:
+    """The target's own choice is what was proposed in so many cases, evenly: token-level speculation by a script."""
+    asked = 0
+
+    def settle(sampling: Sampling, token: int, proposer: Tensor, logits: Tensor) -> int:
+        nonlocal asked
+        asked += 1
+        own = sampling(logits)  # takes its time either way
+        if int(asked * share) > int((asked - 1) * share):
+            return token
+        return own if own != token else (token + 1) % len(logits)
+
+    with patch.object(Sampling, "settle", settle):
+        yield
 
 
 @dataclass
@@ -169,6 +211,12 @@ def take_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> Callab
     Returns:
         the median over the turns of one way's seconds over another's.
     """
+    seconds = seconds_of(ways, repeats)
+    return lambda one, other: median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+
+def seconds_of(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """The seconds of each way, so many times, in turns; once more before for warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
@@ -176,7 +224,52 @@ def take_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> Callab
             way()
             synchronize()
             seconds[name].append(perf_counter() - started)
-    return lambda one, other: median(a / b for a, b in zip(seconds[one][1:], seconds[other][1:], strict=True))
+    return {name: some[1:] for name, some in seconds.items()}
+
+
+def split_of(model: PreTrainedModel, run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of attention, of the linear layers and of the head in a pass that is not compiled.
+
+    Each is timed on the device where it stands among the others, not waited for.
+    """
+    spans: dict[str, list[Callable[[], float]]] = defaultdict(list)
+
+    def begin(label: str) -> Callable[[], None]:
+        if not torch.cuda.is_available():
+            started = perf_counter()
+            return lambda: spans[label].append(partial(float, perf_counter() - started))
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+
+        def end() -> None:
+            last.record()
+            spans[label].append(lambda: first.elapsed_time(last) / 1e3)
+
+        return end
+
+    def attend(*arguments: Any, **named: Any) -> Any:
+        end = begin("attention")
+        output = grouped_attention(*arguments, **named)
+        end()
+        return output
+
+    running: list[Callable[[], None]] = []
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            label = "head" if module is model.get_output_embeddings() else "linear"
+            handles.append(module.register_forward_pre_hook(lambda *_, label=label: running.append(begin(label))))  # type: ignore[misc]
+            handles.append(module.register_forward_hook(lambda *_: running.pop()()))
+    try:
+        with attending(model), patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {GROUPED: attend}):
+            run()
+            spans.clear()
+            run()
+            synchronize()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {label: sum(span() for span in spans[label]) for label in ("attention", "linear", "head")}
 
 
 synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None

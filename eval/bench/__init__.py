@@ -1,0 +1,1 @@
+"""Benchmarks: python -m eval.bench engine, python -m eval.bench gpu."""

@@ -1,0 +1,53 @@
+"""python -m eval.bench engine | gpu."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from train.machine import hardware
+from train.progress import quieten
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure; print tables, and one JSON object as the last line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.bench", description="How fast the engine is, part by part.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    engine = commands.add_parser("engine", help="ratios of the engine's parts, of small models")
+    engine.add_argument("--models", nargs="+", default=["embedded", "smollm2"], choices=["embedded", "smollm2"])
+    engine.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    engine.add_argument("--repeats", type=int, default=5)
+    gpu = commands.add_parser("gpu", help="all that only a GPU can show, in nine minutes")
+    gpu.add_argument("--out", type=Path, required=True, help="the folder for the JSON file")
+    gpu.add_argument("--tiny", action="store_true", help="tiny shapes, on any device: to see that all runs")
+    gpu.add_argument("--run", type=Path, help="a run folder: its draft and verifier in the place of the shipped ones")
+    gpu.add_argument("--commit", help="of the sources, where they are no git repository")
+    gpu.add_argument("--resume", action="store_true", help="keep the parts that the file has")
+    options = parser.parse_args(arguments)
+    quieten()
+    if options.what == "gpu":
+        return _gpu(options)
+    from eval.bench.engine import measure, tables
+
+    rows = measure(options.models, options.batches, options.repeats)
+    print(f"\n{hardware()}\n\n{tables(rows)}\n")
+    print(json.dumps({"hardware": hardware(), "rows": rows}))
+    return 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from eval.bench.gpu import measure
+
+    try:
+        record = measure(options.out, options.tiny, options.run, options.commit, options.resume)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(record))
+    return int(any(part["error"] for part in record["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

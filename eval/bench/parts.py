@@ -1,0 +1,460 @@
+"""The parts of `python -m eval.bench gpu`."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from eval.bench.engine import pass_ways, some_prompts
+from eval.bench.instruments import (
+    MODELS_LABEL,
+    Scripted,
+    ScriptedEngine,
+    agreeing,
+    endless,
+    seconds_of,
+    split_of,
+    stopwatch,
+    synchronize,
+)
+from eval.bench.models import EMBEDDED
+from parse import Engine, Generation
+from parse.compiled import Compiled
+from parse.decode import Context
+from parse.models import FLEX, SDPA
+from parse.passes import Pass, Reader, drive_together
+
+ATTEMPTS = 3  # at a measurement in which nothing is compiled
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/test_gpu.py", "tests/test_architectures.py")
+QWEN3: dict[str, Any] = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "rms_norm_eps": 1e-6}
+SMALL: dict[str, Any] = {"head_dim": 16, "num_key_value_heads": 2, "num_attention_heads": 4, "vocab_size": 600}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and how often."""
+
+    target: dict[str, Any]  # configurations of Qwen3
+    draft: dict[str, Any]
+    dtype: torch.dtype
+    copied: int  # bytes
+    matrix: int  # rows and columns
+    batches: tuple[int, ...]
+    prompt: int  # tokens
+    written: int  # tokens behind it, where steps are measured
+    passes: tuple[tuple[int, int, int], ...]  # N, K, S; the first is the one that is split up
+    flex: tuple[tuple[int, int, int], ...]
+    answer: int  # tokens
+    step: int  # tokens from cut to cut in it
+    kept: tuple[float, ...]  # shares of an answer's segments
+    repeats: int
+    pair: int  # prompts
+    tests: tuple[str, ...] = ()  # more arguments of pytest
+
+
+FULL = Sizes(
+    target={**QWEN3, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36}
+    | {"num_attention_heads": 32, "tie_word_embeddings": False, "max_position_embeddings": 40_960},
+    draft={**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    | {"num_attention_heads": 16, "tie_word_embeddings": True, "max_position_embeddings": 40_960},
+    dtype=torch.bfloat16,
+    copied=2**32,
+    matrix=8192,
+    batches=(1, 8, 32),
+    prompt=448,
+    written=64,
+    passes=(
+        (1024, 64, 4),
+        *((n, k, s) for n in (256, 1024, 2048) for k in (16, 64) for s in (1, 4) if n + k * s != 1280),
+    ),
+    flex=((1024, 64, 4), (2048, 64, 4)),
+    answer=512,
+    step=16,
+    kept=(0.5, 0.8, 0.95),
+    repeats=3,
+    pair=24,
+)
+TINY = Sizes(
+    target={**SMALL, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "tie_word_embeddings": False},
+    draft={**SMALL, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": True},
+    dtype=torch.float32,
+    copied=2**22,
+    matrix=128,
+    batches=(1, 2),
+    prompt=12,
+    written=4,
+    passes=((32, 4, 2), (16, 4, 1)),
+    flex=((32, 4, 2),),
+    answer=32,
+    step=4,
+    kept=(0.5, 0.75),
+    repeats=1,
+    pair=2,
+    tests=("-k", "(llama or gpu) and not flex"),
+)
+
+
+class Rows(list[dict[str, Any]]):
+    """A part's figures, said as they come."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name, self._started = name, perf_counter()
+
+    def note(self, **row: Any) -> None:
+        """One row more; `table` says of which table."""
+        self.append(row)
+        said = ", ".join(f"{key} {_short(value)}" for key, value in row.items() if not isinstance(value, list | dict))
+        print(f"[{self._name}] {perf_counter() - self._started:5.1f} s  {said}", flush=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class Bench:
+    """What the parts share: sizes, the record of those before, and models that are made when first needed."""
+
+    sizes: Sizes
+    record: dict[str, Any]
+    run: Path | None
+    device: torch.device = field(default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @cached_property
+    def engine(self) -> ScriptedEngine:
+        """Target and draft with random weights, made on the device, whose passes are compiled at once."""
+        sizes, tokenizer = self.sizes, AutoTokenizer.from_pretrained(EMBEDDED / "ledger-target")
+        models = [_random_model(config, sizes.dtype, self.device) for config in (sizes.target, sizes.draft)]
+        script = Scripted((), suffix_ids=[7, 8, 9, 10], reads_draft=False)
+        engine = ScriptedEngine(models[0], tokenizer, models[1], tokenizer, script, sizes.step, compile=True)
+        if self.device.type == "cpu":  # the same way, but for what a GPU's compiler and CUDA graphs do
+            for reader in engine.readers.values():
+                reader.compiled = Compiled(reader.model, 0.0, backend=lambda graph, inputs, **_: graph)
+                reader.compiled.graph, reader.compiled.pays = True, {"steps": True, "wide": True}
+        return engine
+
+    def reader(self, role: str, compiled: bool = True) -> Reader:
+        """A reader of the "target" or the "draft" with a cache of its own; nothing that is written ends a text."""
+        shared = self.engine.readers[role]
+        return Reader(shared.model, frozenset(), shared.compiled if compiled else None)
+
+    def figure(self, part: str, table: str, key: str, **where: Any) -> float | None:
+        """A figure that an earlier part left, if it did."""
+        rows = self.record["parts"].get(part, {}).get("rows", [])
+        found = [row[key] for row in rows if row["table"] == table and all(row[k] == v for k, v in where.items())]
+        return float(found[0]) if found else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: its name, what it does, the seconds that it may take, and its work."""
+
+    name: str
+    what: str
+    limit: float
+    run: Callable[[Bench, Rows], None]
+
+
+def _random_model(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    made = AutoConfig.for_model("qwen3", **config, eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    return model.eval()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def tests(bench: Bench, rows: Rows) -> None:
+    """The tests marked `gpu`, and the exactness tests of every architecture, on this device."""
+    import pytest
+
+    outcomes, failures = Counter[tuple[str, str]](), list[str]()
+
+    class Counting:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                outcomes[report.nodeid.split("::")[0], report.outcome] += 1
+            if report.failed:
+                last = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:3]
+                failures.append(f"{report.nodeid}: {' '.join(last)}"[:500])
+
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow", *bench.sizes.tests]
+    status = pytest.main([*arguments, *(str(ROOT / test) for test in TESTS)], plugins=[Counting()])
+    torch.compiler.reset()
+    for file in TESTS:
+        figures = {outcome: outcomes[file, outcome] for outcome in ("passed", "failed", "skipped")}
+        failed = [failure for failure in failures if failure.startswith(file)]
+        rows.note(table="tests", file=file, **figures, failures=failed)
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise TimeoutError("interrupted: the tests took too long")
+    if status != pytest.ExitCode.OK:
+        raise AssertionError(f"{sum(row['failed'] for row in rows)} tests failed")
+
+
+def ceilings(bench: Bench, rows: Rows) -> None:
+    """How fast memory is copied, and matrices are multiplied."""
+    sizes, device = bench.sizes, bench.device
+    source, target = (torch.randint(256, (sizes.copied,), dtype=torch.uint8, device=device) for _ in range(2))
+    copy = median(seconds_of({"copy": partial(target.copy_, source)}, 10)["copy"])
+    one, other = (torch.randn(sizes.matrix, sizes.matrix, device=device, dtype=sizes.dtype) for _ in range(2))
+    multiply = median(seconds_of({"multiply": lambda: one @ other}, 10)["multiply"])
+    rows.note(table="ceilings", bandwidth=2 * sizes.copied / copy, rate=2 * sizes.matrix**3 / multiply)
+
+
+def engine_speed(bench: Bench, rows: Rows) -> None:
+    """Steps, packed passes, masks, and where a pass spends its time."""
+    for batch in bench.sizes.batches:
+        for role in ("target", "draft"):
+            rows.note(table="steps", role=role, batch=batch, **_step(bench, role, batch))
+    for i, (n, k, s) in enumerate(bench.sizes.passes):
+        rows.note(table="passes", N=n, K=k, S=s, **_packed(bench.reader("target"), n, k, s, bench.sizes.repeats))
+        if i == 0:
+            rows.note(table="split", N=n, K=k, S=s, **_split(bench, n, k, s))
+    for n, k, s in bench.sizes.flex:
+        rows.note(table="masks", N=n, K=k, S=s, **_masks(bench, n, k, s))
+
+
+def _step(bench: Bench, role: str, batch: int) -> dict[str, float]:
+    """A decoding step's seconds, its memory floor, and `generate`'s time over our loop's for as many tokens."""
+    sizes, reader = bench.sizes, bench.reader(role)
+    contexts = [Context(reader) for _ in range(batch)]
+    prompts = some_prompts(reader.model, batch, sizes.prompt)
+
+    def loop(tokens: int) -> None:
+        passes = [Pass(reader, c.row, ids, more=tokens - 1) for c, ids in zip(contexts, prompts, strict=True)]
+        reader.forward(passes, alone=True)
+        for context in contexts:
+            reader.cache.truncate(0, context.row)
+
+    ids = torch.tensor(prompts, device=bench.device)  # [B, L]
+    length = {"min_new_tokens": sizes.written, "max_new_tokens": sizes.written}
+    model: Any = reader.model
+
+    def generate() -> None:
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)
+
+    ways: dict[str, Callable[[], None]] = {
+        "one": partial(loop, 1),
+        "ours": partial(loop, sizes.written),
+        "theirs": generate,
+    }
+    seconds = seconds_of(ways, sizes.repeats)
+    one, ours, theirs = (median(seconds[name]) for name in ways)
+    step = (ours - one) / (sizes.written - 1)
+    floor = _bytes_of_step(reader, batch, sizes.prompt + sizes.written // 2) / _bandwidth(bench)
+    return {"step": step, "floor": floor, "floor_share": floor / step, "generate_over_ours": theirs / ours}
+
+
+def _bandwidth(bench: Bench) -> float:
+    return bench.figure("ceilings", "ceilings", "bandwidth") or float("nan")
+
+
+def _bytes_of_step(reader: Reader, batch: int, length: int) -> int:
+    """What a decoding step has to read: all weights but those of an embedding that is no head, and the caches."""
+    model, config = reader.model, reader.model.config
+    weights = sum(weight.nbytes for weight in model.parameters())
+    embedding: Any = model.get_input_embeddings()
+    if not config.tie_word_embeddings:
+        weights -= embedding.weight.nbytes
+    return weights + batch * length * _cache_bytes(model)
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one token in a model's cache."""
+    config = model.config
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+
+
+def _packed(reader: Reader, n: int, k: int, s: int, repeats: int) -> dict[str, float]:
+    """A packed pass's seconds, over those of a prefill of as many tokens, and those of K passes over them."""
+    ways = pass_ways(reader, n, k, s, batch=1)
+    seconds = seconds_of({name: ways[name] for name in ("packed", "equal", "sequential")}, repeats)
+    packed, equal, sequential = (median(some) for some in seconds.values())
+    return {"packed": packed, "over_equal": packed / equal, "sequential_over": sequential / packed}
+
+
+def _packed_alone(reader: Reader, n: int, k: int, s: int, repeats: int) -> float:
+    return median(seconds_of({"packed": pass_ways(reader, n, k, s, batch=1)["packed"]}, repeats)["packed"])
+
+
+def _split(bench: Bench, n: int, k: int, s: int) -> dict[str, float]:
+    """A compiled packed pass's shares: attention, linear layers and head, each as it takes without; and the rest."""
+    whole = _packed_alone(bench.reader("target"), n, k, s, bench.sizes.repeats)
+    reader = bench.reader("target", compiled=False)
+    parts = split_of(reader.model, pass_ways(reader, n, k, s, batch=1)["packed"])
+    shares = {name: seconds / whole for name, seconds in parts.items()}
+    return {"packed": whole, **shares, "rest": 1 - sum(shares.values())}
+
+
+def _masks(bench: Bench, n: int, k: int, s: int) -> dict[str, float]:
+    """A packed pass that is not compiled, with dense masks and with FlexAttention's."""
+    model, seconds = bench.engine.readers["target"].model, {}
+    for name, attention in (("dense", SDPA), ("flex", FLEX)):
+        model.set_attn_implementation(attention)
+        try:
+            # on a CPU, as the tests: a compiled kernel would take half a minute to make
+            with torch.compiler.set_stance("default" if model.device.type == "cuda" else "force_eager"):
+                reader = bench.reader("target", compiled=False)
+                seconds[name] = _packed_alone(reader, n, k, s, bench.sizes.repeats)
+        finally:
+            model.set_attn_implementation(SDPA)
+    return {**seconds, "flex_over_dense": seconds["flex"] / seconds["dense"]}
+
+
+def answers(bench: Bench, rows: Rows) -> None:
+    """Whole answers whose verdicts a script gives, many at once."""
+    for batch in bench.sizes.batches:
+        alone = _answers(bench, batch, method="target")[0]
+        rows.note(table="answers", batch=batch, kept=None, way="target alone", seconds=alone, speedup=1.0)
+        for share in bench.sizes.kept:
+            for name, seconds, figures in _by_script(bench, batch, share):
+                found = {"batch": batch, "kept": share, "way": name, "seconds": seconds, "speedup": alone / seconds}
+                rows.note(table="answers", **found, **figures)
+
+
+def _by_script(bench: Bench, batch: int, share: float) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """Lossless speculation, PARSE, and both, of a draft that is right in so many cases: seconds, and more of PARSE."""
+    sizes, lookahead = bench.sizes, 4
+    wrong = max(1, round((1 - share) * sizes.answer / sizes.step))
+    spacing = sizes.answer // wrong  # tokens: a draft goes as far as it is right on average
+    script = Scripted([i * spacing for i in range(wrong)], [7, 8, 9, 10], shift=spacing // 2, reads_draft=False)
+    rounds = {"horizon": max(sizes.step, spacing // sizes.step * sizes.step)}
+    bench.engine.verifier = script
+    with agreeing(share):
+        seconds, _ = _answers(bench, batch, method="target", lookahead=lookahead)
+    yield "speculation", seconds, {}
+    _reset_peak()
+    seconds, results = _answers(bench, batch, **rounds)
+    yield "PARSE", seconds, _figures(bench, batch, seconds, results, rounds)
+    with agreeing(share):
+        seconds, _ = _answers(bench, batch, **rounds, lookahead=lookahead)
+    yield "PARSE + speculation", seconds, {}
+
+
+def _answers(bench: Bench, batch: int, **settings: Any) -> tuple[float, list[Generation]]:
+    """Seconds of a batch of whole answers, and the answers; once more where something was compiled on the way."""
+    engine, sizes = bench.engine, bench.sizes
+    prompts = some_prompts(engine.target, batch, sizes.prompt, seed=batch)
+    asked = engine.settings(max_new_tokens=sizes.answer, **settings)
+    seconds, results = 0.0, list[Generation]()
+    with endless(engine):
+        for _ in range(ATTEMPTS):
+            before = _compiled_so_far(engine)
+            synchronize()
+            started = perf_counter()
+            steps = (engine._steps(engine._start(ids, ids, asked)) for ids in prompts)
+            results = [result for _, result in drive_together(steps, batch)]
+            synchronize()
+            seconds = perf_counter() - started
+            if _compiled_so_far(engine) == before:
+                break
+    return seconds, results
+
+
+def _compiled_so_far(engine: Engine) -> list[tuple[int, int]]:
+    """What there is of compiled passes and of recorded steps, and where the buffers of those are."""
+    made = []
+    for reader in engine.readers.values():
+        assert reader.compiled
+        kept = [*reader.compiled.kept.values(), *reader.cache.recorded.values()]
+        made += [(id(graph), len(kept)) for graph in kept]
+    return made
+
+
+def _figures(
+    bench: Bench, batch: int, seconds: float, results: Sequence[Generation], rounds: dict[str, Any]
+) -> dict[str, Any]:
+    """What was kept, the time over the ideal one, the models' share of it, and the memory over what must be held.
+
+    Ideal are the steps that an answer cannot do without, at the seconds of a step of as many texts (`engine_speed`),
+    and its wide passes as they were.
+    """
+    memory = _peak_memory(bench)
+    with stopwatch(bench.engine) as watch:
+        watched, _ = _answers(bench, batch, **rounds)
+    each = [result.stats for result in results]
+    steps = {
+        "draft": sum(stats.draft_tokens - stats.rounds for stats in each) / batch,
+        "target": sum(stats.target_tokens - stats.rounds for stats in each) / batch,
+    }
+    step = {role: bench.figure("engine", "steps", "step", role=role, batch=batch) for role in steps}
+    wide = sum(sum(watch.passes[role, True]) for role in steps)
+    ideal = wide + sum(max(0.0, steps[role]) * (step[role] or float("nan")) for role in steps)
+    return {
+        "accepted": sum(stats.accepted_tokens for stats in each) / sum(len(result.token_ids) for result in results),
+        "over_ideal": seconds / ideal,
+        "models_share": watch.seconds[MODELS_LABEL] / watched,
+        **memory,
+    }
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory(bench: Bench) -> dict[str, float]:
+    """The most memory that was taken, GiB, and over the bytes of weights and caches."""
+    if not torch.cuda.is_available():
+        return {}
+    held = 0
+    for reader in bench.engine.readers.values():
+        held += sum(weight.nbytes for weight in reader.model.parameters())
+        held += sum(keys.nbytes + values.nbytes for keys, values in reader.cache.buffers())
+    peak = torch.cuda.max_memory_allocated()
+    return {"peak_gib": peak / 2**30, "peak_over_held": peak / held}
+
+
+def pair(bench: Bench, rows: Rows) -> None:
+    """The shipped pair on its own task, or a run's draft and verifier: every method on the same prompts."""
+    from eval.measure import summarize
+    from eval.methods import LOOKAHEAD, compare
+    from eval.tasks import draw_prompts, load_task
+
+    sizes, task = bench.sizes, load_task("ledger")
+    draft, verifier = _of_run(bench.run)
+    compiled = bench.device.type == "cuda"
+    engine = Engine.from_pretrained(EMBEDDED / "ledger-target", draft, verifier, device=bench.device, compile=compiled)
+    limit = {"max_new_tokens": 200 if sizes is FULL else 40}
+    methods: dict[str, dict[str, Any]] = {
+        "target": {**limit, "method": "target"},
+        "speculation": {**limit, "method": "target", "lookahead": LOOKAHEAD},
+        "draft": {**limit, "method": "draft"},
+        "parse": limit,
+    }
+    prompts = draw_prompts(task, "test", sizes.pair, seed=0)
+    outcomes = compare(engine, task, prompts, methods, warmup=min(2, sizes.pair))
+    keys = ("accuracy", "speedup", "seconds_per_request", "tokens_per_second", "first_token_seconds")
+    for name in methods:
+        row = summarize(name, outcomes[name], outcomes["target"], task)
+        more = {key: row[key] for key in (*keys, "accepted_fraction", "model_time_fraction", "n")}
+        rows.note(table="pair", method=name, draft=Path(draft).name, verifier=Path(verifier).name, **more)
+
+
+def _of_run(run: Path | None) -> tuple[Path, Path | str]:
+    """The draft and the verifier of a run folder, else the shipped draft and the target's own word."""
+    if run is None:
+        return EMBEDDED / "ledger-draft", "prompt"
+    aligned = run / "draft-lora"
+    return (aligned if aligned.is_dir() else run / "draft"), run / "verifier"
+
+
+PARTS = (
+    Part("tests", "the tests that need a GPU, and every architecture on it", 110.0, tests),
+    Part("ceilings", "copy bandwidth and matrix rate", 15.0, ceilings),
+    Part("engine", "steps and packed passes in the shapes of Qwen3-8B and Qwen3-0.6B", 190.0, engine_speed),
+    Part("answers", "whole answers with scripted verdicts", 150.0, answers),
+    Part("pair", "the shipped pair on its task", 45.0, pair),
+)
