@@ -85,14 +85,14 @@ class Compiled:
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # its layers are moved to by hooks
         split = is_distributed(model)  # each of its processes would compile at a moment of its own
         small = self.device.type == "cpu" and weights <= LARGEST
-        pays = not spread and not split and (self.graph or small)
+        self._layers = CompiledLayers(model, backend)
+        pays = not spread and not split and ((self.graph and self._layers.are_all) or small)
         self._deep = model.config.num_hidden_layers >= DEEP
         # FlexAttention compiles a kernel of its own for wide passes; steps take dense masks all the same
         by_blocks = self.graph and model.config._attn_implementation == FLEX
         self.pays = {"steps": pays, "wide": pays and not by_blocks}
         self.kept: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
-        self._layers = CompiledLayers(model, backend)
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._said: set[tuple[Any, ...]] = set()  # what was compiled with a word
         self._key = torch.arange(0)  # [P], or longer: of the longest text so far
@@ -323,12 +323,13 @@ class Compiled:
                 graph = self._compile(arguments)
                 output = self.run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise
-            self.pays["steps" if step else "wide"] = False
+            again = self.graph and step and self._layers.compiling
+            self.pays["steps" if step else "wide"] = again
+            self._layers.compiling = False
+            how = "its steps are recorded as they are" if again else "it runs without"
             reason = " ".join(str(error).split("\n\n")[0].split())
-            warnings.warn(
-                f"{name} cannot be compiled here and runs without: {type(error).__name__}: {reason}", stacklevel=2
-            )
-            return None, None
+            warnings.warn(f"{name} cannot be compiled here: {how}: {type(error).__name__}: {reason}", stacklevel=2)
+            return self._compile_first(arguments) if again else (None, None)
         if not quick:
             print(f"... compiled {what} in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             self._said.add(self._form(arguments))

@@ -2,9 +2,9 @@
 
 A step of a large model is bound by the memory that its weights come from, if nothing else takes time: neither Python
 and the start of kernels, which a CUDA graph does away with, nor the many small kernels between the matrix products,
-which the compiler fuses. To compile a whole model takes a minute for each bucket of shapes; a layer takes seconds, for
-any number of texts, tokens and keys, and the model's other layers find it compiled. A CUDA graph of a bucket is
-recorded in less than a second.
+which the compiler fuses. A whole model would take the compiler as many times longer as it has layers, and again for
+each bucket of shapes; one layer is compiled for any number of texts, tokens and keys, and the others find it compiled.
+What is left to do for a bucket is to record its CUDA graph.
 """
 
 from __future__ import annotations
@@ -39,21 +39,28 @@ class CompiledLayers:
 
     def __init__(self, model: PreTrainedModel, backend: Any) -> None:
         kinds = set(model._no_split_modules or ())  # the names of its layers' classes
-        self.model = model
+        self.model, self.compiling = model, True
         self.layers = [module for module in model.modules() if type(module).__name__ in kinds]
         self._within = [[module for module in layer.modules() if module is not layer] for layer in self.layers]
         self._run = {wide: _compiled(backend) for wide in (False, True)}
 
+    @property
+    def are_all(self) -> bool:
+        """Whether these are the model's layers, each with its class's forward pass, which no library has wrapped."""
+        plain = all("forward" not in vars(layer) for layer in self.layers)
+        return plain and len(self.layers) == self.model.config.num_hidden_layers
+
     @contextmanager
     def running(self, wide: bool) -> Iterator[None]:
-        """Within, the model's forward pass runs its compiled layers, over a cache of `BufferLayer`s."""
-        for index, layer in enumerate(self.layers):
+        """Within, the model's forward pass over a cache of `BufferLayer`s runs its compiled layers."""
+        layers = self.layers if self.compiling else []
+        for index, layer in enumerate(layers):
             layer.forward = partial(self._through, wide, index)
         try:
             with attending(self.model), torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 yield
         finally:
-            for layer in self.layers:
+            for layer in layers:
                 del layer.forward
 
     def _through(self, wide: bool, index: int, *arguments: Any, **named: Any) -> Any:

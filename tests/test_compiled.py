@@ -1,5 +1,7 @@
 """Compiled passes: one graph without breaks a bucket of shapes, the same answers, and never in the way."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -307,10 +309,30 @@ def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
     mine, plain = Context(compiled_reader(model, broken)), Context(Reader(model))
     mine.read([5, 6, 7])
     plain.read([5, 6, 7])
-    with pytest.warns(UserWarning, match=r"cannot be compiled here and runs without: .*no C\+\+ compiler here") as seen:
+    with pytest.warns(UserWarning, match=r"cannot be compiled here: it runs without: .*no C\+\+ compiler here") as seen:
         written = mine.write(6)
     assert written == plain.write(6)
     assert len([w for w in seen if "cannot be compiled" in str(w.message)]) == 1
+
+
+def test_as_on_a_gpu_steps_are_recorded_where_the_compiler_fails():
+    def broken(*_, **__):
+        raise RuntimeError("no Triton here")
+
+    model = random_model("llama", 60)
+    mine, plain = Context(compiled_reader(model, broken, True)), Context(Reader(model, frozenset([1])))
+    for context in (mine, plain):
+        context.read([5, 6, 7])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert mine.write(6) == plain.write(6)
+        for context in (mine, plain):
+            context.read([8, 9])
+        assert mine.write(270) == plain.write(270)  # into the next bucket
+    (said,) = [str(warning.message) for warning in seen if "Triton" in str(warning.message)]
+    assert "its steps are recorded as they are: " in said
+    assert len(mine.reader.cache.recorded) == 1  # that of the buffers that there are
+    assert mine.reader.compiled.pays == {"steps": True, "wide": True}
 
 
 @pytest.mark.parametrize(
