@@ -114,7 +114,7 @@ class PrefixCache(Cache):
         self.window = Window(rows, slice(0, 1), [0])
         self.lengths = [0] * rows
         self._buffers: list[tuple[Tensor, Tensor]] = []  # what `buffers` gave last
-        self.recorded: dict[Any, Any] = {}  # what whoever runs passes keeps for as long as the buffers stay
+        self.recorded: dict[Any, Any] = {}  # CUDA graphs over the buffers, for as long as those stay where they are
         make = partial(PrefixLayer, self.window)
         super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], make))
 
@@ -203,9 +203,13 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         rows = torch.arange(self.at.shape[0], device=self.at.device) if self.rows is None else self.rows
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[rows[:, None], :, self.at] = states.transpose(1, 2)  # [B, T, heads, D]
-        chosen = slice(len(rows)) if self.rows is None else rows
-        keys, values = (buffer[:, :, : self.key.shape[0]][chosen] for buffer in self.buffers)
-        return keys, values
+        texts, stop = (
+            self.at.shape[0],
+            self.key.shape[0],
+        )  # in no nested scope: there a compiler takes sizes for numbers
+        if self.rows is None:
+            return self.buffers[0][:texts, :, :stop], self.buffers[1][:texts, :, :stop]
+        return self.buffers[0][:, :, :stop][rows], self.buffers[1][:, :, :stop][rows]
 
     def get_seq_length(self) -> int:
         """None are known before the pass: positions and masks are always given."""

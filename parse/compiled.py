@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parse.ahead import ANY, Run, layered, library, trace
 from parse.cache import BufferLayer, PrefixCache
-from parse.graphs import CompiledLayers, recorded
+from parse.graphs import CompiledLayers, Recorder
 from parse.layout import integers, sight, visible
 from parse.linear import few_rows, linears
 from parse.locks import others_idle
@@ -93,17 +93,21 @@ class Compiled:
         self.pays = {"steps": pays, "wide": pays and not by_blocks}
         self.kept: dict[tuple[Any, ...], Callable[..., Read]] = {}  # compiled, by all that a graph is made for
         self._waited: dict[Shape, float] = defaultdict(float)
-        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
+        self._recorder = Recorder(self.device)
         self._said: set[tuple[Any, ...]] = set()  # what was compiled with a word
         self._key = torch.arange(0)  # [P], or longer: of the longest text so far
         self._linears = linears(model)
         self._backend = backend
 
-    def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
-        """A graph for passes like this one: it is looked up by all that it is made for."""
+    def _compile(self, arguments: tuple[Any, ...], first: bool) -> Callable[..., Read]:
+        """A graph for passes like this one: it is looked up by all that it is made for.
+
+        Args:
+            first: there is no other of its kind.
+        """
         numbers, _, _, buffers, keep, with_states = arguments
         if self.graph:
-            return self._wide_by_layers if keep is not None else self._record(arguments)
+            return self._wide_by_layers if keep is not None else self._record(arguments, first)
         if keep is None:
             return self._compile_step(numbers.shape[1], buffers, with_states)
         return self._compile_wide(buffers)
@@ -113,7 +117,7 @@ class Compiled:
         with self._layers.running(wide=True):
             return self._forward(self.model, *arguments)
 
-    def _record(self, arguments: tuple[Any, ...]) -> Callable[..., Read]:
+    def _record(self, arguments: tuple[Any, ...], first: bool) -> Callable[..., Read]:
         """A step on a GPU, replayed for as long as the buffers stay where they are."""
 
         def run(numbers: Tensor) -> list[Tensor]:
@@ -121,7 +125,7 @@ class Compiled:
                 logits, states, following = self._forward(self.model, numbers, *arguments[1:])
             return [cast(Tensor, following), logits, *states]
 
-        replay = recorded(run, arguments[0], self._pool)
+        replay = self._recorder.record(run, arguments[0], first)
 
         def step(numbers: Tensor, *_: Any) -> Read:
             following, logits, *states = replay(numbers)
@@ -234,12 +238,14 @@ class Compiled:
         """
         key, buffers = self._held(shape, longest, cache)
         keep = None if shape != WIDE else integers(kept).to(self.device)  # [M]
+        if self.graph and rows == list(range(len(rows or ()))):  # a view of the buffers, and no copy
+            rows = None
         places = None if rows is None else integers(rows).to(self.device)  # [B]
         arguments = numbers.to(self.device), places, key, buffers, keep, with_states
         graphs, made = self._graphs_of(shape, cache), self._made(shape, arguments)
         if (graph := graphs.get(made)) is not None:
             return self.run(graph, arguments)
-        graph, output = self._first(arguments)
+        graph, output = self._first(arguments, first=not graphs)
         if graph is not None:
             graphs[made] = graph
         return output
@@ -296,15 +302,15 @@ class Compiled:
 
     def _form(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """What layers are compiled for: sizes of one, or any other."""
-        numbers, _, _, buffers, keep, _ = arguments
-        return keep is None, numbers.shape[1] == 1, buffers[0][0].shape[0] == 1
+        numbers, places, _, buffers, keep, _ = arguments
+        return keep is None, places is None, numbers.shape[1] == 1, buffers[0][0].shape[0] == 1
 
-    def _first(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., Read] | None, Read | None]:
+    def _first(self, arguments: tuple[Any, ...], first: bool) -> tuple[Callable[..., Read] | None, Read | None]:
         """A pass that has to be compiled, and its output; None, for now, while another thread uses a model."""
         with others_idle() as idle:
-            return self._compile_first(arguments) if idle else (None, None)
+            return self._compile_first(arguments, first) if idle else (None, None)
 
-    def _compile_first(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., Read] | None, Read | None]:
+    def _compile_first(self, arguments: tuple[Any, ...], first: bool) -> tuple[Callable[..., Read] | None, Read | None]:
         """Compile a pass, and say what takes so long."""
         numbers, _, _, _, keep, _ = arguments
         name = self.model.config.name_or_path or self.model.config.model_type
@@ -320,7 +326,7 @@ class Compiled:
         attention = _attention_in_loops() if in_loops else nullcontext()
         try:
             with few_rows([] if self.graph or not step else self._linears), attention:
-                graph = self._compile(arguments)
+                graph = self._compile(arguments, first)
                 output = self.run(graph, arguments)
         except Exception as error:  # whatever a compiler may raise
             again = self.graph and step and self._layers.compiling
@@ -329,7 +335,7 @@ class Compiled:
             how = "its steps are recorded as they are" if again else "it runs without"
             reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(f"{name} cannot be compiled here: {how}: {type(error).__name__}: {reason}", stacklevel=2)
-            return self._compile_first(arguments) if again else (None, None)
+            return self._compile_first(arguments, first=True) if again else (None, None)
         if not quick:
             print(f"... compiled {what} in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             self._said.add(self._form(arguments))

@@ -9,15 +9,17 @@ What is left to do for a bucket is to record its CUDA graph.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -188,33 +190,63 @@ def grouped_attention(
 ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
 
 
-def recorded(run: Callable[[Tensor], Sequence[Tensor]], numbers: Tensor, pool: Any) -> Recorded:
-    """A pass as a CUDA graph, which is replayed over other numbers; elsewhere than on a GPU the pass itself.
+class Recorder:
+    """Records passes as CUDA graphs, which all compute in the same memory, one after the other."""
 
-    Args:
-        run: reads and writes, beside its argument, nothing but tensors that stay where they are, and waits for none.
-        numbers: of a first pass, which is run to compile what is not compiled yet.
-        pool: memory that all graphs compute in, one after the other, see `torch.cuda.graph_pool_handle`.
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
 
-    Returns:
-        the replay; its outputs are copies, for the next replay writes over what it gives.
+    def record(self, run: Callable[[Tensor], Sequence[Tensor]], numbers: Tensor, first: bool) -> Recorded:
+        """A pass as a CUDA graph, which is replayed over other numbers; elsewhere than on a GPU the pass itself.
+
+        Args:
+            run: reads and writes, beside its argument, nothing but tensors that stay where they are, and waits for
+                none.
+            numbers: of a first pass, which is run to compile what is not compiled yet.
+            first: no other graph is left, so that the memory of those before is gone.
+
+        Returns:
+            the replay; its outputs are copies, for the next replay writes over what it gives.
+        """
+        if self.device.type != "cuda":
+            return run
+        if first or self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        held, stream = numbers.clone(), _stream(self.device)
+        gc.collect()  # lest an old graph is taken down within
+        with torch.cuda.device(self.device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run(held)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = run(held)
+
+        def replay(numbers: Tensor) -> list[Tensor]:
+            held.copy_(numbers)
+            graph.replay()
+            return [output.clone() for output in outputs]
+
+        return replay
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    """The stream of a device on which graphs are recorded, after a first run there.
+
+    cuBLAS takes memory of its own for each stream when it first runs on it, and keeps it. Were that within a recording,
+    it would be the graphs' memory, and outlive them, which PyTorch does not allow.
     """
-    if not numbers.is_cuda:
-        return run
-    held = numbers.clone()
-    with torch.cuda.device(numbers.device):
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            run(held)
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = run(held)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def replay(numbers: Tensor) -> list[Tensor]:
-        held.copy_(numbers)
-        graph.replay()
-        return [output.clone() for output in outputs]
 
-    return replay
+@contextmanager
+def attention_kernels(device: torch.device) -> Iterator[None]:
+    """Within, PyTorch's attention on a GPU is not cuDNN's, which makes a plan for each new shape: tens of ms each."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield

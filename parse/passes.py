@@ -8,7 +8,7 @@ Shape letters: B texts, T tokens of the widest pass, P keys of the longest text,
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import perf_counter
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from parse.cache import PrefixCache
 from parse.compiled import WIDE, Compiled, Read, masks
+from parse.graphs import attending, attention_kernels
 from parse.layout import Layout, integers, pack, row_numbers, stack
 from parse.linear import few_rows, linears
 from parse.locks import lock_of
@@ -116,7 +117,7 @@ class Reader:
         for one in passes:
             self._check_length(one)
         by_index: dict[int, Output] = {}
-        with self._lock:
+        with self._lock, attention_kernels(self._device):
             for group in _of_like_width(passes):
                 by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
             outputs = [by_index[i] for i in range(len(passes))]
@@ -213,7 +214,9 @@ class Reader:
         if adapted := next((one.adapted for one in passes if one.adapted), None):
             # the tokens at the end of each row on which the LoRA acts: the suffixes, and what is padding behind them
             model, options = adapted, {"alora_offsets": [padded - _suffixes_start(one) for one in passes]}
-        with self.cache.reading(rows), few_rows(self._linears):
+        # FlexAttention is for wide passes: a step takes dense masks, as recorded ones do
+        attention = attending(self.model) if width == 1 and block > 1 else nullcontext()
+        with self.cache.reading(rows), few_rows(self._linears), attention:
             output = model(
                 input_ids=ids,
                 position_ids=positions,

@@ -119,6 +119,21 @@ def test_as_on_a_gpu_states_are_those_of_a_plain_pass():
     assert counter.graphs == 2
 
 
+def test_as_on_a_gpu_other_numbers_of_texts_need_no_other_graph():
+    """A size that a compiler takes for a number compiles again for each count of texts."""
+    model, counter = make("qwen3"), Counter()
+    reader = compiled_reader(model, counter, True)
+    contexts = [Context(reader) for _ in range(16)]
+    for count in (16, 8, 5, 2):
+        prompts = [Pass(reader, c.row, [5, 6, 7]) for c in contexts[:count]]
+        reader.forward(prompts)
+        for _ in range(2):
+            reader.forward([Pass(reader, c.row, [9]) for c in contexts[:count]])
+    assert counter.graphs == 2  # wide passes and steps of many texts
+    reader.forward([Pass(reader, contexts[3].row, [5, 6])])  # one text, not in the first row
+    assert counter.graphs == 3
+
+
 def test_as_on_a_gpu_steps_of_a_model_with_flex_attention_take_dense_masks():
     model, counter = make("qwen3"), Counter()
     model.set_attn_implementation("flex_attention")

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from parse import Engine
+from parse.compiled import Compiled
+from parse.decode import Context
+from parse.layout import pack
+from parse.passes import Pass, Reader
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS
 from tests.test_batch import PROMPTS, assert_same_answers
@@ -35,6 +40,26 @@ def test_cuda_graphs_and_compiled_layers_give_the_same_answers(plain, compiled, 
     for role, reader in compiled.readers.items():
         assert reader.cache.recorded or (role, ways) == ("draft", {"method": "target"})
         assert all(reader.compiled.pays.values())  # no compilation failed
+
+
+def test_heads_that_share_keys_attend_as_they_do_uncompiled():
+    """The shipped models have a key for each head; here four share one."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("qwen3", **sizes, head_dim=64, num_hidden_layers=3, vocab_size=200)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).cuda().eval()
+    outputs = []
+    for reader in (Reader(model, compiled=Compiled(model, patience=0.0)), Reader(model)):
+        contexts = [Context(reader) for _ in range(3)]
+        for context, length in zip(contexts, (40, 90, 7), strict=True):
+            context.read(list(range(5, 5 + length)))
+        layout = pack(list(range(30, 80)), [9, 50], [20, 21], past=40)
+        keep = range(len(layout.ids))
+        logits = reader.forward([Pass(reader, contexts[0].row, layout.ids, layout, keep, with_states=True)])[0].logits
+        reader.cache.truncate(90, contexts[0].row)
+        steps = reader.forward([Pass(reader, context.row, [9]) for context in contexts])
+        outputs.append([logits, *(step.logits for step in steps)])
+    torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-3)
 
 
 def test_a_graph_is_recorded_again_where_its_buffers_grow(plain, compiled):

@@ -31,6 +31,7 @@ from train.files import write_text
 from train.machine import environment
 
 LIMIT = 540.0  # seconds, for all parts
+AGAIN = 5.0  # seconds after which a part that went on all the same is told again that its time is over
 GRACE = 20.0  # seconds more before the process is ended from outside of Python
 
 
@@ -62,15 +63,14 @@ def measure(out: Path, tiny: bool, run: Path | None, commit: str | None, resume:
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"gpu-{'tiny' if tiny else re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     record = json.loads(file.read_text()) if resume else _new_record(device, tiny, commit)
-    faulthandler.dump_traceback_later(max(1.0, record["started"] + LIMIT + GRACE - time()), exit=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, within what is measured
     bench = Bench(TINY if tiny else FULL, record, run)
     for part in PARTS:
         if part.name in record["parts"]:
             continue
         left = record["started"] + LIMIT - time()
-        record["parts"][part.name] = _run(part, bench, min(part.limit, left))
-        record["seconds"] = time() - record["started"]
-        write_text(file, json.dumps(record, indent=1) + "\n")
+        faulthandler.dump_traceback_later(max(1.0, left + GRACE), exit=True)  # anew: pytest takes it away
+        _run(part, bench, min(part.limit, left), file)
         if not _device_answers():
             _start_again(out, tiny, run)
     faulthandler.cancel_dump_traceback_later()
@@ -95,9 +95,18 @@ def _new_record(device: str, tiny: bool, commit: str | None) -> dict[str, Any]:
     }
 
 
-def _run(part: Part, bench: Bench, limit: float) -> dict[str, Any]:
-    """One part's record: its rows, its seconds, and why it did not come to its end, if it did not."""
-    rows, error, started = Rows(part.name), None, time()
+def _run(part: Part, bench: Bench, limit: float, file: Path) -> None:
+    """Run a part; its record holds its rows, its seconds, and why it did not come to its end, if it did not."""
+    record, started = bench.record, time()
+
+    def keep(error: str | None = "the process ended within it") -> None:
+        entry = {"seconds": time() - started, "error": error, "rows": list(rows)}
+        record["parts"][part.name] = entry
+        record["seconds"] = time() - record["started"]
+        write_text(file, json.dumps(record, indent=1) + "\n")
+
+    rows, error = Rows(part.name, keep), None
+    keep()
     print(f"[{part.name}] {part.what}, at most {limit:.0f} s", flush=True)
     try:
         with _at_most(limit):
@@ -108,9 +117,9 @@ def _run(part: Part, bench: Bench, limit: float) -> dict[str, Any]:
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"[:2000]
     gc.collect()
+    keep(error)
     if error:
         print(f"[{part.name}] not finished: {error}", flush=True)
-    return {"seconds": time() - started, "error": error, "rows": list(rows)}
 
 
 @contextmanager
@@ -123,7 +132,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

@@ -101,6 +101,7 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     passes: dict[tuple[str, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
     total: float = 0.0  # of all labels
+    depth: int = 0  # passes that are running, one within the other
     role: str = ""  # of the model whose pass it is
 
     def timed(
@@ -112,12 +113,14 @@ class Stopwatch:
         def timing(*args: Any, **kwargs: Any) -> Any:
             synchronize()
             started, before = perf_counter(), self.total
+            self.depth += wide is not None
             result = call(*args, **kwargs)
+            self.depth -= wide is not None
             synchronize()
             took = perf_counter() - started
             self.seconds[label] += took - (self.total - before)
             self.total = before + took
-            if wide is not None:
+            if wide is not None and not self.depth:
                 self.passes[self.role, wide(*args, **kwargs)].append(took)
             return result
 
@@ -272,4 +275,7 @@ def split_of(model: PreTrainedModel, run: Callable[[], object]) -> dict[str, flo
     return {label: sum(span() for span in spans[label]) for label in ("attention", "linear", "head")}
 
 
-synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def synchronize() -> None:
+    """Wait for the GPU, where there is one and its work is not just being recorded."""
+    if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
