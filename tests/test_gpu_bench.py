@@ -11,7 +11,8 @@ import pytest
 from eval import results
 from eval.bench import gpu
 from eval.bench.__main__ import main
-from eval.bench.parts import FULL, PARTS, Bench, Part, Rows
+from eval.bench.parts import PARTS, Part
+from eval.bench.shared import FULL, Bench, Rows
 from eval.bench.tables import COLUMNS, gpu_tables, markdown_table
 from tests.conftest import ROOT
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from eval.bench.parts import FULL, PARTS, TINY, Bench, Part, Rows
+from eval.bench.parts import PARTS, Part
+from eval.bench.shared import FULL, TINY, Bench, Rows
 from eval.bench.tables import gpu_tables, text_table
 from train.files import write_text
 from train.machine import environment
