@@ -167,6 +167,17 @@ def trusts_code(options: dict[str, Any] | None) -> bool:
     return (options or {}).get("trust_remote_code") is True
 
 
+def base_of(source: str | Path) -> str:
+    """The model whose configuration and weights a source has: of a PEFT folder the model it was trained on."""
+    adapter = Path(source) / "adapter_config.json"
+    return _base_of(adapter) if adapter.is_file() else str(source)
+
+
+def tokenizer_of(source: str | Path) -> str:
+    """Where a source's tokenizer lies: a PEFT folder may lack one, and has its model's."""
+    return str(source) if (Path(source) / "tokenizer_config.json").is_file() else base_of(source)
+
+
 def _base_of(adapter: Path) -> str:
     """The model that a PEFT folder was trained on: the one it names, or the folder of that name beside it."""
     named = str(json.loads(adapter.read_text())["base_model_name_or_path"])

@@ -111,6 +111,27 @@ def test_what_nothing_can_be_learnt_from_is_kept_with_its_reason(recipe, server)
     assert reasons[PROMPTS[3]] == "is empty without its thinking"
 
 
+def test_references_are_answers_that_need_no_target(tmp_path, capsys):
+    data, file = tmp_path / "mine.jsonl", tmp_path / "mine.yaml"
+    rows = [
+        {"prompt": prompt, "reference": [f"{i} coins", "other"], "split": "answers"} for i, prompt in enumerate(PROMPTS)
+    ]
+    file.write_text(
+        f"name: mine\ntarget: {MODELS}/ledger-target\ndraft: {MODELS}/ledger-draft\ntask: {data}\nruns: {tmp_path}\n"
+        "stages: [answers]\nanswers: {source: references}\nengine: {max_new_tokens: 60}\n"
+    )
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train([str(file)]) == 0
+    found, rejected = answers_of(str(file))
+    assert {row["prompt"]: row["answer"] for row in found} == {row["prompt"]: row["reference"][0] for row in rows}
+    assert all(row["right"] for row in found)
+    assert not rejected
+    assert "by the rows themselves" in capsys.readouterr().out
+    data.write_text("".join(json.dumps({"prompt": row["prompt"], "split": "answers"}) + "\n" for row in rows))
+    assert train([str(file)]) == 2
+    assert "answers.source=references takes them from rows with a `reference`" in capsys.readouterr().err
+
+
 def test_a_server_that_fails_at_times_is_asked_again(recipe, server):
     failed = set()
 

@@ -20,12 +20,14 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from eval.tasks import draw_prompts, ledger, load_task
+from parse import Engine
 from parse.models import load_model
 from parse.prompts import encode_prompt
 from parse.verifiers import Prompt
 from tests.conftest import MODELS, random_model
 from train.__main__ import main as train
 from train.checks import check_all, check_disk, check_launch, check_methods, check_models, check_prompts, size_of
+from train.digests import Digests
 from train.prompts import Fitting, prompts_of
 from train.recipe import RecipeError, load_recipe, to_dict
 
@@ -57,7 +59,7 @@ def test_every_recipe_is_sound(file):
     recipe = load_recipe(file)
     distill.trainer_config(recipe)
     align.trainer_config(recipe)
-    if file.stem not in ("quickstart", "embedded_models", "custom_domain"):
+    if file.stem not in ("quickstart", "embedded_models", "custom_domain", "restaurants_target"):
         header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
         assert "NOT RUN BY US" in header
         assert "Memory, estimated" in header
@@ -313,6 +315,31 @@ def test_models_without_whole_weights_are_refused(folders, tmp_path, role, damag
     if damage not in ("tokenizer", "tokenizer cut"):
         with pytest.raises(ValueError, match=message):
             load_model(folder)
+
+
+def test_a_target_may_be_a_peft_folder(tmp_path):
+    """Its base is where it says, or beside it; base and LoRA both make it what it is."""
+    base, folder = tmp_path / "ledger-target", tmp_path / "tuned"
+    shutil.copytree(MODELS / "ledger-target", base)
+    lora = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    torch.nn.init.normal_(next(weight for name, weight in lora.named_parameters() if "lora_B" in name))
+    lora.save_pretrained(folder)
+    recipe = load_recipe(QUICK, [f"target={folder}", "verifier.probe.layers=[10]", f"runs={tmp_path}"])
+    check_all(recipe, list(EVERY))
+    digests = [Digests().of_model(recipe.target)]
+    engine = Engine.from_pretrained(recipe.target, MODELS / "ledger-draft", "likelihood")
+    ids = engine.encode("list : #1 fig rome 4 .")
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            engine.target(torch.tensor([ids])).logits, lora(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4
+        )
+    for file in (folder / "adapter_config.json", base / "generation_config.json"):
+        file.write_text(file.read_text() + " ")
+        digests.append(Digests().of_model(recipe.target))
+    assert len({*digests}) == 3
+    shutil.rmtree(base)
+    with pytest.raises(RecipeError, match="target: .*tuned"):
+        check_models(recipe)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/name", "bert-base.v2"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import SFTTrainer
 
 import train.align
 import train.distill
@@ -25,7 +26,7 @@ from train.models import first_draft, with_layers
 from train.recipe import RecipeError, load_recipe
 from train.run import Run
 from train.server import Answered
-from train.trainers import Guarded
+from train.trainers import AnswerTrainer, Guarded
 
 QUICK = "recipes/quickstart.yaml"
 PROMPTS = draw_prompts(ledger, "train", 12, seed=5)
@@ -98,6 +99,32 @@ def test_sequence_and_logits_learn(begin):
         words = ["distill.trainer={max_steps: 30, learning_rate: 2e-3, logging_steps: 5, save_strategy: 'no'}"]
         found = losses(distilled(begin(*words, f"distill.method={method}", f"name={method}")))
         assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("count", [None, 40])
+def test_on_a_cpu_the_loss_is_that_of_trl(begin, count):
+    """Rows of several lengths, of which each learns its end: with logits of the answers' tokens alone."""
+    recipe = begin(*STEPS)
+    model, tokenizer = first_draft(recipe)
+    answers = load_from_disk(recipe.folder / "answers")
+    losses = []
+    for kind in (AnswerTrainer, SFTTrainer):
+        rows = train.distill.examples(recipe, answers, tokenizer)
+        config = train.distill.trainer_config(recipe, str(recipe.folder / "out"))
+        trainer = kind(model=model, args=config, processing_class=tokenizer, train_dataset=rows)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        losses.append(trainer.compute_loss(model, batch, num_items_in_batch=count))
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_that_is_not_merged_is_a_peft_folder(begin):
+    recipe = begin(*STEPS, "distill.lora={r: 2}", "distill.merge=false")
+    folder = distilled(recipe)
+    files = {file.name for file in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "losses.json"} <= files
+    assert "model.safetensors" not in files
+    merged = distilled(begin(*STEPS, "distill.lora={r: 2}", "name=merged"))
+    torch.testing.assert_close(dict(load_model(folder).named_parameters()), dict(load_model(merged).named_parameters()))
 
 
 def test_kept_logits_are_the_targets(tmp_path, begin):

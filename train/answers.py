@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from eval.tasks import Task, load_task
-from eval.tasks.rows import Prompt, Rows
+from eval.tasks.rows import Prompt, Rows, key_of
 from parse.passes import Steps
 from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.text import encode_continuation, text_of
@@ -33,7 +33,7 @@ def run(recipe: Recipe, run: Run) -> None:
         chosen = prompts_of(recipe, task, "answers")
         prompts = [prompt for _, prompt in chosen.prompts]
         encode = Encoding(recipe)
-        found = finish_all(folder / KEPT, prompts, _from_server(recipe) if section.server else _here(recipe), "answers")
+        found = _references(task, prompts) if section.source == "references" else _asked(recipe, folder, prompts)
         if run.is_main:
             rows = [_row(encode, task, prompt, Answered(**one)) for prompt, one in zip(prompts, found, strict=True)]
             kept = [row for row in rows if "reason" not in row]
@@ -46,7 +46,24 @@ def run(recipe: Recipe, run: Run) -> None:
                     "the target writes, or raise engine.max_new_tokens"
                 )
             Dataset.from_list(kept).save_to_disk(folder)
-            _explain(run, kept, rejected)
+            _explain(run, section.source, kept, rejected)
+
+
+def _asked(recipe: Recipe, folder: Path, prompts: list[Prompt]) -> list[Row]:
+    """What the target answers."""
+    work = _from_server(recipe) if recipe.answers.server else _here(recipe)
+    return finish_all(folder / KEPT, prompts, work, "answers")
+
+
+def _references(task: Task | Rows, prompts: list[Prompt]) -> list[Row]:
+    """The first answer that each row calls right.
+
+    Raises:
+        RecipeError: where the task has no rows, or they no references.
+    """
+    if not isinstance(task, Rows) or not task.checks:
+        raise RecipeError("answers.source=references takes them from rows with a `reference`, and the task has none")
+    return [vars(Answered(task.references[key_of(prompt)][0], ended=True)) for prompt in prompts]
 
 
 def _here(recipe: Recipe) -> Work[Prompt]:
@@ -129,7 +146,7 @@ def _row(encode: Encoding, task: Task | Rows, prompt: Prompt, answered: Answered
     return {**encode(prompt, answered), "right": task.check(prompt, final) if checks else None}
 
 
-def _explain(run: Run, kept: list[Row], rejected: list[Row]) -> None:
+def _explain(run: Run, source: str, kept: list[Row], rejected: list[Row]) -> None:
     tokens = sum(sum(row["completion_mask"]) for row in kept) / len(kept)
     figures = {"answers": len(kept), "rejected": len(rejected), "tokens": tokens}
     right = ""
@@ -137,6 +154,7 @@ def _explain(run: Run, kept: list[Row], rejected: list[Row]) -> None:
         figures["right"] = sum(row["right"] for row in kept) / len(kept)
         right = f", {figures['right']:.1%} right"
     run.log("answers", figures)
-    run.say(f"answers: {len(kept)} by the target{right}, {tokens:.0f} tokens each")
+    by = "the target" if source == "target" else "the rows themselves"
+    run.say(f"answers: {len(kept)} by {by}{right}, {tokens:.0f} tokens each")
     if rejected:
         run.say(f"  {len(rejected)} left out, see {Path('answers') / 'rejected.jsonl'}: {rejected[0]['reason']}, ...")

@@ -17,7 +17,17 @@ from transformers.quantizers import AutoHfQuantizer
 from eval.judges import labeller_of
 from eval.tasks import load_task
 from eval.tasks.rows import Prompt, Rows
-from parse.models import FINDING, HUB_ID, check_architecture, check_options, check_weights, finding, whole_model
+from parse.models import (
+    FINDING,
+    HUB_ID,
+    base_of,
+    check_architecture,
+    check_options,
+    check_weights,
+    finding,
+    tokenizer_of,
+    whole_model,
+)
 from parse.prompts import as_messages, encode_prompt, render
 from parse.text import encode_text, text_of
 from parse.trained import suffix_of
@@ -243,7 +253,7 @@ def check_models(recipe: Recipe) -> None:
                 f"{key}: {source} is not a folder here; give the folder of a model, or a hub id such as org/name"
             )
         try:
-            config = AutoConfig.from_pretrained(source, **finding(options[key]))
+            config = AutoConfig.from_pretrained(base_of(source), **finding(options[key]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
         try:
@@ -256,9 +266,10 @@ def check_models(recipe: Recipe) -> None:
     for key, source in models.items():
         try:
             check_weights(source)
-            if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
-                whole_model(source, device_map="meta", **finding(options[key]))
-            AutoTokenizer.from_pretrained(source, **finding(options[key]))
+            check_weights(base := base_of(source))
+            if Path(base).is_dir():
+                whole_model(base, device_map="meta", **finding(options[key]))
+            AutoTokenizer.from_pretrained(tokenizer_of(source), **finding(options[key]))
         except Exception as error:  # whatever a library raises for files that it cannot read
             raise RecipeError(f"{key}: {source} cannot be loaded: {error}") from error
     draft_tokenizer(recipe)

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from parse.models import base_of
 from train.files import files_in
 
 LARGE = 2**24  # bytes
@@ -56,7 +57,9 @@ class Digests:
         folder = Path(source)
         if not folder.is_dir():
             return str(extract_commit_hash(cached_file(source, "config.json"), None) or source)
-        return of_values(self.of_file(path) for path in files_in(folder) if path.suffix in MODEL_FILES)
+        files = [self.of_file(path) for path in files_in(folder) if path.suffix in MODEL_FILES]
+        base = base_of(source)
+        return of_values(files if base == source else [*files, self.of_model(base)])
 
 
 def content_of(wrote: dict[str, str]) -> str:

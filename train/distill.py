@@ -5,7 +5,7 @@
 - `on_policy`: the target's next tokens at each token of the draft's own answers (TRL's DistillationTrainer).
 - `gold`: the target's next tokens at each token of its answers, for a draft with other tokens (TRL's GOLDTrainer).
 
-Each trains every weight, or a LoRA that is merged afterwards.
+Each trains every weight, or a LoRA, which is merged afterwards or left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, set_seed
-from trl import DistillationConfig, SFTConfig, SFTTrainer
+from trl import DistillationConfig, SFTConfig
 
 from parse.models import Messages, context_length, load_model
 from parse.prompts import as_messages, encode_for_draft, encode_prompt, render
@@ -27,7 +27,16 @@ from train.logits import LogitsTrainer, likely_tokens
 from train.models import first_draft, target_tokenizer, whole_weights
 from train.recipe import Recipe, RecipeError
 from train.run import KEPT, Run
-from train.trainers import OnPolicyTrainer, arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
+from train.trainers import (
+    AnswerTrainer,
+    OnPolicyTrainer,
+    arguments,
+    checkpoints,
+    lora_config,
+    same_vocabulary,
+    train,
+    training_kind,
+)
 
 
 def run(recipe: Recipe, run: Run) -> None:
@@ -42,7 +51,7 @@ def run(recipe: Recipe, run: Run) -> None:
         train(trainer, "distill", run, adapter if section.lora is not None else folder)
         if run.is_main:
             if section.lora is not None:
-                _merge(recipe, adapter, folder)
+                (_merge if section.merge else _leave)(recipe, adapter, folder)
             tokenizer.save_pretrained(folder)
 
 
@@ -75,7 +84,7 @@ def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, f
     if section.lora is not None:
         common["peft_config"] = lora_config(section.lora, "distill.lora")
     if section.method == "sequence":
-        return training_kind(SFTTrainer)(train_dataset=examples(recipe, answers, tokenizer), **common)
+        return training_kind(AnswerTrainer)(train_dataset=examples(recipe, answers, tokenizer), **common)
     with whole_weights() if section.method == "logits" else nullcontext():
         target = load_model(recipe.target, options=recipe.engine.target_options)
     if section.method == "gold":
@@ -171,6 +180,12 @@ def _reads_alike(prompt: str | Messages, tokenizer: Any) -> bool:
     text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
     plain = encode_text(text, tokenizer) if tokenizer.chat_template else list(tokenizer.encode(text))
     return plain == encode_prompt(prompt, tokenizer)
+
+
+def _leave(recipe: Recipe, adapter: Path, folder: Path) -> None:
+    """Put the LoRA into the folder as it is."""
+    for file in adapter.iterdir():
+        file.rename(folder / file.name)
 
 
 def _merge(recipe: Recipe, adapter: Path, folder: Path) -> None:

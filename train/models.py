@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 from parse import Engine
-from parse.models import finding, load_model, trusts_code
+from parse.models import base_of, finding, load_model, tokenizer_of, trusts_code
 from parse.prompts import end_of_answer
 from parse.text import eos_ids, named_ends
 from train.recipe import NewDraft, Recipe, RecipeError
@@ -66,13 +66,15 @@ def whole_weights() -> Iterator[None]:
 
 def target_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The target's tokenizer."""
-    loaded = AutoTokenizer.from_pretrained(recipe.target, **finding(recipe.engine.target_options))
+    loaded = AutoTokenizer.from_pretrained(tokenizer_of(recipe.target), **finding(recipe.engine.target_options))
     return cast(PreTrainedTokenizerBase, loaded)
 
 
 def target_config(recipe: Recipe) -> PreTrainedConfig:
     """The target's configuration."""
-    config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.target, **finding(recipe.engine.target_options))
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        base_of(recipe.target), **finding(recipe.engine.target_options)
+    )
     return config
 
 
@@ -112,7 +114,7 @@ def draft_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         own, source = target, recipe.target
     else:
         source = recipe.draft
-        own = AutoTokenizer.from_pretrained(source, **finding(recipe.engine.draft_options))
+        own = AutoTokenizer.from_pretrained(tokenizer_of(source), **finding(recipe.engine.draft_options))
     if own.get_vocab() == target.get_vocab():
         target.eos_token = target.convert_ids_to_tokens(learnt_end(recipe, target))
         return target
@@ -131,7 +133,7 @@ def learnt_end(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
         RecipeError: where neither the target's configurations nor its tokenizer name one.
     """
     try:
-        generation = GenerationConfig.from_pretrained(recipe.target)
+        generation = GenerationConfig.from_pretrained(base_of(recipe.target))
     except OSError:  # there is none
         generation = None
     config = target_config(recipe)
@@ -156,7 +158,7 @@ def empty_draft(recipe: Recipe) -> PreTrainedModel:
         return _from_config(draft, target_tokenizer(recipe))
     if isinstance(draft, str):
         trust = trusts_code(recipe.engine.draft_options)
-        config = AutoConfig.from_pretrained(draft, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(base_of(draft), trust_remote_code=trust)
     else:
         trust, config = trusts_code(recipe.engine.target_options), target_config(recipe)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

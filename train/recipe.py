@@ -124,6 +124,7 @@ class Answers:
 
     prompts: Count = 480
     batch_size: Count = 48
+    source: Literal["target", "references"] = "target"  # "references": what the rows call right, not the target's words
     server: Server | None = None  # None: the engine here
     thinking: Literal["keep", "drop"] = "keep"  # "drop" leaves out what stands between <think> and </think>
 
@@ -133,7 +134,8 @@ class Distill:
     """The draft learns the target's answers."""
 
     method: Literal["sequence", "logits", "on_policy", "gold"] = "sequence"  # see `train.distill`
-    lora: dict[str, Any] | None = None  # PEFT LoraConfig, merged afterwards; None trains every weight
+    lora: dict[str, Any] | None = None  # PEFT LoraConfig; None trains every weight
+    merge: bool = True  # the LoRA into the draft's weights; false leaves a PEFT folder, which the engine merges
     top_k: Count = 16  # of the target's next tokens whose log-probabilities "logits" keeps
     trainer: dict[str, Any] = field(default_factory=dict)  # TRL: SFTConfig, DistillationConfig or GOLDConfig
 

@@ -22,8 +22,9 @@ from accelerate.utils import reduce
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from trl import DistillationTrainer
+from trl import DistillationTrainer, SFTTrainer
 
 from train.digests import Digests
 from train.files import write_text
@@ -133,6 +134,31 @@ def _check_keys(kind: type, given: dict[str, Any], section: str) -> None:
             near = difflib.get_close_matches(key, allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"unknown key {key!r} in section {section!r}{hint} See {kind.__name__}")
+
+
+class AnswerTrainer(SFTTrainer):
+    """TRL's SFTTrainer; on a CPU with logits of the answers' tokens alone.
+
+    There TRL computes the loss at every position, prompts and padding too: with a vocabulary of 49,152 that takes half
+    of a step.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        """The mean negative log-likelihood of the tokens to be learnt."""
+        if not self.args.use_cpu or self.args.loss_type != "nll" or self.args.label_smoothing_factor or rest:
+            return super().compute_loss(model, inputs, *rest, **options)
+        labels = inputs["labels"]  # [B, T]
+        learnt = labels != -100
+        first = max(1, int(learnt.any(0).long().argmax()))  # the first token that any of the texts learns
+        names = ("input_ids", "attention_mask", "position_ids")
+        given = {name: inputs[name] for name in names if name in inputs}
+        output = model(**given, use_cache=False, logits_to_keep=labels.shape[1] - first + 1)
+        wanted = learnt[:, first:]
+        logits = output.logits[:, :-1][wanted].float()  # [M, V]
+        count = options.get("num_items_in_batch")  # over all processes, of which DDP takes the mean
+        loss = cross_entropy(logits, labels[:, first:][wanted], reduction="sum")
+        loss = loss / len(logits) if count is None else loss * self.accelerator.num_processes / count
+        return (loss, output) if options.get("return_outputs") else loss
 
 
 class NotFinite(RuntimeError):

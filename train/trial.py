@@ -23,7 +23,11 @@ from train.recipe import Recipe, RecipeError
 from train.trainers import OnPolicyTrainer, lora_config
 
 WORDS = "a b"  # the row's
-WITHOUT_WRITING = (distill.SFTTrainer, LogitsTrainer, align.TokenDPOTrainer)  # a batch, which takes no answers to make
+WITHOUT_WRITING = (
+    distill.AnswerTrainer,
+    LogitsTrainer,
+    align.TokenDPOTrainer,
+)  # a batch, which takes no answers to make
 
 
 def try_distill(recipe: Recipe) -> None:
@@ -44,7 +48,7 @@ def try_distill(recipe: Recipe) -> None:
             return OnPolicyTrainer(teacher_model=teacher, train_dataset=distill.prompts([WORDS], tokenizer), **common)
         if section.method == "gold":
             return distill.gold_trainer([{"prompt": WORDS, "answer": WORDS}], _stand_in(tokenizer), common)
-        return distill.SFTTrainer(train_dataset=Dataset.from_list([row]), **common)
+        return distill.AnswerTrainer(train_dataset=Dataset.from_list([row]), **common)
 
     _try("distill.trainer", lambda output: distill.trainer_config(recipe, output), make, tokenizer, adapter)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
-from eval.tasks import ledger
+from eval.tasks import ledger, restaurants
 from eval.tasks.rows import Prompt, Rows, load_rows
 
 
@@ -30,7 +30,7 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, ModuleType] = {"ledger": ledger}
+TASKS: dict[str, ModuleType] = {"ledger": ledger, "restaurants": restaurants}
 
 
 def load_task(name: str, data: Mapping[str, Any] | None = None) -> Task | Rows:
@@ -76,5 +76,6 @@ def content_of_task(task: Task | Rows, data: Mapping[str, Any]) -> str:
     if isinstance(task, Rows):
         content = json.dumps([data["check"], task.prompts, task.references], sort_keys=True).encode()
     else:
-        content = Path(str(cast(ModuleType, task).__file__)).read_bytes()
+        files = getattr(task, "FILES", [cast(ModuleType, task).__file__])
+        content = b"".join(Path(str(file)).read_bytes() for file in files)
     return hashlib.sha256(content).hexdigest()

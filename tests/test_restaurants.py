@@ -1,0 +1,189 @@
+"""The restaurants task: what a text states, what is wrong with an answer, people's texts in the published schema."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.tasks import restaurants
+from eval.tasks.restaurants import check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
+from eval.tasks.wordings import NAMES, NEAR, stated
+from train.people import main
+
+MILL = {"name": "The Mill", "type": "coffee shop", "food": "Chinese", "price": "cheap", "rating": "5 out of 5"}
+MILL |= {"area": "riverside", "near": "Café Rouge"}
+COCUM = {"name": "Cocum", "type": "pub", "price": "£20-25", "family": "no"}
+PROMPT = prompt_text([MILL, COCUM])
+FIRST = "Near Café Rouge on the riverside is The Mill, a cheap coffee shop. Its Chinese food is rated 5 out of 5."
+SECOND = "Cocum is a moderately priced pub, and no place for children."
+RIGHT = f"1. {FIRST}\n2. {SECOND}"
+
+
+@given(seed=st.integers(0, 10**6), split=st.sampled_from(list(restaurants.SPLITS)))
+def test_a_prompt_is_read_as_it_was_drawn_and_its_sets_are_of_its_split(seed, split):
+    prompt = restaurants.draw_prompt(random.Random(seed), split)
+    places = read_prompt(prompt)
+    assert prompt_text(places) == prompt
+    assert len({place["name"] for place in places}) == len(places) in restaurants.PLACES
+    assert {split_of(dict(reversed(place.items()))) for place in places} == {split}
+
+
+def test_any_order_and_wording_is_right():
+    assert check(PROMPT, RIGHT)
+    assert first_wrong(PROMPT, RIGHT) is None
+    other = "The Mill serves Chinese food. It is a highly rated, inexpensive café by the river, close to Cafe Rouge."
+    assert check(PROMPT, f"1. {other}\n\n2. A pub in the £20-£25 price range, Cocum is not kid-friendly.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (RIGHT.replace("cheap", "pricey"), 0),
+        (RIGHT.replace("5 out of 5", "1 out of 5"), 1),
+        (RIGHT.replace("Chinese", "Indian"), 1),
+        (RIGHT.replace("riverside", "city centre"), 0),
+        (RIGHT.replace("Café Rouge", "Café Brazil"), 0),
+        (RIGHT.replace("The Mill", "The Punter"), 0),
+        (RIGHT.replace("no place", "a place"), 2),
+        (RIGHT.replace("pub", "restaurant"), 2),
+        (RIGHT.replace(" is rated 5 out of 5", ""), 1),  # left out, which the line break tells
+        (RIGHT.replace("a cheap coffee shop", "a cheap coffee shop for families"), 0),  # nobody said so
+        (f"{RIGHT}\n3. {SECOND}", 3),
+        (f"2. {FIRST}", 0),
+        (FIRST, 0),
+    ],
+)
+def test_what_is_wrong_is_found_where_it_is(answer, sentence):
+    assert not check(PROMPT, answer)
+    assert first_wrong(PROMPT, answer) == sentence
+
+
+def test_a_prefix_is_right_until_a_line_break_ends_its_paragraph():
+    begun = f"1. {FIRST.partition('. ')[0]}."
+    assert first_wrong(PROMPT, begun) is None
+    assert first_wrong(PROMPT, f"{begun}\n") == 0
+    assert first_wrong(PROMPT, "") is None
+    assert not check(PROMPT, f"1. {FIRST}")
+
+
+def test_to_say_it_again_is_no_fault_and_neither_is_what_is_no_attribute():
+    again = RIGHT.replace("Its Chinese food", "With a lovely view of the river, its Chinese food")
+    assert check(PROMPT, again)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "wordings"),
+    [
+        ("type", "coffee shop", ["a coffee shop", "a cosy café", "a coffee house"]),
+        ("type", "pub", ["a pub", "some pubs", "a bar"]),
+        ("type", "restaurant", ["a restaurant", "a restaraunt"]),
+        ("food", "Fast food", ["sells fast food", "a fast-food place"]),
+        ("food", "Japanese", ["Japanese dishes", "great sushi"]),
+        ("food", "Italian", ["Italian food", "serves pasta"]),
+        ("food", "English", ["British fare", "an English breakfast"]),
+        ("area", "riverside", ["by the river", "in the riverside area", "on the riverfront"]),
+        ("area", "city centre", ["in the city center", "centrally located", "in the heart of the city", "in the city"]),
+        ("price", "low", ["cheap", "low-priced", "for less than £20", "under £20", "prices are low", "inexpensive"]),
+        ("price", "middle", ["moderately priced", "£20-25", "mid-priced", "20 to 25 pounds", "average prices"]),
+        ("price", "high", ["expensive", "high prices", "more than £30", "over 30 pounds", "the price range is high"]),
+        ("rating", "low", ["1 out of 5", "one star", "a low customer rating", "poorly rated", "not highly rated"]),
+        ("rating", "middle", ["3 out of 5", "an average rating", "customers rate it average", "three stars"]),
+        (
+            "rating",
+            "high",
+            ["5 out of 5 stars", "highly rated", "excellent reviews", "a five star place", "well-liked"],
+        ),
+        ("family", "yes", ["family-friendly", "kids are welcome", "bring the children", "suitable for families"]),
+        (
+            "family",
+            "no",
+            "not family-friendly, no kids, adults only, doesn't welcome children, non-child friendly, child-free, "
+            "a place where I wouldn't bring the family".split(", "),
+        ),
+        ("near", "Express by Holiday Inn", ["near Express by Holiday Inn", "by the Holiday Inn"]),
+        ("near", "Raja Indian Cuisine", ["near the Raja Indian Cuisine", "next to Raja"]),
+        ("name", "The Wrestlers", ["The Wrestlers", "called Wrestlers"]),
+    ],
+)
+def test_wordings_of_each_value(attribute, value, wordings):
+    """And nothing else is stated of any attribute."""
+    for wording in wordings:
+        said = {name: found for name, found in stated(f"It is {wording}.").items() if found}
+        assert said == {attribute: {value}}, wording
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A highly priced place with a low rating.", {"price": {"high"}, "rating": {"low"}}),
+        ("Moderately priced and low rated.", {"price": {"middle"}, "rating": {"low"}}),
+        ("It has 1 out of 5 stars.", {"rating": {"low"}}),
+        ("Near Café Sicilia, not far from Raja Indian Cuisine.", {"near": {"Café Sicilia", "Raja Indian Cuisine"}}),
+        ("Although cheap, it is not for kids but highly rated.",
+         {"price": {"low"}, "family": {"no"}, "rating": {"high"}}),
+        ("The average customer review is fine.", {"rating": {"middle"}}),
+        ("A friendly place.", {}),
+    ],
+)  # fmt: skip
+def test_words_that_several_attributes_share(text, expected):
+    assert {name: found for name, found in stated(text).items() if found} == expected
+
+
+@pytest.mark.parametrize("name", [*NAMES, *NEAR])
+def test_every_name_is_read(name):
+    said = stated(f"Here is {name}.")
+    assert (said["name"], said["near"]) == (({name}, set()) if name in NAMES else (set(), {name}))
+
+
+# rows written for this test, in the schema of the published data
+ROWS = [
+    (
+        "name[The Mill], eatType[pub], food[English], area[riverside]",
+        "The Mill is a pub by the river with English food.",
+    ),
+    ("name[Cocum], eatType[coffee shop], priceRange[cheap], familyFriendly[no]", "No kids at Cocum, a cheap café."),
+    ("name[Zizzi], eatType[pub], customer rating[low], near[Ranch]", "Zizzi is a poorly rated pub near Ranch."),
+    (
+        "name[Aromi], eatType[pub], area[city centre], familyFriendly[yes]",
+        "Aromi is a family pub in the centre of the city.",
+    ),
+    ("name[Strada], eatType[restaurant], food[French], area[riverside]", "Strada is a French restaurant by the river."),
+    ("name[Giraffe], eatType[pub], food[Indian], area[riverside]", "Giraffe is an Indian pub."),  # the area is missing
+    ("name[Clowns], eatType[pub], food[Indian], area[riverside]", "clowns: indian pub, river"),  # no sentence
+    ("name[The Golden Curry], food[Indian]", "The Golden Curry is Indian."),  # no place of the task
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = ["mr,ref", *(f'"{given}","{text}"' for given, text in ROWS)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_peoples_texts_become_right_answers_of_the_training_split(folder):
+    rows = list(people(rows_of(folder), 60, seed=0))
+    for prompt, answer in rows:
+        assert check(prompt, answer)
+        assert {split_of(place) for place in read_prompt(prompt)} == {"train"}
+        assert "Giraffe is an Indian pub." not in answer
+        assert "clowns:" not in answer
+    assert list(people(rows_of(folder), 10, seed=0)) == rows[:10]
+    names = {place["name"] for prompt, _ in rows for place in read_prompt(prompt)}
+    assert len(names) > 15  # exchanged, in text and set alike
+    hub = [{"meaning_representation": given, "human_reference": text} for given, text in ROWS]
+    assert list(people(hub, 10, seed=0)) == rows[:10]
+
+
+def test_rows_of_other_data_are_refused(folder, tmp_path, capsys):
+    with pytest.raises(ValueError, match="the rows lack the column 'meaning_representation': they hold text"):
+        list(people([{"text": "x"}], 1, 0))
+    out = tmp_path / "out/rows.jsonl"
+    assert main([str(out), "--data", str(folder), "--rows", "5"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(set(row), row["split"]) for row in rows] == [({"prompt", "reference", "split"}, "answers")] * 5
+    (tmp_path / "empty").mkdir()
+    assert main([str(out), "--data", str(tmp_path / "empty")]) == 2
+    assert "none of the rows holds a description that is right" in capsys.readouterr().err
