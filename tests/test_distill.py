@@ -19,14 +19,18 @@ import train.distill
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
 from parse.models import load_model
+from parse.prompts import encode_prompt
 from tests.conftest import MODELS, adopt, launch, random_model
 from train.answers import Encoding
+from train.checks import check_models
 from train.logits import collate, divergence, likely_tokens, unpack
-from train.models import first_draft, with_layers
+from train.models import _texts, first_draft, with_layers
 from train.recipe import RecipeError, load_recipe
 from train.run import Run
 from train.server import Answered
 from train.trainers import AnswerTrainer, Guarded
+from train.trial import try_distill
+from train.vocabulary import byte_level_tokenizer
 
 QUICK = "recipes/quickstart.yaml"
 PROMPTS = draw_prompts(ledger, "train", 12, seed=5)
@@ -181,6 +185,34 @@ def test_a_draft_can_be_new(begin):
     assert draft.config.vocab_size == len(tokenizer)
     assert draft.config.eos_token_id == tokenizer.eos_token_id
     assert len(losses(distilled(recipe))) == 6
+
+
+def test_a_new_draft_may_learn_a_vocabulary_of_its_own(begin, monkeypatch):
+    """From prompts and answers, the same each time; its answers cross as text."""
+    config = "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
+    recipe = begin(f"draft={{config: {config}, tokenizer: {{vocab_size: 300}}}}", *STEPS)
+    check_models(recipe)
+    try_distill(recipe)
+    folder = distilled(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 300
+    assert (
+        byte_level_tokenizer(_texts(load_from_disk(recipe.folder / "answers")), 300).get_vocab()
+        == tokenizer.get_vocab()
+    )
+    for text in (told(PROMPTS[0]), "  Ünïcode,\n tabs\t and 🙂 "):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    prompt = encode_prompt("a <|end|> b", tokenizer)  # a control token in a prompt is text
+    assert tokenizer.eos_token_id not in prompt
+    assert tokenizer.decode(prompt) == "<|user|>a <|end|> b<|assistant|>"
+    engine = Engine.from_pretrained(recipe.target, folder, "likelihood", compile=False)
+    assert not engine.same_tokens
+    result = engine.generate(PROMPTS[0], 20, threshold=0.0)[0]
+    assert result.stats.draft_tokens
+    with pytest.raises(RecipeError, match="draft.tokenizer is for a draft with a `config`"):
+        begin("draft={layers: 3, tokenizer: {vocab_size: 300}}")
+    with pytest.raises(RecipeError, match="vocab_size"):
+        begin(f"draft={{config: {config}, tokenizer: {{vocab_size: 100}}}}")
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,16 @@ def run(recipe: Recipe, run: Run) -> None:
         section = recipe.distill
         answers = load_from_disk(run.path("answers"))
         assert isinstance(answers, Dataset)
-        model, tokenizer = first_draft(recipe)
+        model, tokenizer = first_draft(recipe, answers)
         trainer = make_trainer(recipe, _that_fit(recipe, answers, model, run), model, tokenizer, folder)
         adapter = folder / KEPT / "lora"
         train(trainer, "distill", run, adapter if section.lora is not None else folder)
         if run.is_main:
             if section.lora is not None:
-                (_merge if section.merge else _leave)(recipe, adapter, folder)
+                if section.merge:
+                    _merge(recipe, adapter, folder, answers)
+                else:
+                    _leave(adapter, folder)
             tokenizer.save_pretrained(folder)
 
 
@@ -182,17 +185,17 @@ def _reads_alike(prompt: str | Messages, tokenizer: Any) -> bool:
     return plain == encode_prompt(prompt, tokenizer)
 
 
-def _leave(recipe: Recipe, adapter: Path, folder: Path) -> None:
+def _leave(adapter: Path, folder: Path) -> None:
     """Put the LoRA into the folder as it is."""
     for file in adapter.iterdir():
         file.rename(folder / file.name)
 
 
-def _merge(recipe: Recipe, adapter: Path, folder: Path) -> None:
+def _merge(recipe: Recipe, adapter: Path, folder: Path, answers: Dataset) -> None:
     """Save the draft with the LoRA added to its weights."""
     set_seed(recipe.seed)  # a new draft's weights are drawn again
     with whole_weights():
-        model, _ = first_draft(recipe)
+        model, _ = first_draft(recipe, answers)
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(folder)
     losses = adapter / "losses.json"

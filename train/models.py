@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,10 @@ from transformers.integrations import deepspeed
 
 from parse import Engine
 from parse.models import base_of, finding, load_model, tokenizer_of, trusts_code
-from parse.prompts import end_of_answer
+from parse.prompts import as_messages, end_of_answer
 from parse.text import eos_ids, named_ends
 from train.recipe import NewDraft, Recipe, RecipeError
+from train.vocabulary import byte_level_tokenizer
 
 
 def load_engine(
@@ -78,13 +79,18 @@ def target_config(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def first_draft(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def first_draft(
+    recipe: Recipe, answers: Iterable[Mapping[str, Any]] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The draft that distillation begins with, in float32, and its tokenizer, which name the end that it will learn.
+
+    Args:
+        answers: see `draft_tokenizer`.
 
     Raises:
         RecipeError: where the target has no such layers, or the configuration is refused.
     """
-    draft, tokenizer = recipe.draft, draft_tokenizer(recipe)
+    draft, tokenizer = recipe.draft, draft_tokenizer(recipe, answers)
     if isinstance(draft, str):
         model = load_model(draft, dtype=torch.float32, options=finding(recipe.engine.draft_options))
     elif draft.layers is not None:
@@ -100,16 +106,21 @@ def first_draft(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def draft_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def draft_tokenizer(recipe: Recipe, answers: Iterable[Mapping[str, Any]] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer that the draft learns with; its end-of-sequence token is the one that ends the answers.
 
     Where draft and target have the same vocabulary it is the target's, chat template and all: the engine gives both
     models the same tokens.
 
+    Args:
+        answers: rows with `prompt` and `answer`, of which `draft.tokenizer` learns; without them it knows bytes alone.
+
     Raises:
         RecipeError: where it names no end, so that no draft can learn to end.
     """
     target = target_tokenizer(recipe)
+    if isinstance(recipe.draft, NewDraft) and recipe.draft.tokenizer:
+        return byte_level_tokenizer(_texts(answers), recipe.draft.tokenizer.vocab_size)
     if not isinstance(recipe.draft, str):
         own, source = target, recipe.target
     else:
@@ -124,6 +135,13 @@ def draft_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             "eos_token and save it with the model"
         )
     return own
+
+
+def _texts(answers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What the rows' prompts and answers hold."""
+    for row in answers:
+        yield from (str(turn["content"]) for turn in as_messages(row["prompt"]))
+        yield str(row["answer"])
 
 
 def learnt_end(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -155,7 +173,7 @@ def empty_draft(recipe: Recipe) -> PreTrainedModel:
     """
     draft = recipe.draft
     if isinstance(draft, NewDraft) and draft.config is not None:
-        return _from_config(draft, target_tokenizer(recipe))
+        return _from_config(draft, draft_tokenizer(recipe))
     if isinstance(draft, str):
         trust = trusts_code(recipe.engine.draft_options)
         config = AutoConfig.from_pretrained(base_of(draft), trust_remote_code=trust)

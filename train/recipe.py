@@ -76,11 +76,19 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class NewTokenizer:
+    """A vocabulary of the draft's own: see `train.vocabulary`."""
+
+    vocab_size: Annotated[int, Range(261, 10**6)]  # every byte, and five control tokens, at least
+
+
+@dataclass(frozen=True)
 class NewDraft:
     """A draft that is no checkpoint yet: the target with fewer layers, or random weights of some configuration."""
 
     layers: Layers | None = None  # of the target's that are kept, evenly spaced, the first and the last among them
-    config: dict[str, Any] | None = None  # arguments of a configuration, with `model_type`; the target's tokenizer
+    config: dict[str, Any] | None = None  # arguments of a configuration, with `model_type`
+    tokenizer: NewTokenizer | None = None  # beside `config`; None: the target's
 
 
 @dataclass(frozen=True)
@@ -368,6 +376,10 @@ def _check(recipe: Recipe) -> None:
     """What types cannot say."""
     if isinstance(recipe.draft, NewDraft) and (recipe.draft.layers is None) == (recipe.draft.config is None):
         raise RecipeError("draft must be a model, or hold `layers` or `config`, one of them")
+    if isinstance(recipe.draft, NewDraft) and recipe.draft.tokenizer and recipe.draft.layers is not None:
+        raise RecipeError(
+            "draft.tokenizer is for a draft with a `config`: layers of the target read the target's tokens"
+        )
     for name, options in ("target", recipe.engine.target_options), ("draft", recipe.engine.draft_options):
         if split := sorted({"tp_plan", "distributed_config"} & options.keys()):
             raise RecipeError(
