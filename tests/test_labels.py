@@ -8,13 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.judges import Agreement, Checked, controls
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
 from parse.decode import Context
 from parse.passes import drive, drive_together
 from tests.conftest import MODELS
 from train.labels import Labeller, bisecting
-from train.rollouts import first_segment, rolling_out
+from train.recipe import RecipeError, load_recipe, to_dict
+from train.rollouts import first_segment, labels_of, rolling_out
+
+QUICK = "recipes/quickstart.yaml"
 
 
 @given(k=st.integers(1, 40), data=st.data())
@@ -36,7 +39,7 @@ def engine():
 
 
 def rollouts(engine, labeller, every, prompts):
-    steps = (rolling_out(labeller, prompt, rounds=4, every=every) for prompt in prompts)
+    steps = (rolling_out(labeller, prompt, 4, "all" if every else "bisect") for prompt in prompts)
     finished = dict(drive_together(steps, 40))
     return [finished[i] for i in range(len(prompts))]
 
@@ -47,7 +50,7 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
     """Each continues the one before where that is valid; its last prefix is labelled by asking, not by how it ends."""
     prompts = draw_prompts(ledger, "train", 6, seed=12)
     labeller = Labeller(engine, Checked(ledger), 200)
-    steps = (rolling_out(labeller, prompt, 3, every, horizon) for prompt in prompts)
+    steps = (rolling_out(labeller, prompt, 3, "all" if every else "bisect", horizon) for prompt in prompts)
     found = dict(drive_together(steps, 10))
     for index, rows in found.items():
         assert len(rows) > 3
@@ -113,3 +116,45 @@ def test_a_target_compares_answers_where_there_is_no_checker(smollm):
     assert noise["same_called_different"] + noise["different_called_same"] < 1  # better than a guess
     assert drive(agreement.judging(prompts[0], "Blue, blue and blue again")) in (True, False)
     assert drive(agreement.judging(prompts[0], agreement.references[prompts[0]]))  # its own words
+
+
+def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alone(engine):
+    """The shipped target finishes every right prefix rightly, so both know the same drafts, repairs and labels."""
+    prompts = draw_prompts(ledger, "train", 12, seed=12)
+    asking = Labeller(engine, Checked(ledger), 200)
+    knowing = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
+    found = []
+    for labeller, labels in ((asking, "bisect"), (knowing, "checker")):
+        steps = (rolling_out(labeller, prompt, 3, labels) for prompt in prompts)
+        finished = dict(drive_together(steps, 10))
+        found.append([finished[i] for i in range(len(prompts))])
+    drop = lambda rows: [
+        {key: row[key] for key in ("round", "prefix_ids", "draft_ids", "ends", "valid")} for row in rows
+    ]
+    assert [drop(rows) for rows in found[0]] == [drop(rows) for rows in found[1]]
+    assert any(row["round"] for rows in found[1] for row in rows)
+    assert not knowing.asked
+    for rows in found[1]:
+        for row in rows:
+            assert len(row["continuation_ids"]) <= 30  # one sentence
+
+
+def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
+    (prompt,) = draw_prompts(ledger, "train", 1, seed=3)
+    labeller = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
+    drafts = [drive(rolling_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
+    first = [rows[0]["draft_ids"] for rows in drafts]
+    assert drafts[1] == drafts[3]
+    assert len({tuple(ids) for ids in first}) == 3
+
+
+def test_labels_come_from_the_program_only_where_it_knows_them():
+    words = ["rollouts.labels=checker"]
+    assert labels_of(load_recipe(QUICK), ledger, "train") == "checker"
+    assert labels_of(load_recipe(QUICK), ledger, "test") == "bisect"
+    assert labels_of(load_recipe(QUICK, ["rollouts.labels=all"]), ledger, "train") == "all"
+    assert labels_of(load_recipe(QUICK, ["rollouts.labeller=agreement"]), ledger, "train") == "bisect"
+    rows = load_task("recipes/data/parcels.jsonl", to_dict(load_recipe("recipes/custom_domain.yaml").data))
+    assert labels_of(load_recipe(QUICK), rows, "train") == "bisect"
+    with pytest.raises(RecipeError, match="has no program that knows the first wrong sentence"):
+        labels_of(load_recipe(QUICK, words), rows, "train")

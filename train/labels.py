@@ -2,8 +2,11 @@
 
 What is right the task's checker says; where a task has none, the target itself, comparing the outcome with its own
 answer (`eval.judges`). Which prefixes are asked is `bisect`, for the first invalid one (validity is lost once and
-hardly ever regained), or `all`. The target goes on from any prefix of a draft in one context: what two prefixes share
+hardly ever regained), or `all`. The target continues from any prefix of a draft in one context: what two prefixes share
 is read once.
+
+Where a task's program can say which sentence is the first wrong one, `checker` takes its word for the prefixes, and the
+target writes the repair alone: a draft costs little more than writing it. How often the two disagree is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from eval.tasks.rows import Prompt
 from parse import Engine
 from parse.decode import Context, Sampling, Written
 from parse.passes import Steps
+from parse.segments import ends_segment
 from parse.text import text_of
+
+FirstWrong = Callable[[Prompt, str], int | None]  # of a prompt and an answer, or a prefix of one: see `eval.tasks.Task`
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Labeller:
     engine: Engine
     judge: Judge
     limit: int  # tokens of an answer
+    first_wrong: FirstWrong | None = None  # where the task's program knows it
     samples: int = 1  # of the way on from a prefix, of which the most decide; one is greedy
     seed: int = 0
     asked: int = 0  # prefixes so far
@@ -71,6 +78,34 @@ class Labeller:
             ways.append((yield from self.finishing(context, prompt, start, sample)))
         valid = 2 * sum(right for right, _ in ways) > len(ways)
         return valid, next(way for right, way in ways if right == valid)
+
+    def checking(
+        self,
+        context: Context,
+        prompt: Prompt,
+        prefix: list[int],
+        draft: Written,
+        ends: list[int],
+        right: bool | None,
+    ) -> Steps[Labels]:
+        """Label the K prefixes of a draft by the task's program; the target writes on to the next cut alone.
+
+        The arguments are those of `labelling`.
+        """
+        assert self.first_wrong is not None
+        engine, labels = self.engine, list[bool]()
+        for end in ends:
+            text = text_of([*prefix, *draft.ids[:end]], engine.tokenizer)
+            labels.append(all(labels) and self.first_wrong(prompt, text) is None)
+        if right is not None:
+            labels[-1] = right and all(labels)
+        if all(labels):
+            return Labels(labels, True, [], False)
+        kept = [0, *ends][labels.index(False)]
+        yield from context.becoming([*engine.encode(prompt), *prefix, *draft.ids[:kept]])
+        stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
+        written = yield from context.writing(max(self.limit - len(prefix) - kept, 1), stop=stop)
+        return Labels(labels, True, written.ids, written.ended)
 
     def labelling(
         self,

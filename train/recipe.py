@@ -166,7 +166,12 @@ class Rollouts:
     calibration: Count = 400
     test: Count = 400  # on which the verifier is measured
     rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
-    labels: Literal["bisect", "all"] = "bisect"  # "all" asks the target about every prefix
+    drafts: Count = 1  # of each training prompt: the greedy one, and others by sampling
+    labels: Literal["auto", "checker", "bisect", "all"] = (
+        "auto"  # "checker": of training prompts by the task's program,
+    )
+    # where it knows the first wrong sentence, which costs the target next to nothing; it is "auto" there, and else
+    # "bisect". Those of calibration and test are by the target's ways on: "all" asks about every prefix
     labeller: Literal["auto", "task", "agreement"] = "auto"  # "task", its checker, where it has one; else "agreement":
     # the target compares with its own answer
     samples: Count = 1  # ways on from a prefix, of which the most decide; 1 is greedy

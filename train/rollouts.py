@@ -16,12 +16,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from eval.judges import Agreement, Checked, controls, labeller_of
+from eval.judges import TEMPERATURE, Agreement, Checked, controls, labeller_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows
 from parse import Engine
 from parse.answer import drafted_up_to
-from parse.decode import Context, Written
+from parse.decode import GREEDY, Context, Sampling, Written
 from parse.passes import Steps, drive_together
 from parse.prompts import opens_thinking
 from parse.segments import cut, ends_segment
@@ -58,8 +58,12 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
 
         def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
             split, prompt = item
-            every, horizon = section.labels == "all", recipe.engine.horizon
-            rounds = yield from rolling_out(labeller, prompt, section.rounds, every, horizon)
+            labels, rounds = labels_of(recipe, task, split), list[Row]()
+            for sample in range(section.drafts if split == "train" else 1):
+                drafted = yield from rolling_out(
+                    labeller, prompt, section.rounds, labels, recipe.engine.horizon, sample
+                )
+                rounds += drafted
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
         work = together(rolling, section.batch_size)
@@ -74,17 +78,42 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
                 f"{stage}: the draft in {draft} answered none of {len(prompts)} prompts with as much as a segment: see "
                 "what it learnt (losses.json), and whether draft and target end their answers alike"
             )
+        labels = {split: labels_of(recipe, task, split) for split in ("train", "calibration", "test")}
         again = _ask_again(folder / KEPT / "again", labeller, rows, section.recheck, section.batch_size, recipe.seed)
+        again |= _disagreement(again.pop("places"), rows, labels)
         if run.is_main:
             Dataset.from_list(rows).save_to_disk(folder)
-            summary = {**_balance(rows), "labels": section.labels, **again, **noise}
+            summary = {**_balance(rows), "labels": labels, **again, **noise}
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
             _explain(stage, summary)
             run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
 
 
+def labels_of(recipe: Recipe, task: Task | Rows, split: str) -> str:
+    """Where the labels of a split's drafts come from: "checker", "bisect" or "all".
+
+    Raises:
+        RecipeError: where the task's program is asked for what it does not know.
+    """
+    labels = recipe.rollouts.labels
+    knows = not isinstance(task, Rows) and labeller_of(recipe, task) == "task"
+    if labels == "checker" and not knows:
+        raise RecipeError(
+            f"rollouts.labels is 'checker', and {recipe.task} has no program that knows the first wrong sentence of an "
+            "answer, or rollouts.labeller leaves it out: use bisect"
+        )
+    if split == "train" and knows and labels in ("auto", "checker"):
+        return "checker"
+    return "all" if labels == "all" else "bisect"
+
+
 def rolling_out(
-    labeller: Labeller, prompt: Prompt, rounds: int, every: bool, horizon: int | str | None = None
+    labeller: Labeller,
+    prompt: Prompt,
+    rounds: int,
+    labels: str,
+    horizon: int | str | None = None,
+    sample: int = 0,
 ) -> Steps[list[Row]]:
     """The drafts of one prompt with their labels, as the engine's rounds meet them.
 
@@ -92,6 +121,8 @@ def rolling_out(
 
     Args:
         rounds: the target repairs fewer drafts than that.
+        labels: "checker", "bisect" or "all".
+        sample: 0 for greedy drafts; others are sampled, each in its own way.
     """
     engine = labeller.engine
     target, draft = Context(engine.readers["target"]), Context(engine.readers["draft"])
@@ -99,9 +130,10 @@ def rolling_out(
     found: list[Row] = []
     prefix: list[int] = []
     repairs = 0
+    choose = Sampling(TEMPERATURE, seed=labeller.seed * 997 + sample) if sample else Sampling()
     try:
         while repairs < rounds and len(prefix) < labeller.limit:
-            written = yield from drafting(engine, draft, prompt, prefix, labeller.limit, horizon)
+            written = yield from drafting(engine, draft, prompt, prefix, labeller.limit, horizon, choose)
             answer = [*prefix, *written.ids]
             goes_on = not written.ended and len(answer) < labeller.limit
             right = None
@@ -111,7 +143,11 @@ def rolling_out(
             ends = cut(written.ids, engine.tokenizer, engine.segments)
             if not ends:  # the engine lets the target write the rest
                 break
-            labels = yield from labeller.labelling(target, prompt, prefix, written, ends, right, every)
+            given = target, prompt, prefix, written, ends, right
+            if labels == "checker":
+                label = yield from labeller.checking(*given)
+            else:
+                label = yield from labeller.labelling(*given, every=labels == "all")
             found.append(
                 {
                     "round": repairs,
@@ -120,20 +156,20 @@ def rolling_out(
                     "draft_ids": written.ids,
                     "ended": written.ended,
                     "ends": ends,
-                    "valid": labels.valid,
-                    "target_right": labels.target_right,
-                    "continuation_ids": labels.continuation_ids,
+                    "valid": label.valid,
+                    "target_right": label.target_right,
+                    "continuation_ids": label.continuation_ids,
                 }
             )
-            if all(labels.valid) and goes_on:
+            if all(label.valid) and goes_on:
                 prefix = answer
                 continue
-            if all(labels.valid) or not labels.target_right:
+            if all(label.valid) or not label.target_right:
                 break
-            repair = first_segment(engine, labels.continuation_ids)
-            if labels.continuation_ended and len(repair) == len(labels.continuation_ids):
+            repair = first_segment(engine, label.continuation_ids)
+            if label.continuation_ended and len(repair) == len(label.continuation_ids):
                 break
-            prefix = [*prefix, *written.ids[: [0, *ends][labels.valid.index(False)]], *repair]
+            prefix = [*prefix, *written.ids[: [0, *ends][label.valid.index(False)]], *repair]
             repairs += 1
     finally:
         target.close()
@@ -142,12 +178,18 @@ def rolling_out(
 
 
 def drafting(
-    engine: Engine, draft: Context, prompt: Prompt, prefix: list[int], limit: int, horizon: int | str | None = None
+    engine: Engine,
+    draft: Context,
+    prompt: Prompt,
+    prefix: list[int],
+    limit: int,
+    horizon: int | str | None = None,
+    choose: Sampling = GREEDY,
 ) -> Steps[Written]:
     """What the draft writes after the start of an answer, to its end or the horizon, in the target's tokens."""
     text = [*engine.encode_for_draft(prompt), *engine.to_draft(prefix)]
     room, stop = drafted_up_to(horizon, limit - len(prefix), engine)
-    written = yield from draft.continuing(text, room, stop=stop)
+    written = yield from draft.continuing(text, room, choose, stop)
     return Written(engine.to_target(written.ids), written.ended)
 
 
@@ -166,7 +208,8 @@ def _labeller(
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
     if labeller_of(recipe, task) == "task":
         checked = Checked(task, opens_thinking(engine.tokenizer))
-        return Labeller(engine, checked, limit, section.samples, recipe.seed), {"labeller": "task"}
+        knows = None if isinstance(task, Rows) else task.first_wrong
+        return Labeller(engine, checked, limit, knows, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
     def together(many: Any) -> list[float]:
@@ -174,7 +217,7 @@ def _labeller(
         return [finished[i] for i in range(len(finished))]
 
     noise = controls(agreement, prompts[:CONTROLS], together)
-    return Labeller(engine, agreement, limit, section.samples, recipe.seed), {"labeller": "agreement", **noise}
+    return Labeller(engine, agreement, limit, None, section.samples, recipe.seed), {"labeller": "agreement", **noise}
 
 
 def _ask_again(
@@ -207,11 +250,18 @@ def _ask_again(
     seconds = time.perf_counter() - started
     share = lambda key: sum(row[key] for row in asked) / len(asked) if asked else None
     return {
+        "places": [(place, row["direct"]) for place, row in zip(chosen, asked, strict=True)],
         "asked_again": len(asked),
         "other_label": share("direct"),
         "other_label_sampled": share("sampled"),
         "seconds_per_label": seconds / ((1 + SAMPLED) * len(asked)) if asked else None,
     }
+
+
+def _disagreement(asked: list[tuple[tuple[int, int], bool]], rows: list[Row], labels: dict[str, str]) -> dict[str, Any]:
+    """How often the target's way on gives another label than the task's program did, of those asked again."""
+    found = [other for (i, _), other in asked if labels[rows[i]["split"]] == "checker"]
+    return {"checker_asked_again": len(found), "checker_other_label": sum(found) / len(found)} if found else {}
 
 
 def _balance(rows: list[Row]) -> dict[str, Any]:
@@ -240,6 +290,11 @@ def _explain(stage: str, summary: dict[str, Any]) -> None:
         print(
             f"  labels: {summary['other_label']:.1%} of {summary['asked_again']} are others when asked by themselves, "
             f"{summary['other_label_sampled']:.1%} by sampled ways on; {summary['seconds_per_label']:.2f} s a label"
+        )
+    if "checker_other_label" in summary:
+        print(
+            f"  by the task's program: {summary['checker_other_label']:.1%} of {summary['checker_asked_again']} labels "
+            "are others by the target's way on"
         )
     if "same_called_different" in summary:
         print(
