@@ -68,6 +68,7 @@ def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -
 
     def examining(draft: Draft) -> Steps[Judged]:
         context = Context(readers["target"])
+        context.layers = engine.context_layers
         try:
             yield from context.awaiting(draft.context_ids)
             logits = (yield from _draft_logits(readers["draft"], draft)) if with_draft and _comparable(engine) else None
@@ -96,14 +97,14 @@ def _draft_logits(draft_reader: Reader, draft: Draft) -> Steps[Tensor]:
     return output.logits
 
 
-def reader(engine: Engine, layers: tuple[int, ...]) -> Verifier:
+def reader(engine: Engine, layers: tuple[int, ...], reads_context: bool = False) -> Verifier:
     """A verifier that makes one pass yield what every kind but the adapter reads.
 
     The draft's own positions cannot see the suffixes, so the `prompt` kind's do not touch what the others read.
     """
     if asking := Prompt.if_possible(engine.tokenizer):
-        return replace(asking, layers=layers, reads_draft=True)
-    return replace(Likelihood(), layers=layers)
+        return replace(asking, layers=layers, reads_draft=True, reads_context=reads_context)
+    return replace(Likelihood(), layers=layers, reads_context=reads_context)
 
 
 def untrained_kinds(engine: Engine) -> dict[str, Verifier]:

@@ -197,7 +197,9 @@ class Answer:
         for role, reader in self._readers.items():
             self.contexts[role] = Context(reader)
         if "target" in self.contexts:
-            with_draft = self.settings.method == "parse" and not self.engine.apart
+            judged = self.settings.method == "parse"
+            self.target.layers = self.engine.context_layers if judged else ()
+            with_draft = judged and not self.engine.apart
             read = self.target.awaiting if with_draft else self.target.reading
             yield from read(self.prompt_ids)
             self._clock("target")

@@ -108,6 +108,8 @@ class Context:
         self.ids: list[int] = []
         self.waiting: list[int] = []  # the last tokens of `ids`, where they are not read yet
         self.next_logits: Tensor | None = None  # [V]; None where the next token's logits are not known
+        self.layers: tuple[int, ...] = ()  # whose states are kept for whoever reads them, see `states`
+        self.states: Tensor | None = None  # [n, D * layers]: of the first n tokens, where they were read with states
 
     def close(self) -> None:
         """Make room for another text."""
@@ -119,8 +121,12 @@ class Context:
         Returns:
             those that followed.
         """
-        output = yield Pass(self.reader, self.row, [*self.waiting, *ids], more=more, stop=stop)
+        read = [*self.waiting, *ids]
+        with_states = bool(self.layers) and not more and len(read) > 1
+        output = yield Pass(self.reader, self.row, read, with_states=with_states, more=more, stop=stop)
         self.has_read([*ids, *output.written])
+        if with_states and len(self.ids) - len(read) == self.known:
+            self.remember(output.states, len(read))
         self.next_logits = output.logits[-1]
         return output.written  # type: ignore[no-any-return]
 
@@ -141,6 +147,23 @@ class Context:
         self.ids.extend(ids)
         self.waiting = []
 
+    @property
+    def known(self) -> int:
+        """How many of the first tokens have their states kept."""
+        return 0 if self.states is None else len(self.states)
+
+    def remember(self, states: Sequence[Tensor], count: int) -> None:
+        """Keep the states of the next tokens behind those that are known: the first so many of a pass."""
+        read = torch.cat([states[layer][:count] for layer in self.layers], dim=-1)  # [count, D * layers]
+        self.states = read if self.states is None else torch.cat([self.states, read])
+
+    def read_again_from_known(self) -> None:
+        """Let all tokens whose states are not kept wait, to be read once more: a repair's, which was read in steps."""
+        if self.known < len(self.ids) - len(self.waiting):
+            self.reader.cache.truncate(self.known, self.row)
+            self.waiting = self.ids[self.known :]
+            self.next_logits = None
+
     def append(self, token: int) -> None:
         """Add a token to the text, to be read later."""
         self.ids.append(token)
@@ -155,6 +178,8 @@ class Context:
         self.waiting = self.ids[cached:length]
         self.reader.cache.truncate(min(length, cached), self.row)
         del self.ids[length:]
+        if self.states is not None:
+            self.states = self.states[:length]
 
     def becoming(self, ids: Sequence[int]) -> Steps[None]:
         """Make the text `ids`: keep the prefix that is cached already, drop the rest, read what is new."""

@@ -289,6 +289,7 @@ class Engine:
             raise ValueError(f"verify takes a prompt and prefix ends: {len(prompt_ids)} tokens, {len(ends)} ends")
         self._check_tokens("target", [*prompt_ids, *draft_ids])
         target = self.context("target")
+        target.layers = self.context_layers
         target.read(prompt_ids)
         evidence, _ = drive(self.examining(target, draft_ids, ends, ended=False))
         with torch.inference_mode():
@@ -314,6 +315,9 @@ class Engine:
             the evidence for the verifier, and the target's logits behind the text and behind each end, [K + 1, V].
         """
         verifier = self.need_verifier()
+        if verifier.reads_context:
+            target.layers = verifier.layers
+            target.read_again_from_known()
         first, device = target.waiting, self.target.device
         w, n = len(first), len(draft_ids)
         before = target.next_logits
@@ -332,6 +336,11 @@ class Engine:
         places = [read.index(w + end - 1) - lead for end in [*ends, n]]
         following = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
         length = len(target.ids)
+        before_states = None
+        if verifier.reads_context:
+            target.remember(output.states, w + n)
+            assert target.states is not None
+            before_states = target.states[:length]  # [C, D * layers]
         target.has_read([*draft_ids, *layout.ids[w + n :]])
         target.rollback(length + n, following[-1])
         end_ids = sorted(target.reader.eos_ids) if ended else []
@@ -353,6 +362,7 @@ class Engine:
             suffix_logits=suffix_logits if len(suffix_logits) else None,
             suffix_states=output.states[-1][verdicts] if verifier.adapted else None,  # [K, D]
             divergence=divergence,
+            context_states=before_states,
         )
         return evidence, following[:-1]
 
@@ -401,6 +411,11 @@ class Engine:
         if self.same_tokens:
             return self.readers["draft"].readable(target_ids) if "draft" in self.readers else list(target_ids)
         return encode_continuation(text_behind(target_ids, self.tokenizer), self.draft_tokenizer)
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:
+        """The target's layers whose states the verifier reads of a whole text."""
+        return self.verifier.layers if self.verifier and self.verifier.reads_context else ()
 
     def need_verifier(self) -> Verifier:
         """The verifier, or ValueError with advice."""

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from parse.text import encode_text, eos_ids
 from parse.verifiers import Calibration, Evidence, Likelihood, Prompt, Verifier
 
 TOKEN_EVIDENCE = 4  # log-probability, entropy, margin, and whether it is the end-of-sequence token
+INNER, HEAD_WIDTH = 192, 48  # of a probe's attention: its width, and that of each of its heads
 SEGMENT_EVIDENCE = 13  # of the three their lowest, mean and highest so far and in the segment where they tell; the end
 
 
@@ -64,6 +66,64 @@ class HazardHead(nn.Module):
         return nn.functional.softplus(self.body(joined).squeeze(-1))
 
 
+class Attention(nn.Module):
+    """A pre-normalised block of causal attention and a small network, over the target's states; it needs no positions.
+
+    Those are in the states that it reads.
+    """
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.body = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] to the same."""
+        b, t, width = x.shape
+        parts = self.qkv(self.norms[0](x)).view(b, t, 3, -1, HEAD_WIDTH).permute(2, 0, 3, 1, 4)  # [3, B, heads, T, 48]
+        query, key, value = parts.unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)  # [B, heads, T, 48]
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, width))
+        return x + cast(Tensor, self.body(self.norms[1](x)))
+
+
+class AttentiveHead(nn.Module):
+    """A `HazardHead` behind blocks of attention over what stands before the draft, and the draft.
+
+    So a token is judged beside what it should agree with: the prompt, and what was said before.
+    """
+
+    def __init__(
+        self, width: int, evidence: int, hidden: int = 128, dropout: float = 0.0, blocks: int = 2, inner: int = INNER
+    ) -> None:
+        super().__init__()
+        self.norm, self.into = nn.LayerNorm(width), nn.Linear(width, inner)
+        self.blocks = nn.ModuleList(Attention(inner, dropout) for _ in range(blocks))
+        self.head = HazardHead(inner, evidence, hidden, dropout)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments that make a head of the same shape."""
+        own = {"width": self.norm.normalized_shape[0], "blocks": len(self.blocks), "inner": self.into.out_features}
+        return {**self.head.sizes, **own}
+
+    def forward(self, texts: Tensor, places: Tensor, evidence: Tensor) -> Tensor:
+        """Hazards [M] of the drafts' tokens, none of them negative.
+
+        Args:
+            texts: [B, T, width], the states of each text up to its draft's end, padded behind it.
+            places: int64 [M, 2], text and index of each draft's tokens.
+            evidence: [M, E], theirs.
+        """
+        x = self.into(self.norm(texts.float()))  # [B, T, inner]
+        for block in self.blocks:
+            x = block(x)
+        return cast(Tensor, self.head(x[places[:, 0], places[:, 1]], evidence))
+
+
 def survival(hazards: Tensor) -> Tensor:
     """The chance that nothing went wrong up to each segment's end, from the hazards [K] of the segments."""
     return torch.exp(-hazards.cumsum(0))
@@ -84,6 +144,24 @@ def token_inputs(evidence: Evidence) -> tuple[Tensor, Tensor]:
     return states, torch.stack(columns, dim=-1)
 
 
+def text_inputs(evidences: Sequence[Evidence]) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs of a probe with attention, of B drafts: texts [B, T, width], places [M, 2] and evidence [M, 4].
+
+    See `AttentiveHead`, and `token_inputs` for the end-of-sequence token.
+    """
+    rows, places, columns = [], [], []
+    for number, evidence in enumerate(evidences):
+        assert evidence.context_states is not None
+        assert evidence.states is not None
+        _, free = token_inputs(evidence)  # [M, 4]
+        first, count = len(evidence.context_states), len(evidence.states)
+        rows.append(torch.cat([evidence.context_states, evidence.states]).float())  # [C + N, width]
+        index = torch.arange(len(free), device=free.device).clamp(max=count - 1) + first  # [M]
+        places.append(torch.stack([torch.full_like(index, number), index], dim=-1))
+        columns.append(free)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.cat(places), torch.cat(columns)
+
+
 def segment_evidence(evidence: Evidence) -> Tensor:
     """Free evidence of each segment and of the draft so far: float32 [K, 13]."""
     rows = []
@@ -100,9 +178,12 @@ def segment_evidence(evidence: Evidence) -> Tensor:
 
 @dataclass
 class Probe:
-    """A trained head on the target's states at the draft's own tokens; needs no suffix and no mask."""
+    """A trained head on the target's states at the draft's own tokens; needs no suffix and no mask.
 
-    head: HazardHead
+    One with attention reads the states of what stands before the draft as well.
+    """
+
+    head: HazardHead | AttentiveHead
     layers: tuple[int, ...]
     threshold: float = 0.5
     kind: str = "probe"
@@ -111,9 +192,15 @@ class Probe:
     adapted: None = None
     calibration: Calibration | None = None
 
+    @property
+    def reads_context(self) -> bool:
+        """Whether the head attends to what stands before the draft."""
+        return isinstance(self.head, AttentiveHead)
+
     def hazards(self, evidence: Evidence) -> Tensor:
         """The hazard of each segment, the sum over its tokens: float32 [K]."""
-        tokens = self.head(*token_inputs(evidence))  # [M]
+        inputs = text_inputs([evidence]) if self.reads_context else token_inputs(evidence)
+        tokens = self.head(*inputs)  # [M]
         return torch.stack([tokens[start:stop].sum() for start, stop in evidence.bounds])
 
     @torch.inference_mode()
@@ -137,6 +224,7 @@ class Adapter:
     kind: str = "adapter"
     layers: tuple[int, ...] = ()
     reads_draft: bool = True
+    reads_context: bool = False
     calibration: Calibration | None = None
 
     def hazards(self, evidence: Evidence) -> Tensor:
@@ -293,7 +381,8 @@ def _made(
         return Prompt.of(tokenizer, threshold)
     if record["kind"] == "likelihood":
         return Likelihood(record["rule"], record["scope"], threshold)
-    head = HazardHead(**record["head"])
+    kind = AttentiveHead if "blocks" in record["head"] else HazardHead
+    head: Any = kind(**record["head"])
     head.load_state_dict(load_file(folder / "head.safetensors"))
     head = head.to(target.device).eval()
     if record["kind"] == "adapter":

@@ -38,6 +38,9 @@ class Evidence:
     suffix_logits: Tensor | None  # [K, V]: behind each suffix copy, where there is a suffix
     suffix_states: Tensor | None = None  # [K, D]: the target's last hidden states there, where the verifier adapts it
     divergence: Tensor | None = None  # [M] float32: of the draft's distribution from the target's, where it is at hand
+    context_states: Tensor | None = (
+        None  # [C, D * layers]: of the C tokens before the draft, where the verifier reads them
+    )
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -144,6 +147,11 @@ class Verifier(Protocol):
     calibration: Calibration | None  # of its thresholds, where it was saved with one
 
     @property
+    def reads_context(self) -> bool:
+        """Whether it reads these states of all that stands before the draft as well."""
+        ...
+
+    @property
     def adapted(self) -> PeftModel | None:
         """The target under a LoRA that acts on the suffixes alone, where the verifier has one."""
         ...
@@ -164,6 +172,7 @@ class Likelihood:
     suffix_ids: list[int] = field(default_factory=list)
     reads_draft: bool = True
     layers: tuple[int, ...] = ()
+    reads_context: bool = False
     adapted: None = None
     calibration: Calibration | None = None
 
@@ -204,6 +213,7 @@ class Prompt:
     threshold: float = 0.5
     kind: str = "prompt"
     layers: tuple[int, ...] = ()
+    reads_context: bool = False
     reads_draft: bool = False
     adapted: None = None
     calibration: Calibration | None = None

@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
+from eval.bench.instruments import endless
 from parse import Engine
 from parse.answer import accept
 from parse.decode import Sampling
 from parse.passes import Reader, drive
-from parse.trained import HazardHead, Probe
+from parse.trained import AttentiveHead, HazardHead, Probe
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import peak_bytes, random_adapter
 from tests.test_cache import assert_same_cache
@@ -18,12 +19,13 @@ from tests.test_cache import assert_same_cache
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
 
 
-@pytest.fixture(scope="module", params=["prompt", "likelihood", "probe", "adapter"])
+@pytest.fixture(scope="module", params=["prompt", "likelihood", "probe", "attentive probe", "adapter"])
 def engine(request, target, draft, tokenizer) -> Engine:
     verifier = {
         "prompt": lambda: Prompt.of(tokenizer),
         "likelihood": Likelihood,
         "probe": lambda: Probe(HazardHead(2 * 48, 4).eval(), (2, 3)),
+        "attentive probe": lambda: Probe(AttentiveHead(2 * 48, 4).eval(), (2, 3)),
         "adapter": lambda: random_adapter(target, [7, 8]),
     }[request.param]()
     return Engine(target, tokenizer, draft, tokenizer, verifier, segments=4)
@@ -41,6 +43,41 @@ def test_accepting_nothing_is_the_target_and_everything_the_draft(engine, policy
     assert everything.token_ids == draft.token_ids
     assert everything.finish_reason == draft.finish_reason
     assert everything.stats.target_tokens == 0
+
+
+@pytest.mark.parametrize("ways", [{}, {"horizon": 6}, {"temperature": 1.0, "seed": 2}, {"lookahead": 2}])
+@pytest.mark.parametrize("long", [False, True])
+def test_a_probe_with_attention_reads_the_states_of_the_whole_text(target, draft, tokenizer, monkeypatch, ways, long):
+    """In every round: of the prompt, of what was accepted, and of repairs, which the target has read step by step."""
+    monkeypatch.setattr("parse.decode.SHORT", 3 if long else 512)
+    verifier = Probe(AttentiveHead(2 * 48, 4).eval(), (1, 3))
+    engine = Engine(target, tokenizer, draft, tokenizer, verifier, segments=4, compile=False)
+    seen = []
+
+    class Watched(Probe):
+        def confidences(self, evidence):
+            seen.append(evidence)
+            chances = super().confidences(evidence)
+            return torch.where(torch.arange(len(chances)) < len(seen) % 3, 1.0, 0.0)  # some are refused
+
+    engine.verifier = Watched(verifier.head, verifier.layers)
+    texts = []
+    examining = engine.examining
+
+    def noting(context, draft_ids, *others):
+        texts.append(([*context.ids], [*draft_ids]))
+        return examining(context, draft_ids, *others)
+
+    monkeypatch.setattr(engine, "examining", noting)
+    with endless(engine):
+        engine.generate(PROMPT, 40, threshold=0.5, **ways)
+    assert len(seen) == len(texts) > 3
+    for evidence, (before, drafted) in zip(seen, texts, strict=True):
+        with torch.inference_mode():
+            states = target(torch.tensor([[*before, *drafted]]), output_hidden_states=True).hidden_states
+        expected = torch.cat([states[1][0], states[3][0]], dim=-1)  # [C + N, width]
+        mine = torch.cat([evidence.context_states, evidence.states])
+        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_accepting_nothing_is_transformers_greedy_text(engine):

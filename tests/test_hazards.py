@@ -16,6 +16,7 @@ from parse.passes import drive
 from parse.segments import cut
 from parse.trained import (
     Adapter,
+    AttentiveHead,
     HazardHead,
     Probe,
     adapt,
@@ -118,17 +119,48 @@ def test_training_runs_what_the_engine_runs(target, tokenizer):
     torch.testing.assert_close(trained, mine, atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_of_probes_is_each_probe_alone():
+@pytest.mark.parametrize("make", [lambda: HazardHead(4, 4), lambda: AttentiveHead(4, 4, blocks=2)])
+def test_a_batch_of_probes_is_each_probe_alone(make):
     torch.manual_seed(0)
-    head = HazardHead(4, 4)
+    head = make()
     judged = []
     for n, ends in ((6, [2, 6]), (3, [3])):
         free = torch.randn(3, n + 1)
-        evidence = Evidence(ends, *free, torch.randn(n, 4), None)
+        evidence = Evidence(ends, *free, torch.randn(n, 4), None, context_states=torch.randn(9 - n, 4))
         judged.append(Judged(Draft([1], list(range(n)), ends, True, [True] * len(ends)), evidence))
     module = ProbeModule(head)
     alone = torch.cat([Probe(head, (1,)).hazards(one.evidence) for one in judged])
     torch.testing.assert_close(module(*module.collate(judged)), alone)
+
+
+def asked(n, seed):
+    """Drafts that have to say what stands before them: of three questions yes or no, one a segment."""
+    generator = torch.Generator().manual_seed(seed)
+    judged = []
+    for number in range(n):
+        wanted = 2.0 * torch.randint(0, 2, (3,), generator=generator) - 1
+        context, states = torch.zeros(3, 16), torch.zeros(9, 16)
+        first = int(torch.randint(0, 6, (), generator=generator))
+        for k in range(3):
+            context[k, k], context[k, 3] = 3.0, 3 * wanted[k]
+            segment = states[3 * k : 3 * k + 3]
+            segment[:, 4 + k], segment[:, 7] = 3.0, 3 * (-wanted[k] if k == first else wanted[k])
+        draft = Draft([1] * 3, list(range(9)), [3, 6, 9], False, [k < first for k in range(3)], number=number)
+        evidence = Evidence([3, 6, 9], *torch.zeros(3, 9), states, None, context_states=context)
+        judged.append(Judged(draft, evidence))
+    return judged
+
+
+def test_a_probe_with_attention_learns_what_stands_before_the_draft():
+    """What no probe without can know: there it is a guess."""
+    aucs = []
+    for blocks in (0, 2):
+        torch.manual_seed(0)
+        section = ProbeSection(epochs=8, learning_rate=3e-3, blocks=blocks)
+        probe = train_probe(asked(500, 1), asked(50, 2), (1,), section, 0.01)
+        scored = [Scored(one.draft, probe.confidences(one.evidence).tolist()) for one in asked(200, 3)]
+        aucs.append(measure(scored, 0.5)["auc"])
+    assert aucs[0] < 0.7 < 0.85 < aucs[1]
 
 
 def planted(n, seed):

@@ -10,7 +10,7 @@ import torch
 from eval.judged import Draft, examine
 from parse import Engine
 from parse.passes import drive
-from parse.trained import HazardHead, Probe, fingerprint, load, save, token_inputs
+from parse.trained import AttentiveHead, HazardHead, Probe, fingerprint, load, save, token_inputs
 from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
 from tests.conftest import facts_of, peak_bytes, random_model
 
@@ -126,10 +126,10 @@ def test_the_probe_is_a_chance_of_survival():
     assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
 
 
-@pytest.fixture
-def saved(tmp_path, target, tokenizer):
+@pytest.fixture(params=[HazardHead, AttentiveHead])
+def saved(request, tmp_path, target, tokenizer):
     torch.manual_seed(1)
-    probe = Probe(HazardHead(96, 4).eval(), (2, 3), threshold=0.7)
+    probe = Probe(request.param(96, 4).eval(), (2, 3), threshold=0.7)
     save(tmp_path, probe, target, facts_of(tokenizer))
     return tmp_path, probe
 

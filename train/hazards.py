@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from eval.judged import Judged, Scored, measure, valid_cuts
 from parse.compiled import masks
 from parse.layout import pack, stack_layouts
-from parse.trained import HazardHead, segment_evidence, survival, token_inputs
+from parse.trained import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
 from train.calibration import empirical
 from train.progress import progress_bar
 from train.recipe import Fit
@@ -36,20 +36,22 @@ LIKE_LENGTH = 8  # tokens
 class ProbeModule(nn.Module):
     """What a probe trains: the head, on states and evidence that were gathered before."""
 
-    def __init__(self, head: HazardHead) -> None:
+    def __init__(self, head: HazardHead | AttentiveHead) -> None:
         super().__init__()
         self.head = head
 
     def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
-        """States [M, width], evidence [M, 4] and the segment of each of the batch's M tokens, int64 [M]."""
-        states, evidence = zip(*(token_inputs(one.evidence) for one in judged), strict=True)
+        """The segment of each of the batch's M tokens, int64 [M], and the head's inputs."""
         lengths = [stop - start for one in judged for start, stop in one.evidence.bounds]
         segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        return torch.cat(states), torch.cat(evidence), segments
+        if isinstance(self.head, AttentiveHead):
+            return segments, *text_inputs([one.evidence for one in judged])
+        states, evidence = zip(*(token_inputs(one.evidence) for one in judged), strict=True)
+        return segments, torch.cat(states), torch.cat(evidence)
 
-    def forward(self, states: Tensor, evidence: Tensor, segments: Tensor) -> Tensor:
+    def forward(self, segments: Tensor, *inputs: Tensor) -> Tensor:
         """The hazard of each of the batch's segments: [sum K]."""
-        hazards = self.head(states, evidence)  # [M]
+        hazards = self.head(*inputs)  # [M]
         return hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)
 
 

@@ -198,6 +198,7 @@ class ProbeSection(Fit):
     epochs: Count = 40
     learning_rate: Rate = 2e-3
     layers: list[Annotated[int, Range(-(10**4), 10**4)]] = field(default_factory=lambda: [-1])  # see `hidden_states`
+    blocks: Annotated[int, Range(0, 32)] = 0  # of attention over the states of prompt and draft, before the head
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from parse.trained import (
     SEGMENT_EVIDENCE,
     TOKEN_EVIDENCE,
     Adapter,
+    AttentiveHead,
     HazardHead,
     Probe,
     adapt,
@@ -131,7 +132,7 @@ def train_kinds(
     if not wanted:
         return {}
     layers = hidden_states(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
-    engine.verifier = replace(Likelihood(), layers=layers)
+    engine.verifier = replace(Likelihood(), layers=layers, reads_context=bool(layers and section.probe.blocks))
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
     fitted, held_out = (gather(engine, map(up_to_first_invalid, some), split) for split, some in usable.items())
@@ -174,7 +175,8 @@ def train_probe(
     width = 1 if states is None else states.shape[-1]
 
     def make() -> ProbeModule:
-        return ProbeModule(HazardHead(width, TOKEN_EVIDENCE, section.hidden, section.dropout))
+        sizes = width, TOKEN_EVIDENCE, section.hidden, section.dropout
+        return ProbeModule(AttentiveHead(*sizes, section.blocks) if section.blocks else HazardHead(*sizes))
 
     module = fit(make, fitted, held_out, section, promise, "probe", log)
     return Probe(module.head, layers)
@@ -204,8 +206,9 @@ def train_adapter(
 def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list[Draft]]) -> dict[str, Scores]:
     """Every kind's confidences in the drafts of all processes that none of them has learnt from."""
     layers = next((kind.layers for kind in kinds.values() if kind.layers), ())
+    context = any(kind.reads_context for kind in kinds.values())
     adapters = {name: kind for name, kind in kinds.items() if kind.adapted}
-    passes = [(reader(engine, layers), {name: kind for name, kind in kinds.items() if not kind.adapted})]
+    passes = [(reader(engine, layers, context), {name: kind for name, kind in kinds.items() if not kind.adapted})]
     passes += [(kind, {name: kind}) for name, kind in adapters.items()]
     scores: dict[str, Scores] = {name: {} for name in kinds}
     for split in ("held_out", "calibration", "test"):
@@ -273,6 +276,6 @@ def _advice(kind: str, n: int, promise: float) -> str:
 
 def _kept(evidence: Evidence) -> Evidence:
     """What training reads of the evidence, in the computer's memory."""
-    tensors = {name: getattr(evidence, name) for name in ("log_prob", "entropy", "margin", "states")}
+    tensors = {name: getattr(evidence, name) for name in ("log_prob", "entropy", "margin", "states", "context_states")}
     moved: dict[str, Any] = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
     return replace(evidence, **moved)

@@ -51,6 +51,7 @@ class Scripted:
     threshold: float = 0.5
     adapted: None = None
     reads_draft: bool = True
+    reads_context: bool = False
     calibration: Calibration | None = None
 
     def confidences(self, evidence: Evidence) -> Tensor:
