@@ -7,10 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.tasks import restaurants
+from eval.judges import Checked
+from eval.tasks import ledger, restaurants
 from eval.tasks.restaurants import check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
 from eval.tasks.wordings import NAMES, NEAR, stated
+from parse import Engine
+from tests.conftest import random_model
+from train.labels import Labeller
 from train.people import main
+from train.rollouts import with_faults
+from train.vocabulary import byte_level_tokenizer
 
 MILL = {"name": "The Mill", "type": "coffee shop", "food": "Chinese", "price": "cheap", "rating": "5 out of 5"}
 MILL |= {"area": "riverside", "near": "Café Rouge"}
@@ -135,6 +141,35 @@ def test_words_that_several_attributes_share(text, expected):
 def test_every_name_is_read(name):
     said = stated(f"Here is {name}.")
     assert (said["name"], said["near"]) == (({name}, set()) if name in NAMES else (set(), {name}))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_right_answer_is_spoilt_in_one_place(seed):
+    spoilt = restaurants.corrupted(PROMPT, RIGHT, random.Random(seed))
+    assert not check(PROMPT, spoilt)
+    assert spoilt == restaurants.corrupted(PROMPT, RIGHT, random.Random(seed))
+    words, before = spoilt.split(), RIGHT.split()
+    same = sum(a == b for a, b in zip(words, before, strict=False))
+    same += sum(a == b for a, b in zip(reversed(words), reversed(before), strict=False))
+    assert same >= len(before) - 14  # but for a value, or a sentence
+
+
+def test_a_draft_with_a_fault_is_labelled_where_it_is(tokenizer):
+    engine = Engine(random_model("llama", len(tokenizer)), tokenizer)
+    labeller = Labeller(engine, Checked(restaurants), 200, restaurants.first_wrong)
+    labeller.engine.tokenizer = byte_level_tokenizer([RIGHT], 300)
+    ids = labeller.engine.tokenizer.encode(RIGHT, add_special_tokens=False)
+    row = {"prefix_ids": [], "draft_ids": ids, "ended": True, "valid": [True] * 4, "round": 0}
+    rows = with_faults(labeller, restaurants, PROMPT, row, 5)
+    assert len({tuple(fault["draft_ids"]) for fault in rows}) > 1
+    for fault in rows:
+        text = labeller.engine.tokenizer.decode(fault["draft_ids"])
+        assert not check(PROMPT, text)
+        assert not fault["valid"][-1]
+        assert len(fault["valid"]) == len(fault["ends"])
+        assert fault["valid"] == sorted(fault["valid"], reverse=True)
+    assert with_faults(labeller, restaurants, PROMPT, {**row, "valid": [True, False]}, 5) == []
+    assert with_faults(labeller, ledger, PROMPT, row, 5) == []
 
 
 # rows written for this test, in the schema of the published data

@@ -167,6 +167,7 @@ class Rollouts:
     test: Count = 400  # on which the verifier is measured
     rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
     drafts: Count = 1  # of each training prompt: the greedy one, and others by sampling
+    negatives: Whole = 1  # of each right one of these, with a fault that the task makes, where it can
     labels: Literal["auto", "checker", "bisect", "all"] = (
         "auto"  # "checker": of training prompts by the task's program,
     )

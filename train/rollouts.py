@@ -25,7 +25,7 @@ from parse.decode import GREEDY, Context, Sampling, Written
 from parse.passes import Steps, drive_together
 from parse.prompts import opens_thinking
 from parse.segments import cut, ends_segment
-from parse.text import text_of
+from parse.text import encode_continuation, text_of
 from train.files import write_text
 from train.generation import Row, finish_all, together
 from train.labels import Labeller
@@ -64,6 +64,10 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
                     labeller, prompt, section.rounds, labels, recipe.engine.horizon, sample
                 )
                 rounds += drafted
+            if labels == "checker":
+                rounds += [
+                    fault for row in rounds for fault in with_faults(labeller, task, prompt, row, section.negatives)
+                ]
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
         work = together(rolling, section.batch_size)
@@ -175,6 +179,26 @@ def rolling_out(
         target.close()
         draft.close()
     return found
+
+
+def with_faults(labeller: Labeller, task: Any, prompt: Prompt, row: Row, count: int) -> list[Row]:
+    """A whole draft that is right, with a fault in each copy, where the task makes them; see `eval.tasks.Task`."""
+    corrupted = getattr(task, "corrupted", None)
+    if corrupted is None or not row["ended"] or row["prefix_ids"] or not all(row["valid"]):
+        return []
+    assert labeller.first_wrong is not None
+    tokenizer, answer = labeller.engine.tokenizer, text_of(row["draft_ids"], labeller.engine.tokenizer)
+    rows = []
+    for number in range(count):
+        text = corrupted(prompt, answer, random.Random(f"{labeller.seed} {number} {answer}"))
+        if text is None:
+            continue
+        ids = encode_continuation(text, tokenizer)
+        ends = cut(ids, tokenizer, labeller.engine.segments)
+        valid = [labeller.first_wrong(prompt, text_of(ids[:end], tokenizer)) is None for end in ends]
+        valid[-1] = False  # what was left out is missing at the end
+        rows.append({**row, "draft_ids": ids, "ends": ends, "valid": valid, "continuation_ids": []})
+    return rows
 
 
 def drafting(

@@ -15,7 +15,10 @@ from eval.tasks.rows import Prompt, Rows, load_rows
 
 
 class Task(Protocol):
-    """What a task's module offers. Splits are "train", "calibration" and "test"."""
+    """What a task's module offers. Splits are "train", "calibration" and "test".
+
+    It may offer `corrupted(prompt, answer, rng)` too: a right answer with one fault, or None.
+    """
 
     def draw_prompt(self, rng: random.Random, split: str) -> str:
         """A prompt of the split."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,6 +51,25 @@ LEVELS = {  # values of which one stands for the other in a text
 }
 SPLITS = {"train": range(80), "calibration": range(80, 90), "test": range(90, 100)}
 INSTRUCTION = "Describe each place in a numbered paragraph of a sentence or two."
+DROPPED = 0.25  # of the faults that are made leave a sentence out
+_WORDS = (  # each stands for what the others do not
+    ("cheap", "expensive", "moderately priced"),
+    ("low", "average", "high"),
+    ("1 out of 5", "3 out of 5", "5 out of 5"),
+    ("riverside", "city centre"),
+    ("pub", "coffee shop", "restaurant"),
+    VALUES["food"],
+    ("family-friendly", "not family-friendly"),
+    ("family friendly", "not family friendly"),
+    ("is not", "is"),
+    tuple(NEAR),
+    tuple(NAMES),
+)
+_EXCHANGES = [
+    (re.compile(rf"\b{re.escape(word)}\b"), [other for other in words if other != word])
+    for words in _WORDS
+    for word in words
+]
 _LABELS = {"food": "food: ", "price": "price: ", "rating": "rating: ", "family": "for families: ", "near": "near "}
 _COLUMNS = {"eatType": "type", "priceRange": "price", "customer rating": "rating", "familyFriendly": "family"}
 _PARAGRAPH = re.compile(r"(\d+)\. *(.*)", re.DOTALL)
@@ -132,6 +152,24 @@ def first_wrong(prompt: str, answer: str) -> int | None:
         if ended and _missing(places[index], text):
             return max(count - 1, 0)
     return None
+
+
+def corrupted(prompt: str, answer: str, rng: random.Random) -> str | None:
+    """A right answer with one value exchanged for another, or one sentence left out; None where nothing can be.
+
+    Faults that are hard to see: all else of the answer stays as it was written.
+    """
+    edits = [(match.span(), others) for pattern, others in _EXCHANGES for match in pattern.finditer(answer)]
+    rng.shuffle(edits)
+    wrong: Iterator[str] = (f"{answer[:start]}{rng.choice(others)}{answer[stop:]}" for (start, stop), others in edits)
+    lines = answer.split("\n")
+    double = [i for i, line in enumerate(lines) if len(_sentences(line.partition(". ")[2])) == 2]
+    if double and rng.random() < DROPPED:
+        index = rng.choice(double)
+        number, _, text = lines[index].partition(". ")
+        lines[index] = f"{number}. {rng.choice(_sentences(text))}"
+        wrong = itertools.chain(["\n".join(lines)], wrong)
+    return next((text for text in wrong if not check(prompt, text)), None)
 
 
 def _paragraphs(answer: str) -> list[tuple[str, str]]:
