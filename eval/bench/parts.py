@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -62,6 +63,8 @@ def flex(bench: Bench, rows: Rows) -> None:
 
 
 def _run_tests(named: str, files: Sequence[str], rows: Rows) -> None:
+    if find_spec("pytest") is None:
+        raise ModuleNotFoundError("pytest is not installed here: pip install pytest hypothesis, or `make test` once")
     import pytest
 
     outcomes, failures = Counter[tuple[str, str]](), list[str]()
