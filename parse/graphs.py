@@ -175,12 +175,13 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention, [B, T, heads, D], of queries [B, heads, T, D] to keys and values [B, key heads, P, D].
 
-    The heads that share keys stand one behind the other as the queries of one head. `transformers` copies the keys for
-    each of them where there is a mask: with 4 heads to a key, nine times the traffic of the cache.
+    The heads that share keys become the queries of one head, one after the other. Where there is a mask,
+    `transformers` copies the keys for each of them instead.
     """
     groups, special = query.shape[1] // key.shape[1], others.get("position_bias") is not None
     if attention_mask is None or groups == 1 or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    # [B, key heads, groups * T, D]
     folded = query.reshape(query.shape[0], key.shape[1], groups * query.shape[2], query.shape[3])
     mask = attention_mask.repeat(1, 1, groups, 1)  # [B, 1, groups * T, P]
     attended = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
@@ -244,7 +245,7 @@ def _stream(device: torch.device) -> Any:
 
 @contextmanager
 def attention_kernels(device: torch.device) -> Iterator[None]:
-    """Within, PyTorch's attention on a GPU is not cuDNN's, which makes a plan for each new shape: tens of ms each."""
+    """Within, PyTorch's attention on a GPU is not cuDNN's, which makes a plan for each new shape."""
     if device.type != "cuda":
         yield
         return

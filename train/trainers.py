@@ -139,8 +139,7 @@ def _check_keys(kind: type, given: dict[str, Any], section: str) -> None:
 class AnswerTrainer(SFTTrainer):
     """TRL's SFTTrainer; on a CPU with logits of the answers' tokens alone.
 
-    There TRL computes the loss at every position, prompts and padding too: with a vocabulary of 49,152 that takes half
-    of a step.
+    There TRL computes the loss at every position, prompts and padding too, which costs most with a large vocabulary.
     """
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
@@ -148,12 +147,12 @@ class AnswerTrainer(SFTTrainer):
         if not self.args.use_cpu or self.args.loss_type != "nll" or self.args.label_smoothing_factor or rest:
             return super().compute_loss(model, inputs, *rest, **options)
         labels = inputs["labels"]  # [B, T]
-        learnt = labels != -100
+        learnt = labels != -100  # [B, T]
         first = max(1, int(learnt.any(0).long().argmax()))  # the first token that any of the texts learns
         names = ("input_ids", "attention_mask", "position_ids")
         given = {name: inputs[name] for name in names if name in inputs}
         output = model(**given, use_cache=False, logits_to_keep=labels.shape[1] - first + 1)
-        wanted = learnt[:, first:]
+        wanted = learnt[:, first:]  # [B, T - first]
         logits = output.logits[:, :-1][wanted].float()  # [M, V]
         count = options.get("num_items_in_batch")  # over all processes, of which DDP takes the mean
         loss = cross_entropy(logits, labels[:, first:][wanted], reduction="sum")
