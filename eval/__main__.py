@@ -59,7 +59,6 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table
     from eval.tasks import load_task
-    from eval.tasks.rows import Rows
     from train.files import write_text
     from train.machine import hardware
     from train.models import load_engine
@@ -88,7 +87,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup, agreement=agreement)
     rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
     pair = None
-    if "draft" in outcomes and not isinstance(task, Rows):  # it is known which sentences of an answer are right
+    if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
         pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
     sweep = _sweep(engine, task, recipe, methods, outcomes, agreement) if "parse" in outcomes else []
     summary = {

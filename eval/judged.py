@@ -6,7 +6,7 @@ A confidence counts up to and including a draft's first invalid cut, which is ho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -38,6 +38,7 @@ class Draft:
     target_right: bool = True  # whether the target gets there from where the draft began, so that something can be lost
     number: int = 0  # of the prompt
     round: int = 0  # above 0 behind the target's repair of an earlier draft of the prompt
+    met: bool = True  # in the engine; False for those that are sampled, or have a fault put in, to learn from
 
 
 @dataclass(frozen=True)
@@ -56,28 +57,43 @@ class Scored:
     confidences: list[float]  # K
 
 
-def examine(engine: Engine, drafts: Sequence[Draft], with_draft: bool = False) -> Iterator[Judged]:
+def examine(
+    engine: Engine,
+    drafts: Sequence[Draft],
+    with_draft: bool = False,
+    then: Callable[[Judged], Judged] = lambda one: one,
+) -> Iterator[Judged]:
     """A packed pass over each draft, several drafts at a time; in the order in which they finish.
+
+    What stands before several drafts is read once.
 
     Args:
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
+        then: is called right behind each pass; what it leaves out of the evidence takes no memory meanwhile.
     """
     readers = {  # the engine's own stay small
         role: Reader(own.model, own.eos_ids, None, own.width, own.reads) for role, own in engine.readers.items()
     }
 
-    def examining(draft: Draft) -> Steps[Judged]:
-        context = Context(readers["target"])
+    def examining(some: Sequence[Draft]) -> Steps[list[Judged]]:
+        context, judged = Context(readers["target"]), []
         context.layers = engine.context_layers
         try:
-            yield from context.awaiting(draft.context_ids)
-            logits = (yield from _draft_logits(readers["draft"], draft)) if with_draft and _comparable(engine) else None
-            evidence, _ = yield from engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
+            yield from context.awaiting(some[0].context_ids)
+            for draft in some:
+                compared = with_draft and _comparable(engine)
+                logits = (yield from _draft_logits(readers["draft"], draft)) if compared else None
+                evidence, behind = yield from engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
+                judged.append(then(Judged(draft, evidence)))
+                context.rollback(len(draft.context_ids), behind[0])
         finally:
             context.close()
-        return Judged(draft, evidence)
+        return judged
 
-    return (judged for _, judged in drive_together(map(examining, drafts), AT_ONCE))
+    sharing: dict[tuple[int, ...], list[Draft]] = {}  # drafts by what stands before them
+    for draft in drafts:
+        sharing.setdefault(tuple(draft.context_ids), []).append(draft)
+    return (one for _, judged in drive_together(map(examining, sharing.values()), AT_ONCE) for one in judged)
 
 
 def _comparable(engine: Engine) -> bool:

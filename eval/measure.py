@@ -59,7 +59,7 @@ def verdicts(outcome: Outcome, task: Task | Rows) -> Iterator[tuple[float, bool,
 
     None where the task cannot tell right sentences from wrong ones; the verifier's own report can.
     """
-    if isinstance(task, Rows):
+    if task.first_wrong is None:
         return
     kept = ""
     segments = outcome.generation.segments

@@ -15,7 +15,8 @@ import torch
 
 from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
 from eval.methods import Outcome
-from eval.tasks import Prompt, Task
+from eval.tasks import Task
+from eval.tasks.rows import Prompt, Rows
 from parse import Engine
 from parse.passes import Reader
 from parse.segments import cut
@@ -24,8 +25,11 @@ from train.generation import write_all
 from train.progress import progress_bar
 
 
-def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:
+def judge_drafts(
+    engine: Engine, task: Task | Rows, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
+) -> list[Judged]:
     """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
+    assert task.first_wrong is not None
     drafts = []
     for number, outcome in enumerate(outcomes):
         ids, ended = outcome.generation.token_ids, outcome.generation.finish_reason == "stop"
@@ -45,8 +49,10 @@ def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers
     return judged
 
 
-def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]) -> dict[str, Any]:
-    """The properties of target and draft on the same prompts."""
+def measure_pair(
+    engine: Engine, task: Task | Rows, target: Sequence[Outcome], draft: Sequence[Outcome]
+) -> dict[str, Any]:
+    """The properties of target and draft on the same prompts, of a task that knows the first wrong sentence."""
     judged = judge_drafts(engine, task, draft)
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
@@ -89,7 +95,7 @@ def generate_over_target_loop(engine: Engine, prompts: Sequence[Prompt], limit: 
     return theirs / ours
 
 
-def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> float | None:
+def foreign_accuracy(engine: Engine, task: Task | Rows, prompts: Sequence[Prompt]) -> float | None:
     """How often the target finishes rightly a right prefix in a foreign manner; None where the task has none."""
     write_foreign = getattr(task, "foreign_prefix", None)
     if write_foreign is None:

@@ -70,6 +70,11 @@ def console_table(report: dict[str, Any]) -> str:
     oracle = report["kinds"][report["chosen"]]["oracle_accepted_fraction"]
     size = f"{report['n_prompts']} test prompts, {report['n_prefixes']} prefixes"
     lines.append(f"  on {size}; who knows the labels accepts {oracle:.1%}")
+    if curve := report.get("learning_curve"):
+        points = ", ".join(f"{row['acceptable']:.1%} from {row['prompts']:.0f}" for row in curve)
+        lines.append(
+            f"  the probe may accept, of held-out drafts' tokens, by the prompts that it learns from: {points}"
+        )
     return "\n".join(lines)
 
 
@@ -102,8 +107,23 @@ def html_report(name: str, report: dict[str, Any], tested: Mapping[str, Sequence
 <p>{report["n_prompts"]} test prompts, {report["n_prefixes"]} prefixes. Each kind stands at the threshold that keeps the
 accuracy loss under {promise:.1%} by the calibration prompts; cuts count up to a draft's first invalid one.</p>
 <div class="wide"><table><tr>{head}</tr>{body}</table></div>
-{_legend(styles, report["chosen"])}<div class="plots">{"".join(plots)}</div></html>
+{_legend(styles, report["chosen"])}<div class="plots">{"".join(plots)}</div>{_curve(report)}</html>
 """
+
+
+def _curve(report: dict[str, Any]) -> str:
+    """How the probe grows with the prompts that it learns from, as a table; nothing where that was not measured."""
+    rows = "".join(
+        f"<tr><td>{row['prompts']:.0f}</td><td>{row['acceptable']:.1%}</td><td>{row['loss']:.3f}</td></tr>"
+        for row in report.get("learning_curve", [])
+    )
+    if not rows:
+        return ""
+    heads = ("prompts", "acceptable tokens", "loss (nats a draft)")
+    return f"""<h2>More labelled prompts?</h2><p>The probe that learns from a part of the prompts, and from all: what it
+may accept of the drafts of held-out prompts within the promise. Where the last rows differ much, more prompts would
+help (<code>rollouts.train</code>).</p><div class="wide"><table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
+{rows}</table></div>"""
 
 
 def line_styles(kinds: Sequence[str]) -> dict[str, LineStyle]:

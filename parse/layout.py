@@ -49,6 +49,12 @@ class Layout:
         """Whether there are no suffixes, so that who sees whom is as everywhere."""
         return len(self.ids) == self.draft_length
 
+    def suffixes(self, behind: int) -> Layout:
+        """The suffixes alone, behind so many keys of which the first are the draft's: a row without past has those."""
+        n, skipped = self.draft_length, behind - self.draft_length - self.past
+        parts = (self.ids[n:], self.positions[n:], self.limit[n:], [own + skipped for own in self.own[n:]])
+        return Layout(*parts, past=behind, draft_length=0, suffix_length=self.suffix_length)
+
     def mask(self, window: int | None = None) -> Tensor:
         """Who sees whom: bool [T, L + T], True where the query may attend; see `visible`."""
         keys = self.past + len(self.ids)

@@ -32,7 +32,23 @@ from parse.verifiers import Calibration, Evidence, Likelihood, Prompt, Verifier
 
 TOKEN_EVIDENCE = 4  # log-probability, entropy, margin, and whether it is the end-of-sequence token
 INNER, HEAD_WIDTH = 192, 48  # of a probe's attention: its width, and that of each of its heads
+LARGEST = 65504.0  # of float16, in which states are kept to learn from: heads never see larger numbers
 SEGMENT_EVIDENCE = 13  # of the three their lowest, mean and highest so far and in the segment where they tell; the end
+
+
+class LayerNorms(nn.Module):
+    """The states of several layers, each layer's normalised by itself: upper ones are many times larger."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.width, self.layers = width, layers
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., width] of any floating-point type to float32 [..., width]."""
+        known = states.float().clamp(-LARGEST, LARGEST)  # [..., width]
+        parts = known.view(*states.shape[:-1], self.layers, self.width // self.layers)  # [..., layers, D]
+        return nn.functional.layer_norm(parts, parts.shape[-1:]).flatten(-2) * self.weight + self.bias
 
 
 class HazardHead(nn.Module):
@@ -42,27 +58,28 @@ class HazardHead(nn.Module):
     discrete-time survival model, so confidences never rise along a draft.
     """
 
-    def __init__(self, width: int, evidence: int, hidden: int = 128, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, evidence: int, hidden: int = 128, dropout: float = 0.0, layers: int = 1) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorms(width, layers)
         self.body = nn.Sequential(
             nn.Linear(width + evidence, hidden),
             nn.GELU(),
             nn.Dropout(dropout),
             nn.Linear(hidden, 1),
         )
+        self.dropout = nn.Dropout(dropout)  # of the states
         nn.init.constant_(cast(nn.Linear, self.body[-1]).bias, -5.0)  # most are right
 
     @property
     def sizes(self) -> dict[str, int]:
         """The arguments that make a head of the same shape."""
-        width = self.norm.normalized_shape[0]
         first = cast(nn.Linear, self.body[0])
-        return {"width": width, "evidence": first.in_features - width, "hidden": first.out_features}
+        own = {"evidence": first.in_features - self.norm.width, "hidden": first.out_features}
+        return {"width": self.norm.width, "layers": self.norm.layers, **own}
 
     def forward(self, states: Tensor, evidence: Tensor) -> Tensor:
         """States [..., width] and evidence [..., E] to hazards [...], none of them negative."""
-        joined = torch.cat([self.norm(states.float()), evidence], dim=-1)  # [..., width + E]
+        joined = torch.cat([self.dropout(self.norm(states)), evidence], dim=-1)  # [..., width + E]
         return nn.functional.softplus(self.body(joined).squeeze(-1))
 
 
@@ -97,18 +114,26 @@ class AttentiveHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, evidence: int, hidden: int = 128, dropout: float = 0.0, blocks: int = 2, inner: int = INNER
+        self,
+        width: int,
+        evidence: int,
+        hidden: int = 128,
+        dropout: float = 0.0,
+        layers: int = 1,
+        blocks: int = 2,
+        inner: int = INNER,
     ) -> None:
         super().__init__()
-        self.norm, self.into = nn.LayerNorm(width), nn.Linear(width, inner)
+        self.norm, self.into = LayerNorms(width, layers), nn.Linear(width, inner)
         self.blocks = nn.ModuleList(Attention(inner, dropout) for _ in range(blocks))
         self.head = HazardHead(inner, evidence, hidden, dropout)
+        self.dropout = nn.Dropout(dropout)  # of the states
 
     @property
     def sizes(self) -> dict[str, int]:
         """The arguments that make a head of the same shape."""
-        own = {"width": self.norm.normalized_shape[0], "blocks": len(self.blocks), "inner": self.into.out_features}
-        return {**self.head.sizes, **own}
+        own = {"width": self.norm.width, "layers": self.norm.layers, "blocks": len(self.blocks)}
+        return {**self.head.sizes, **own, "inner": self.into.out_features}
 
     def forward(self, texts: Tensor, places: Tensor, evidence: Tensor) -> Tensor:
         """Hazards [M] of the drafts' tokens, none of them negative.
@@ -118,7 +143,7 @@ class AttentiveHead(nn.Module):
             places: int64 [M, 2], text and index of each draft's tokens.
             evidence: [M, E], theirs.
         """
-        x = self.into(self.norm(texts.float()))  # [B, T, inner]
+        x = self.into(self.dropout(self.norm(texts)))  # [B, T, inner]
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.head(x[places[:, 0], places[:, 1]], evidence))
@@ -130,12 +155,12 @@ def survival(hazards: Tensor) -> Tensor:
 
 
 def token_inputs(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """The probe's inputs: states [M, width] and evidence [M, 4], both float32.
+    """The probe's inputs: states [M, width] of any floating-point type, and evidence float32 [M, 4].
 
     The end-of-sequence token was never read, so it borrows the state that predicted it.
     """
     assert evidence.states is not None
-    states = evidence.states.float()  # [N, width]
+    states = evidence.states  # [N, width]
     missing = len(evidence.log_prob) - len(states)  # 1 where the draft ended
     states = torch.cat([states, states[len(states) - 1 :].expand(missing, -1)])  # [M, width]
     is_end = torch.zeros_like(evidence.log_prob)
@@ -155,7 +180,7 @@ def text_inputs(evidences: Sequence[Evidence]) -> tuple[Tensor, Tensor, Tensor]:
         assert evidence.states is not None
         _, free = token_inputs(evidence)  # [M, 4]
         first, count = len(evidence.context_states), len(evidence.states)
-        rows.append(torch.cat([evidence.context_states, evidence.states]).float())  # [C + N, width]
+        rows.append(torch.cat([evidence.context_states, evidence.states]))  # [C + N, width]
         index = torch.arange(len(free), device=free.device).clamp(max=count - 1) + first  # [M]
         places.append(torch.stack([torch.full_like(index, number), index], dim=-1))
         columns.append(free)

@@ -31,9 +31,11 @@ from parse.trained import (
 from parse.verifiers import Evidence, Likelihood, Prompt
 from tests.conftest import MODELS, facts_of, random_adapter, random_model
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
+from train.evidence import gather, up_to_first_invalid
 from train.hazards import AdapterModule, ProbeModule, fit
+from train.probes import Lesson, choose_layers, learning_curve
 from train.recipe import AdapterSection, ProbeSection
-from train.verifier import choose, gather, train_adapter, train_probe, up_to_first_invalid
+from train.verifier import choose, held_out_every, train_adapter
 
 
 def test_segment_evidence_is_of_the_segment_and_so_far():
@@ -157,10 +159,14 @@ def test_a_probe_with_attention_learns_what_stands_before_the_draft():
     for blocks in (0, 2):
         torch.manual_seed(0)
         section = ProbeSection(epochs=8, learning_rate=3e-3, blocks=blocks)
-        probe = train_probe(asked(500, 1), asked(50, 2), (1,), section, 0.01)
+        probe = probe_of(asked(500, 1), asked(50, 2), section)
         scored = [Scored(one.draft, probe.confidences(one.evidence).tolist()) for one in asked(200, 3)]
         aucs.append(measure(scored, 0.5)["auc"])
     assert aucs[0] < 0.7 < 0.85 < aucs[1]
+
+
+def probe_of(fitted, held_out, section, layers=(1,)):
+    return Probe(Lesson(fitted, held_out, layers, section, 0.01).fit().module.head, layers)
 
 
 def planted(n, seed):
@@ -181,8 +187,8 @@ def planted(n, seed):
 
 def test_a_probe_learns_where_drafts_go_wrong():
     torch.manual_seed(0)
-    section = ProbeSection(epochs=8, learning_rate=1e-2)
-    probe = train_probe(planted(120, 1), planted(30, 2), (1,), section, 0.01)
+    section = ProbeSection(epochs=8, learning_rate=1e-2, blocks=0)
+    probe = probe_of(planted(120, 1), planted(30, 2), section)
     fresh = planted(100, 3)
     scored = [Scored(one.draft, probe.confidences(one.evidence).tolist()) for one in fresh]
     assert measure(scored, 0.5)["auc"] > 0.97
@@ -204,9 +210,64 @@ def test_the_best_epoch_is_kept_by_what_may_be_accepted(monkeypatch):
     monkeypatch.setattr(
         "train.hazards.survival_loss", lambda hazards, *_: hazards.sum() * 0 + hazards.mean() + len(seen)
     )
-    kept = fit(make, planted(40, 1), planted(12, 2), ProbeSection(epochs=4), 0.01, "probe")
+    kept = fit(make, planted(40, 1), planted(12, 2), ProbeSection(epochs=4, blocks=0), 0.01, "probe").module
     assert torch.equal(kept.head.body[0].weight, seen[1])  # of two as good the one of the lower loss
     assert not torch.equal(seen[1], seen[3])
+
+
+def test_training_stops_where_it_has_not_been_better_for_long(monkeypatch):
+    script = iter([0.2, 0.9, 0.5, 0.8, 0.95])
+    monkeypatch.setattr("train.hazards.acceptable", lambda *_: next(script))
+    section = ProbeSection(epochs=30, blocks=0, patience=2)
+    found = Lesson(planted(40, 1), planted(12, 2), (1,), section, 0.01).fit()
+    assert (found.acceptable, found.epochs) == (0.9, 4)
+
+
+def two_layers(n, seed):
+    """The same, with the states of a layer that knows nothing in front."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    noise = [torch.randn(9, 16, generator=generator) for _ in range(n)]
+    return [
+        dataclasses.replace(
+            one, evidence=dataclasses.replace(one.evidence, states=torch.cat([mine, one.evidence.states], dim=-1))
+        )
+        for one, mine in zip(planted(n, seed), noise, strict=True)
+    ]
+
+
+def test_layers_are_chosen_by_what_they_know_of_held_out_prompts():
+    torch.manual_seed(0)
+    section = ProbeSection(epochs=20, learning_rate=1e-2, blocks=0)
+    chosen = choose_layers(Lesson(two_layers(60, 1), two_layers(40, 2), (3, 5), section, 0.01))
+    assert 5 in chosen.layers
+    one = Lesson(two_layers(3, 1), two_layers(3, 2), (3, 5), section, 0.01).reading(5)
+    assert torch.equal(one.fitted[2].evidence.states, planted(3, 1)[2].evidence.states)
+    assert one.layers == (5,)
+
+
+def test_the_learning_curve_tells_what_more_prompts_would_give():
+    torch.manual_seed(0)
+    lesson = Lesson(planted(200, 1), planted(80, 2), (1,), ProbeSection(epochs=8, learning_rate=1e-2, blocks=0), 0.01)
+    curve = learning_curve(lesson, lesson.fit())
+    assert [row["prompts"] for row in curve] == [50, 100, 200]
+    assert curve[0]["loss"] > curve[-1]["loss"]
+
+
+def test_the_promised_loss_is_more_than_one_held_out_prompt_where_there_are_enough():
+    assert held_out_every(2000, 0.01) == 6  # 333: a sixth
+    assert held_out_every(600, 0.01) == 3  # 200: two make up a percent
+    assert held_out_every(90, 0.01) == 3  # a third, and no more
+    assert held_out_every(1, 0.01) == 3
+
+
+def test_a_head_reads_each_layer_at_its_own_scale():
+    """What one layer says is heard beside another that is a thousand times larger."""
+    head = HazardHead(8, 4, layers=2)
+    states, free = torch.randn(5, 8), torch.zeros(5, 4)
+    louder = torch.cat([states[:, :4], 1000 * states[:, 4:]], dim=-1)
+    torch.testing.assert_close(head(states, free), head(louder, free), atol=1e-4, rtol=1e-3)
+    assert HazardHead(**head.sizes).sizes == head.sizes
+    assert head(torch.full((1, 8), torch.inf), free[:1]).isfinite().all()
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place():
@@ -215,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place():
     with pytest.raises(
         FloatingPointError, match=r"the probe's loss is nan at step \d+ of 4, on drafts .*7.*learning_rate"
     ):
-        train_probe(broken, planted(9, 2), (1,), ProbeSection(epochs=2), 0.01)
+        probe_of(broken, planted(9, 2), ProbeSection(epochs=2, blocks=0))
 
 
 def test_the_kind_that_may_accept_most_is_chosen_of_those_that_the_engine_can_run():
@@ -240,7 +301,7 @@ def test_of_kinds_that_may_accept_as_much_the_one_nearest_to_the_labels_is_chose
 
 def test_nothing_to_learn_from_is_said():
     with pytest.raises(ValueError, match=r"no labelled drafts to learn from .*raise rollouts\.train"):
-        train_probe([], planted(3, 1), (1,), ProbeSection(), 0.01)
+        probe_of([], planted(3, 1), ProbeSection(blocks=0))
 
 
 def test_only_the_last_layers_are_adapted(target):
@@ -279,7 +340,7 @@ def test_an_adapter_for_something_else_is_refused(tmp_path, target, draft, token
 def check_training(engine, drafts, folder, section):
     """Train on labelled drafts, save, load, and judge in the packed pass as the trained one does."""
     engine.verifier = Likelihood()
-    judged = gather(engine, map(up_to_first_invalid, drafts), "train")
+    judged = gather(engine, [*map(up_to_first_invalid, drafts)], folder / "evidence", "train")
     before = fingerprint(engine.target)
     adapter = train_adapter(engine, judged, judged, section, 0.01)
     assert fingerprint(engine.target) == before

@@ -21,7 +21,7 @@ KEYS = {
 # the settings of the engine that a stage depends on
 SETTINGS = {"rollouts": ("horizon",), "relabel": ("horizon",), "verifier": ("policy", "handback", "horizon")}
 ROWS = {"answers": "answers", "rollouts": "rollouts", "relabel": "rollouts"}  # stages that ask prompts: their sections
-COUNTS = {"prompts", "train", "calibration", "test", "recheck"}  # how many prompts
+COUNTS = {"prompts", "train", "calibration", "test", "recheck", "minutes"}  # how many prompts
 RUNNING = {"batch_size", "server"}  # keys that say how a stage runs, not what comes out; but the server's model
 PLACING = {"device_map", "max_memory", "offload_folder"}  # options that say where a model lies, not what it is
 
@@ -72,9 +72,12 @@ class Dependencies:
 
     def of_kept(self, stage: str) -> dict[str, Any]:
         """All that what a stage keeps on its way depends on: a row is kept by its prompt, whatever others there are."""
+        values = self._of_settings(stage)
+        if stage == "verifier":  # evidence is kept by layer and draft
+            return {key: value for key, value in values.items() if key != "verifier"}
         if stage not in ROWS:
             return self.of(stage)
-        values, section = self._of_settings(stage), ROWS[stage]
+        section = ROWS[stage]
         values[section] = {key: value for key, value in values[section].items() if key not in COUNTS}
         if stage == "answers":
             del values["seed"]

@@ -1,26 +1,28 @@
 """Fitting what gives hazards: a probe's head, or an adapter's head and LoRA, on labelled drafts.
 
 The loss is the likelihood of where each draft first goes wrong. After every epoch the verdicts on held-out prompts
-decide whether these weights are the best so far, by the end metric: what may be accepted within the promise. Under DDP
-and FSDP2 each process learns from its own share of the drafts, in equally many steps.
+decide whether these weights are the best so far, by the end metric: what may be accepted within the promise. Where they
+have not been better for some epochs, the rest is left out. Under DDP and FSDP2 each process learns from its own share
+of the drafts, in equally many steps.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from eval.judged import Judged, Scored, measure, valid_cuts
 from parse.compiled import masks
-from parse.layout import pack, stack_layouts
+from parse.layout import pack, row_numbers, stack
 from parse.trained import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
 from train.calibration import empirical
 from train.progress import progress_bar
@@ -29,7 +31,6 @@ from train.recipe import Fit
 T = TypeVar("T")
 Log = Callable[[dict[str, float]], None]
 WARM_UP = 0.1  # of the steps
-WEIGHT_DECAY = 0.05
 LIKE_LENGTH = 8  # tokens
 
 
@@ -56,7 +57,10 @@ class ProbeModule(nn.Module):
 
 
 class AdapterModule(nn.Module):
-    """What an adapter trains: a LoRA on the suffixes of the packed layout, and the head behind each of them."""
+    """What an adapter trains: a LoRA on the suffixes of the packed layout, and the head behind each of them.
+
+    Prompts and drafts are read first, without gradients: the LoRA does not act there.
+    """
 
     def __init__(self, adapted: PeftModel, base: PreTrainedModel, head: HazardHead, suffix_ids: list[int]) -> None:
         super().__init__()
@@ -71,43 +75,66 @@ class AdapterModule(nn.Module):
         return self
 
     def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
-        """What `forward` takes, of packed rows without a cache.
-
-        Each row is a whole text: what stands before the draft, the draft, and a suffix behind every cut of it.
+        """What `forward` takes: texts, each of what stands before a draft and the draft, and suffixes behind its cuts.
 
         Returns:
-            numbers int64 [5, B, T], see `parse.layout.stack_layouts`; row and index of each suffix's last token, int64
-            [sum K, 2]; the index of each row's first suffix, int64 [B]; evidence float32 [sum K, 13].
+            texts int64 [5, B, T] and suffixes int64 [5, B, U], see `parse.layout.row_numbers`; row and index of each
+            suffix's last token, int64 [sum K, 2]; evidence float32 [sum K, 13].
         """
-        layouts, places = [], []
-        for row, one in enumerate(judged):
-            before = one.draft.context_ids
-            ends = [len(before) + end for end in one.draft.ends]
-            layout = pack([*before, *one.draft.ids], ends, self.suffix_ids)
-            layouts.append(layout)
-            places += [(row, index) for index in layout.last_suffix]
-        starts = torch.tensor([layout.draft_length for layout in layouts])  # [B]
+        texts = [[*one.draft.context_ids, *one.draft.ids] for one in judged]
+        cuts = [[len(one.draft.context_ids) + end for end in one.draft.ends] for one in judged]
+        layouts = [pack(text, ends, self.suffix_ids) for text, ends in zip(texts, cuts, strict=True)]
+        width = max(map(len, texts))
+        turns = [layout.suffixes(behind=width) for layout in layouts]
+        longest = max(len(turn.ids) for turn in turns)
+        read = stack([row_numbers(text, None, 0, width) for text in texts])
+        asked = stack([row_numbers(turn.ids, turn, width, longest) for turn in turns])
+        places = [(row, index) for row, turn in enumerate(turns) for index in turn.last_suffix]
         evidence = torch.cat([segment_evidence(one.evidence) for one in judged])  # [sum K, 13]
-        return stack_layouts(layouts), torch.tensor(places), starts, evidence
+        return read, asked, torch.tensor(places), evidence
 
-    def forward(self, numbers: Tensor, places: Tensor, starts: Tensor, evidence: Tensor) -> Tensor:
+    def forward(self, texts: Tensor, suffixes: Tensor, places: Tensor, evidence: Tensor) -> Tensor:
         """The hazard of each of the batch's segments: [sum K]."""
-        ids, positions, *rest = numbers  # [B, T] each
-        width = ids.shape[1]
-        output = self.adapted(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self._masks(*rest, positions, keys=width),
-            use_cache=False,
-            output_hidden_states=True,
-            logits_to_keep=1,
-            alora_offsets=(width - starts).tolist(),
-        )
+        cache = DynamicCache()
+        with torch.no_grad():
+            self._read(texts, cache, adapted=0)
+        output = self._read(suffixes, cache, adapted=suffixes.shape[-1])
         states = output.hidden_states[-1][places[:, 0], places[:, 1]]  # [sum K, D]
         return self.head(states, evidence)
 
+    def _read(self, numbers: Tensor, cache: DynamicCache, adapted: int) -> Any:
+        """A pass over the tokens of [5, B, T] behind what the cache holds, the LoRA on the last `adapted` of a row."""
+        ids, positions, *rest = numbers  # [B, T] each
+        keys = cache.get_seq_length() + ids.shape[1]
+        return self.adapted(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._masks(*rest, positions, keys=keys),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=adapted > 0,
+            logits_to_keep=1,
+            alora_offsets=[adapted] * len(ids),
+        )
+
 
 Module = ProbeModule | AdapterModule
+M = TypeVar("M", ProbeModule, AdapterModule)
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[M]):
+    """What was fitted, and how good it is on held-out prompts."""
+
+    module: M
+    acceptable: float  # the share of their drafts' tokens that may be accepted within the promise
+    loss: float  # nats a draft
+    epochs: int  # until it had not been better for long
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """The more, the better."""
+        return self.acceptable, -self.loss
 
 
 def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 1.0) -> Tensor:
@@ -126,14 +153,14 @@ def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 
 
 
 def fit(
-    make: Callable[[], Module],
+    make: Callable[[], M],
     fitted: Sequence[Judged],
     held_out: Sequence[Judged],
     plan: Fit,
     promise: float,
     what: str,
     log: Log = lambda _: None,
-) -> Module:
+) -> Fitted[M]:
     """Train what `make` makes and return it with its best weights, on every process.
 
     Args:
@@ -157,7 +184,7 @@ def fit(
     share = -(-plan.batch_size // accelerator.num_processes)
     steps, tests = (-(-max(column) // share) for column in zip(*sizes, strict=True))  # as many on every process
     module = make()
-    optimizer = torch.optim.AdamW(_trained(module).values(), lr=plan.learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(_trained(module).values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     model, optimizer = accelerator.prepare(module, optimizer)
     total = steps * plan.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARM_UP * total), total)
@@ -171,9 +198,10 @@ def fit(
         pairs = zip(found, some, strict=True)
         return torch.stack([survival_loss(h, one.draft.valid, plan.error_weight) for h, one in pairs]).mean()
 
-    best, kept = (-1.0, 0.0), dict[str, Tensor]()  # acceptable share and minus the loss on held-out drafts
+    best, kept, since, epoch = (-1.0, 0.0), dict[str, Tensor](), 0, 0  # acceptable share, minus the loss; held out
     with progress_bar(what, total=total) as bar:
-        for _ in range(plan.epochs):
+        while epoch < plan.epochs and since < plan.patience:
+            epoch, since = epoch + 1, since + 1
             model.train()
             for some in _shuffled(_cycled(_by_length(fitted), share, steps)):
                 loss = loss_of(some, hazards(some))
@@ -197,9 +225,10 @@ def fit(
             log({f"{what}/held_out_acceptable": score[0], f"{what}/held_out_loss": -score[1]})
             if score > best:
                 unwrapped = accelerator.unwrap_model(model)
+                since = 0
                 best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}
             bar.set_postfix_str(f"held out: {score[0]:.1%} acceptable, best {best[0]:.1%}", refresh=False)
-    return _restored(make(), kept)
+    return Fitted(_restored(make(), kept), best[0], -best[1], epoch)
 
 
 def acceptable(scored: Sequence[Scored], promise: float) -> float:
@@ -230,7 +259,7 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _restored(module: Module, weights: dict[str, Tensor]) -> Module:
+def _restored(module: M, weights: dict[str, Tensor]) -> M:
     """The module with these weights, whole where they were sharded."""
     with torch.no_grad():
         for name, parameter in _trained(module).items():

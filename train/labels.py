@@ -25,6 +25,20 @@ from parse.text import text_of
 FirstWrong = Callable[[Prompt, str], int | None]  # of a prompt and an answer, or a prefix of one: see `eval.tasks.Task`
 
 
+Asked = dict[tuple[int, ...], tuple[bool, Written]]  # of prefixes of answers to one prompt: valid? and the way on
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A draft that goes on from a valid prefix of an answer."""
+
+    prompt: Prompt
+    prefix: list[int]  # tokens of the answer in front of the draft
+    written: Written
+    ends: list[int]  # K prefix ends
+    right: bool | None  # whether it finishes the answer rightly; None where it does not finish it
+
+
 @dataclass(frozen=True)
 class Labels:
     """What is known of one draft."""
@@ -79,67 +93,46 @@ class Labeller:
         valid = 2 * sum(right for right, _ in ways) > len(ways)
         return valid, next(way for right, way in ways if right == valid)
 
-    def checking(
-        self,
-        context: Context,
-        prompt: Prompt,
-        prefix: list[int],
-        draft: Written,
-        ends: list[int],
-        right: bool | None,
-    ) -> Steps[Labels]:
-        """Label the K prefixes of a draft by the task's program; the target writes on to the next cut alone.
-
-        The arguments are those of `labelling`.
-        """
+    def checking(self, context: Context, draft: Drafted) -> Steps[Labels]:
+        """Label a draft's K prefixes by the task's program; the target writes to the next cut alone, in its context."""
         assert self.first_wrong is not None
         engine, labels = self.engine, list[bool]()
-        for end in ends:
-            text = text_of([*prefix, *draft.ids[:end]], engine.tokenizer)
-            labels.append(all(labels) and self.first_wrong(prompt, text) is None)
-        if right is not None:
-            labels[-1] = right and all(labels)
+        for end in draft.ends:
+            text = text_of([*draft.prefix, *draft.written.ids[:end]], engine.tokenizer)
+            labels.append(all(labels) and self.first_wrong(draft.prompt, text) is None)
+        if draft.right is not None:
+            labels[-1] = draft.right and all(labels)
         if all(labels):
             return Labels(labels, True, [], False)
-        kept = [0, *ends][labels.index(False)]
-        yield from context.becoming([*engine.encode(prompt), *prefix, *draft.ids[:kept]])
+        kept = [0, *draft.ends][labels.index(False)]
+        yield from context.becoming([*engine.encode(draft.prompt), *draft.prefix, *draft.written.ids[:kept]])
         stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
-        written = yield from context.writing(max(self.limit - len(prefix) - kept, 1), stop=stop)
+        written = yield from context.writing(max(self.limit - len(draft.prefix) - kept, 1), stop=stop)
         return Labels(labels, True, written.ids, written.ended)
 
-    def labelling(
-        self,
-        context: Context,
-        prompt: Prompt,
-        prefix: list[int],
-        draft: Written,
-        ends: list[int],
-        right: bool | None,
-        every: bool,
-    ) -> Steps[Labels]:
-        """Label the K prefixes of a draft that goes on from a valid prefix of an answer.
+    def labelling(self, context: Context, draft: Drafted, every: bool, asked: Asked) -> Steps[Labels]:
+        """Label a draft's K prefixes by the target's ways on.
 
         Args:
             context: the target's.
-            prefix: tokens of the answer in front of the draft.
-            ends: K prefix ends.
-            right: whether the draft finishes the answer rightly, which is the label of its last prefix; None where it
-                does not finish it, and the target is asked.
             every: ask about every prefix. Else all are valid where the draft is right, and where it is wrong the first
                 invalid one is found by bisection.
+            asked: what is known of prefixes of answers to this prompt, and is not asked again; more is added.
         """
-        k, ways = len(ends), dict[int, Written]()
+        k, ways = len(draft.ends), dict[int, Written]()
         valid = dict[int, bool]()
 
         def ask(cut: int) -> Steps[bool]:
-            start = [*prefix, *draft.ids[: ends[cut - 1] if cut else 0]]
-            valid[cut], ways[cut] = yield from self.asking(context, prompt, start)
+            start = [*draft.prefix, *draft.written.ids[: draft.ends[cut - 1] if cut else 0]]
+            if tuple(start) not in asked:
+                asked[tuple(start)] = yield from self.asking(context, draft.prompt, start)
+            valid[cut], ways[cut] = asked[tuple(start)]
             return valid[cut]
 
-        if right is None:
+        if draft.right is None:
             yield from ask(k)
         else:
-            valid[k] = right
+            valid[k] = draft.right
         if every:
             for cut in range(k - 1, 0, -1):  # the longest first: shorter ones are in the cache
                 yield from ask(cut)

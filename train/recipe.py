@@ -51,6 +51,15 @@ Project = Annotated[  # of Weights & Biases
     str, Text(r"(?=.*\S)[^/\\#?%:\x00-\x1f\x7f]{1,128}", "1 to 128 printable characters without / \\ # ? % :")
 ]
 
+CHECKS = ("contains", "equal", "number", "math")
+Check = Annotated[
+    str,
+    Text(
+        rf"{'|'.join(CHECKS)}|(?=.{{3,200}}$)[A-Za-z_][\w.]*:[A-Za-z_]\w*",
+        f"{', '.join(CHECKS)}, or a function of your own as module:function (see `eval.tasks.own`)",
+    ),
+]
+
 Stage = Literal["pretrain", "answers", "distill", "rollouts", "align", "relabel", "verifier"]
 Method = Literal["target", "speculation", "draft", "cascade", "sequential", "parse"]
 STAGES: tuple[str, ...] = typing.get_args(Stage)
@@ -58,6 +67,7 @@ CHAIN: tuple[Stage, ...] = ("answers", "distill", "rollouts", "verifier")  # no 
 METHODS: tuple[Method, ...] = ("target", "draft", "cascade", "sequential", "parse")
 
 LARGEST = 10**6  # bytes of a recipe
+SPREAD = (0.4, 0.6, 0.8, 0.95)  # of the depth: upper layers know what was read, the last ones what comes next
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Shares:
 class Data:
     """How rows are read, where `task` is a JSONL file or a data set of the hub; see `eval.tasks.rows`."""
 
-    check: Literal["contains", "equal", "number", "math"] = "contains"  # how an answer is compared with its `reference`
+    check: Check = "contains"  # how an answer is compared with its `reference`, or a function of one's own that does
     system: Words | None = None  # the system's turn, where a row has none of its own
     fields: dict[Literal["prompt", "messages", "system", "reference", "split"], Words] = field(default_factory=dict)
     shares: Shares = field(default_factory=lambda: Shares(answers=6, train=4, calibration=4, test=2))
@@ -162,11 +172,12 @@ class Align:
 class Rollouts:
     """What the draft answers, and which of its prefixes the target can still finish rightly."""
 
-    train: Count = 400  # prompts
+    train: Count = 2000  # prompts
     calibration: Count = 400
     test: Count = 400  # on which the verifier is measured
+    minutes: Minutes | None = 60  # after which no other training prompt is taken up; they come last
     rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
-    drafts: Count = 1  # of each training prompt: the greedy one, and others by sampling
+    drafts: Count = 2  # of each training prompt: the greedy one, and others by sampling
     negatives: Whole = 1  # of each right one of these, with a fault that the task makes, where it can
     labels: Literal["auto", "checker", "bisect", "all"] = (
         "auto"  # "checker": of training prompts by the task's program,
@@ -189,7 +200,9 @@ class Fit:
     batch_size: Count = 16  # drafts, over all processes
     error_weight: Annotated[float, Range(0.001, 1000)] = 1.0  # of a draft's first invalid cut beside its valid ones
     hidden: Annotated[int, Range(1, 10**5)] = 128  # units of the head
-    dropout: Annotated[float, Range(0, 0.99)] = 0.0
+    dropout: Annotated[float, Range(0, 0.99)] = 0.1
+    weight_decay: Annotated[float, Range(0, 100)] = 0.05
+    patience: Count = 6  # epochs without a better verdict on held-out prompts, after which the rest is left out
 
 
 @dataclass(frozen=True)
@@ -198,8 +211,9 @@ class ProbeSection(Fit):
 
     epochs: Count = 40
     learning_rate: Rate = 2e-3
-    layers: list[Annotated[int, Range(-(10**4), 10**4)]] = field(default_factory=lambda: [-1])  # see `hidden_states`
-    blocks: Annotated[int, Range(0, 32)] = 0  # of attention over the states of prompt and draft, before the head
+    layers: Literal["auto"] | list[Annotated[int, Range(-(10**4), 10**4)]] = "auto"  # see `hidden_states`; "auto" are
+    # four, spread over the depth, and of these all or the one that is better on held-out prompts
+    blocks: Annotated[int, Range(0, 32)] = 2  # of attention over the states of prompt and draft, before the head
 
 
 @dataclass(frozen=True)
@@ -399,12 +413,16 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("data.shares are all 0, so that no row is in a split: give one of them 1 or more")
 
 
-def hidden_states(layers: typing.Sequence[int], depth: int) -> tuple[int, ...]:
+def hidden_states(layers: typing.Sequence[int] | str, depth: int) -> tuple[int, ...]:
     """The probe's layers as indices into `hidden_states`: 0 is the embedding, `depth` the last; negative from the end.
+
+    "auto" are those at `SPREAD` of the depth.
 
     Raises:
         RecipeError: where there is no such state, or one is named twice, or none.
     """
+    if isinstance(layers, str):
+        return tuple(sorted({max(1, round(share * depth)) for share in SPREAD}))
     states = tuple(layer % (depth + 1) for layer in layers if -depth - 1 <= layer <= depth)
     if not layers or len({*states}) < len(layers):
         raise RecipeError(

@@ -8,6 +8,7 @@ calibrated, on the drafts that it will meet: those behind a repair as well.
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -27,8 +28,8 @@ from parse.prompts import opens_thinking
 from parse.segments import cut, ends_segment
 from parse.text import encode_continuation, text_of
 from train.files import write_text
-from train.generation import Row, finish_all, together
-from train.labels import Labeller
+from train.generation import REFUSED, Row, finish_all, together
+from train.labels import Asked, Drafted, Labeller
 from train.models import load_engine
 from train.prompts import prompts_of
 from train.recipe import Recipe, RecipeError, to_dict
@@ -41,9 +42,9 @@ CONTROLS = 24  # prompts whose answers measure the noise of agreement
 def run(recipe: Recipe, run: Run) -> None:
     """Write `rollouts/`, a row a draft, and `labels.json`, what the labels cost and how far they can be trusted.
 
-    Columns: split, number (of the prompt), round (repairs before the draft), prompt, prompt_ids, prefix_ids (the
-    answer so far), draft_ids, ended, ends, valid (one a cut), target_right, continuation_ids (the target's, behind the
-    last valid prefix).
+    Columns: split, number (of the prompt), round (repairs before the draft), met (whether the engine would meet it: a
+    greedy draft, without a fault put in), prompt, prompt_ids, prefix_ids (the answer so far), draft_ids, ended, ends,
+    valid (one a cut), target_right, continuation_ids (the target's, behind the last valid prefix).
     """
     write_rollouts(recipe, run, "rollouts", run.path("distill"))
 
@@ -53,17 +54,19 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
     with run.stage(stage) as folder:
         task, section = load_task(recipe.task, to_dict(recipe.data)), recipe.rollouts
         engine = load_engine(recipe, draft)
-        prompts = prompts_of(recipe, task, stage).prompts
+        prompts = sorted(prompts_of(recipe, task, stage).prompts, key=lambda item: item[0] == "train")
+        over = time.monotonic() + 60 * (section.minutes or math.inf)
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
 
         def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
             split, prompt = item
-            labels, rounds = labels_of(recipe, task, split), list[Row]()
+            labels, rounds, asked = labels_of(recipe, task, split), list[Row](), Asked()
+            if split == "train" and time.monotonic() > over:
+                return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
             for sample in range(section.drafts if split == "train" else 1):
-                drafted = yield from rolling_out(
-                    labeller, prompt, section.rounds, labels, recipe.engine.horizon, sample
+                rounds += yield from rolling_out(
+                    labeller, prompt, section.rounds, labels, recipe.engine.horizon, sample, asked
                 )
-                rounds += drafted
             if labels == "checker":
                 rounds += [
                     fault for row in rounds for fault in with_faults(labeller, task, prompt, row, section.negatives)
@@ -87,7 +90,8 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         again |= _disagreement(again.pop("places"), rows, labels)
         if run.is_main:
             Dataset.from_list(rows).save_to_disk(folder)
-            summary = {**_balance(rows), "labels": labels, **again, **noise}
+            late = sum(REFUSED in row for row in found)
+            summary = {**_balance(rows), "not_taken_up": late, "labels": labels, **again, **noise}
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
             _explain(stage, summary)
             run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
@@ -100,7 +104,7 @@ def labels_of(recipe: Recipe, task: Task | Rows, split: str) -> str:
         RecipeError: where the task's program is asked for what it does not know.
     """
     labels = recipe.rollouts.labels
-    knows = not isinstance(task, Rows) and labeller_of(recipe, task) == "task"
+    knows = task.first_wrong is not None and labeller_of(recipe, task) == "task"
     if labels == "checker" and not knows:
         raise RecipeError(
             f"rollouts.labels is 'checker', and {recipe.task} has no program that knows the first wrong sentence of an "
@@ -118,6 +122,7 @@ def rolling_out(
     labels: str,
     horizon: int | str | None = None,
     sample: int = 0,
+    asked: Asked | None = None,
 ) -> Steps[list[Row]]:
     """The drafts of one prompt with their labels, as the engine's rounds meet them.
 
@@ -127,8 +132,9 @@ def rolling_out(
         rounds: the target repairs fewer drafts than that.
         labels: "checker", "bisect" or "all".
         sample: 0 for greedy drafts; others are sampled, each in its own way.
+        asked: what is known of prefixes of this prompt's answers; see `Labeller.labelling`.
     """
-    engine = labeller.engine
+    engine, asked = labeller.engine, {} if asked is None else asked
     target, draft = Context(engine.readers["target"]), Context(engine.readers["draft"])
     prompt_ids = engine.encode(prompt)
     found: list[Row] = []
@@ -147,14 +153,15 @@ def rolling_out(
             ends = cut(written.ids, engine.tokenizer, engine.segments)
             if not ends:  # the engine lets the target write the rest
                 break
-            given = target, prompt, prefix, written, ends, right
+            given = Drafted(prompt, prefix, written, ends, right)
             if labels == "checker":
-                label = yield from labeller.checking(*given)
+                label = yield from labeller.checking(target, given)
             else:
-                label = yield from labeller.labelling(*given, every=labels == "all")
+                label = yield from labeller.labelling(target, given, labels == "all", asked)
             found.append(
                 {
                     "round": repairs,
+                    "met": sample == 0,
                     "prompt_ids": prompt_ids,
                     "prefix_ids": prefix,
                     "draft_ids": written.ids,
@@ -197,7 +204,7 @@ def with_faults(labeller: Labeller, task: Any, prompt: Prompt, row: Row, count: 
         ends = cut(ids, tokenizer, labeller.engine.segments)
         valid = [labeller.first_wrong(prompt, text_of(ids[:end], tokenizer)) is None for end in ends]
         valid[-1] = False  # what was left out is missing at the end
-        rows.append({**row, "draft_ids": ids, "ends": ends, "valid": valid, "continuation_ids": []})
+        rows.append({**row, "met": False, "draft_ids": ids, "ends": ends, "valid": valid, "continuation_ids": []})
     return rows
 
 
@@ -232,8 +239,7 @@ def _labeller(
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
     if labeller_of(recipe, task) == "task":
         checked = Checked(task, opens_thinking(engine.tokenizer))
-        knows = None if isinstance(task, Rows) else task.first_wrong
-        return Labeller(engine, checked, limit, knows, section.samples, recipe.seed), {"labeller": "task"}
+        return Labeller(engine, checked, limit, task.first_wrong, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
     def together(many: Any) -> list[float]:
@@ -290,8 +296,9 @@ def _disagreement(asked: list[tuple[tuple[int, int], bool]], rows: list[Row], la
 
 def _balance(rows: list[Row]) -> dict[str, Any]:
     """How many of what there are."""
-    first = {row["number"]: True for row in rows}  # whether all that is drafted before a repair is valid
-    for row in rows:
+    met = [row for row in rows if row["met"]]
+    first = {row["number"]: True for row in met}  # whether all that is drafted before a repair is valid
+    for row in met:
         if row["round"] == 0:
             first[row["number"]] &= all(row["valid"])
     known = [(sum(row["valid"]), row["valid"].count(False)) for row in rows]
@@ -310,6 +317,8 @@ def _explain(stage: str, summary: dict[str, Any]) -> None:
         f"{stage}: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those behind repairs, "
         f"the first one right in {summary['drafts_right']:.1%}; {share:.1%} of {summary['prefixes']} prefixes valid"
     )
+    if summary["not_taken_up"]:
+        print(f"  {summary['not_taken_up']} prompts to learn from were not taken up within rollouts.minutes")
     if summary["asked_again"]:
         print(
             f"  labels: {summary['other_label']:.1%} of {summary['asked_again']} are others when asked by themselves, "

@@ -8,9 +8,10 @@ worth is measured on the test prompts: no number vouches for a choice that it ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -23,7 +24,6 @@ from eval.judged import (
     Scored,
     examine,
     judgements,
-    known_cuts,
     measure,
     milliseconds_per_cut,
     reader,
@@ -34,9 +34,7 @@ from eval.verdicts import console_table, html_report
 from parse import Engine
 from parse.trained import (
     SEGMENT_EVIDENCE,
-    TOKEN_EVIDENCE,
     Adapter,
-    AttentiveHead,
     HazardHead,
     Probe,
     adapt,
@@ -44,16 +42,20 @@ from parse.trained import (
     suffix_of,
     tokenizer_hash,
 )
-from parse.verifiers import Evidence, Likelihood, Verifier
+from parse.verifiers import Likelihood, Verifier
 from train.calibration import NEVER, prompts_needed, thresholds
+from train.digests import of_values
+from train.evidence import gather, up_to_first_invalid
 from train.files import write_text
-from train.hazards import AdapterModule, Log, ProbeModule, acceptable, fit
+from train.hazards import AdapterModule, Log, acceptable, fit
 from train.models import load_engine
+from train.probes import Lesson, choose_layers, learning_curve
 from train.progress import progress_bar
-from train.recipe import AdapterSection, ProbeSection, Recipe, hidden_states
-from train.run import Run
+from train.recipe import AdapterSection, Recipe, hidden_states
+from train.run import KEPT, Run
 
-HELD_OUT = 6  # every so manieth training prompt decides on epochs and kinds
+HELD_OUT = (1 / 6, 1 / 3)  # of the training prompts, at least and at most, decide on epochs, layers and kinds
+FEWEST = 2  # of them to make up the promised loss, where there are enough
 TIMED = 10  # drafts on which a verdict's cost is measured
 
 Scores = dict[str, list[Scored]]  # by split, of all processes
@@ -66,8 +68,9 @@ def run(recipe: Recipe, run: Run) -> None:
         engine = load_engine(recipe, recipe.draft_folder)
         rollouts = load_from_disk(recipe.rollouts_folder)
         assert isinstance(rollouts, Dataset)
-        drafts = labelled(rollouts)
-        kinds = {**untrained_kinds(engine), **train_kinds(engine, drafts, recipe, partial(run.log, "verifier"))}
+        drafts = labelled(rollouts, promise)
+        trained = train_kinds(engine, drafts, recipe, folder / KEPT, partial(run.log, "verifier"))
+        kinds = {**untrained_kinds(engine), **trained.kinds}
         scores = score_all(engine, kinds, drafts)
         name = choose(recipe.verifier.kind, scores, promise)
         limits = {kind: thresholds(scores[kind]["calibration"], promise, settings.handback) for kind in kinds}
@@ -90,7 +93,7 @@ def run(recipe: Recipe, run: Run) -> None:
                 },
             }
             save(folder, kinds[name], engine.target, facts)
-            report = report_of(name, kinds, scores, costs, recipe)
+            report = report_of(name, kinds, scores, costs, recipe) | {"learning_curve": trained.curve}
             write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
             tested = {kind: found["test"] for kind, found in scores.items()}
             write_text(folder / "report.html", html_report(recipe.name, report, tested))
@@ -101,85 +104,87 @@ def run(recipe: Recipe, run: Run) -> None:
                 print(_advice(kinds[name].kind, n, promise))
 
 
-def labelled(rollouts: Dataset) -> dict[str, list[Draft]]:
-    """This process's share of the labelled drafts, by split; of the training prompts some are `held_out`."""
+def labelled(rollouts: Dataset, promise: float) -> dict[str, list[Draft]]:
+    """This process's share of the labelled drafts, by split; of the training prompts some are `held_out`.
+
+    Of those the drafts that the engine would not meet are left out: what it may accept is measured on the others.
+    """
     state = PartialState()
     drafts: dict[str, list[Draft]] = {"train": [], "held_out": [], "calibration": [], "test": []}
+    prompts = len(
+        {number for number, split in zip(rollouts["number"], rollouts["split"], strict=True) if split == "train"}
+    )
+    every = held_out_every(prompts, promise)
     for row in rollouts:
-        if row["number"] % state.num_processes == state.process_index:
-            held_out = row["split"] == "train" and row["number"] // state.num_processes % HELD_OUT == 0
-            drafts["held_out" if held_out else row["split"]].append(
-                Draft(
-                    [*row["prompt_ids"], *row["prefix_ids"]],
-                    row["draft_ids"],
-                    row["ends"],
-                    row["ended"],
-                    row["valid"],
-                    row["target_right"],
-                    row["number"],
-                    row["round"],
-                )
+        if row["number"] % state.num_processes != state.process_index:
+            continue
+        held_out = row["split"] == "train" and row["number"] // state.num_processes % every == 0
+        if held_out and not row["met"]:
+            continue
+        drafts["held_out" if held_out else row["split"]].append(
+            Draft(
+                [*row["prompt_ids"], *row["prefix_ids"]],
+                row["draft_ids"],
+                row["ends"],
+                row["ended"],
+                row["valid"],
+                row["target_right"],
+                row["number"],
+                row["round"],
+                row["met"],
             )
+        )
     return drafts
 
 
+def held_out_every(prompts: int, promise: float) -> int:
+    """Which training prompts are held out: every so manieth, so that the promised loss is more than one of them."""
+    least, most = (share * prompts for share in HELD_OUT)
+    return round(prompts / min(max(least, FEWEST / promise), most)) if prompts else 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained kinds, and how the best probe grows with the prompts that it learns from."""
+
+    kinds: dict[str, Verifier]
+    curve: list[dict[str, float]]  # prompts, and what may be accepted of the held-out drafts
+
+
 def train_kinds(
-    engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe, log: Log = lambda _: None
-) -> dict[str, Verifier]:
-    """The trained kinds that the recipe asks for."""
+    engine: Engine, drafts: dict[str, list[Draft]], recipe: Recipe, kept: Path, log: Log = lambda _: None
+) -> Trained:
+    """The trained kinds that the recipe asks for.
+
+    Args:
+        kept: the folder of what is kept for another start.
+    """
     section, promise = recipe.verifier, recipe.verifier.max_accuracy_loss
     wanted = {"probe", "adapter"} & ({"probe", "adapter"} if section.kind == "best" else {section.kind})
     if not wanted:
-        return {}
+        return Trained({}, [])
     layers = hidden_states(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
-    engine.verifier = replace(Likelihood(), layers=layers, reads_context=bool(layers and section.probe.blocks))
+    attentive = bool(layers and section.probe.blocks)
+    engine.verifier = replace(Likelihood(), layers=layers, reads_context=attentive)
+    folder = kept / "evidence" / of_values([layers, attentive])[:12]
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
-    fitted, held_out = (gather(engine, map(up_to_first_invalid, some), split) for split, some in usable.items())
+    fitted, held_out = (
+        gather(engine, [up_to_first_invalid(draft) for draft in some], folder, f"evidence, {split.replace('_', ' ')}")
+        for split, some in usable.items()
+    )
     kinds: dict[str, Verifier] = {}
+    curve: list[dict[str, float]] = []
     if "probe" in wanted:
-        kinds["probe"] = train_probe(fitted, held_out, layers, section.probe, promise, log)
+        lesson = Lesson(fitted, held_out, layers, section.probe, promise)
+        if section.probe.layers == "auto":
+            lesson = choose_layers(lesson)
+        found = lesson.fit(log=log)
+        kinds["probe"] = Probe(found.module.head, lesson.layers)
+        curve = learning_curve(lesson, found)
     if "adapter" in wanted:
         kinds["adapter"] = train_adapter(engine, fitted, held_out, section.adapter, promise, log)
-    return kinds
-
-
-def up_to_first_invalid(draft: Draft) -> Draft:
-    """The draft without what comes behind its first invalid cut: nobody asks there."""
-    known = known_cuts(draft.valid)
-    end = draft.ends[known - 1]
-    ended = draft.ended and known == len(draft.ends)
-    return replace(draft, ids=draft.ids[:end], ends=draft.ends[:known], valid=draft.valid[:known], ended=ended)
-
-
-def gather(engine: Engine, drafts: Iterable[Draft], split: str) -> list[Judged]:
-    """The evidence of a packed pass over every draft, in the computer's memory."""
-    judged, drafts = [], list(drafts)
-    with progress_bar(f"evidence, {split.replace('_', ' ')}", total=len(drafts)) as bar:
-        for one in examine(engine, drafts):
-            judged.append(replace(one, evidence=_kept(one.evidence)))
-            bar.update()
-    return judged
-
-
-def train_probe(
-    fitted: Sequence[Judged],
-    held_out: Sequence[Judged],
-    layers: tuple[int, ...],
-    section: ProbeSection,
-    promise: float,
-    log: Log = lambda _: None,
-) -> Probe:
-    """Fit a head to the states of the draft's own tokens."""
-    states = fitted[0].evidence.states if fitted else None
-    width = 1 if states is None else states.shape[-1]
-
-    def make() -> ProbeModule:
-        sizes = width, TOKEN_EVIDENCE, section.hidden, section.dropout
-        return ProbeModule(AttentiveHead(*sizes, section.blocks) if section.blocks else HazardHead(*sizes))
-
-    module = fit(make, fitted, held_out, section, promise, "probe", log)
-    return Probe(module.head, layers)
+    return Trained(kinds, curve)
 
 
 def train_adapter(
@@ -198,8 +203,7 @@ def train_adapter(
         adapted = adapt(engine.target, suffix, section.rank, section.layers)
         return AdapterModule(adapted, engine.target, head.to(engine.target.device), suffix)
 
-    module = fit(make, fitted, held_out, section, promise, "adapter", log)
-    assert isinstance(module, AdapterModule)
+    module = fit(make, fitted, held_out, section, promise, "adapter", log).module
     return Adapter(module.adapted, module.head, suffix)
 
 
@@ -272,10 +276,3 @@ def _advice(kind: str, n: int, promise: float) -> str:
         f"  No threshold keeps the promise with these {n} prompts, so nothing will be accepted. It takes {remedy}; "
         "or a larger verifier.max_accuracy_loss."
     )
-
-
-def _kept(evidence: Evidence) -> Evidence:
-    """What training reads of the evidence, in the computer's memory."""
-    tensors = {name: getattr(evidence, name) for name in ("log_prob", "entropy", "margin", "states", "context_states")}
-    moved: dict[str, Any] = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
-    return replace(evidence, **moved)

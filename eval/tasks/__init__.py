@@ -17,7 +17,8 @@ from eval.tasks.rows import Prompt, Rows, load_rows
 class Task(Protocol):
     """What a task's module offers. Splits are "train", "calibration" and "test".
 
-    It may offer `corrupted(prompt, answer, rng)` too: a right answer with one fault, or None.
+    It may offer `corrupted(prompt, answer, rng)` too: a right answer with one fault, or None. `Rows` with a checker of
+    the user's own may have `first_wrong` and `corrupted`, and else hold None in their places.
     """
 
     def draw_prompt(self, rng: random.Random, split: str) -> str:
@@ -78,6 +79,8 @@ def content_of_task(task: Task | Rows, data: Mapping[str, Any]) -> str:
     """
     if isinstance(task, Rows):
         content = json.dumps([data["check"], task.prompts, task.references], sort_keys=True).encode()
+        if task.checker and task.checker.file:
+            content += task.checker.file.read_bytes()
     else:
         files = getattr(task, "FILES", [cast(ModuleType, task).__file__])
         content = b"".join(Path(str(file)).read_bytes() for file in files)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answer_checks import CHECKS, check_reference
+from eval.tasks.own import Checker, load_checker
 from parse.models import Messages
 from parse.prompts import as_messages, checked_text, checked_turn, shown
 
@@ -44,7 +45,7 @@ class Rows:
             ValueError: for a row that is no prompt, a prompt in two splits or with two references, a reference that
                 the check cannot use, and references in a part of the rows.
         """
-        self.source, self.compare = source, CHECKS[settings["check"]]
+        self.source = source
         self.duplicates = 0  # rows that were left out, since an earlier one holds the same prompt
         distinct = self._distinct(rows, settings)
         if not distinct:
@@ -62,6 +63,13 @@ class Rows:
             self.prompts[row.split].append(prompt)
             if row.references:
                 self.references[key_of(prompt)] = row.references
+        self.checker: Checker | None = None  # the user's own
+        if ":" in settings["check"]:
+            self.checker = load_checker(settings["check"], bool(self.references))
+        else:
+            self._compare = CHECKS[settings["check"]]
+        self.first_wrong = self.checker and self.checker.first_wrong  # where that is known, see `eval.tasks.Task`
+        self.corrupted = self.checker and self.checker.corrupted
 
     def _distinct(self, rows: Iterable[Mapping[str, Any] | None], settings: Mapping[str, Any]) -> list[_Row]:
         """Rows of which no two hold the same prompt, and none contradicts another."""
@@ -94,8 +102,8 @@ class Rows:
 
     @property
     def checks(self) -> bool:
-        """Whether answers can be checked against references."""
-        return bool(self.references)
+        """Whether answers can be checked, against references or by the user's own function."""
+        return bool(self.references or self.checker)
 
     def draw_prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
         """So many prompts of a split or all there are, in an order that the seed decides.
@@ -107,7 +115,12 @@ class Rows:
 
     def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether a finished answer, without its thinking, says what the reference says, or one of a list of them."""
-        return any(self.compare(answer, reference) for reference in self.references[key_of(prompt)])
+        if not self.references and self.checker:
+            return self.checker(prompt, answer)
+        references = self.references[key_of(prompt)]
+        if self.checker:
+            return any(self.checker(prompt, answer, reference) for reference in references)
+        return any(self._compare(answer, reference) for reference in references)
 
 
 def load_rows(source: str, settings: Mapping[str, Any]) -> Rows:
@@ -275,7 +288,8 @@ def _references(value: Any, check: str, where: str) -> tuple[str, ...]:
     texts = tuple(_reference(one, where) for one in (value if isinstance(value, list) else [value]))
     for text in texts:
         try:
-            check_reference(check, text)
+            if ":" not in check:
+                check_reference(check, text)
         except ValueError as error:
             raise ValueError(f"{where}: `reference` {error}") from error
     return texts

@@ -1,0 +1,120 @@
+"""A user's own checker: found in the working directory, called as documented, refused in words where it is wrong."""
+
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from eval.tasks import content_of_task
+from eval.tasks.rows import Rows
+from train.recipe import Data, RecipeError, load_recipe, to_dict
+from train.rollouts import labels_of
+
+NUMBERS = count()  # of modules: each is imported once
+PLAIN = """
+def check(prompt, answer):
+    return prompt.split()[-1] in answer
+"""
+WITH_REFERENCE = """
+import numpy
+
+def check(prompt, answer, reference):
+    return numpy.bool_(answer.strip() == reference)
+"""
+KNOWS = (
+    PLAIN
+    + """
+def first_wrong(prompt, answer):
+    return None if "bad" not in answer else 0
+
+def corrupted(prompt, answer, rng):
+    return answer + " bad"
+"""
+)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes a module into the working directory; its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+
+    def write(text):
+        name = f"checks_of_mine_{next(NUMBERS)}"
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return write
+
+
+def rows(check, references=False):
+    given = [{"prompt": f"Say {word}", **({"reference": [word, word.upper()]} if references else {})} for word in "ab"]
+    return Rows(given, to_dict(Data(check=check)), "mine.jsonl")
+
+
+def test_a_checker_without_references(written):
+    task = rows(f"{written(PLAIN)}:check")
+    assert task.checks
+    assert task.check("Say a", "an a") is True
+    assert task.check("Say b", "nothing") is False
+    assert task.first_wrong is None
+    assert task.corrupted is None
+
+
+def test_a_checker_with_references_is_given_each_of_them(written):
+    task = rows(f"{written(WITH_REFERENCE)}:check", references=True)
+    assert task.check("Say a", " A ") is True
+    assert task.check("Say a", "b") is False
+
+
+def test_a_checker_that_knows_the_first_wrong_sentence_gives_labels_that_cost_nothing(written):
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes/quickstart.yaml")
+    task = rows(f"{written(KNOWS)}:check")
+    assert task.first_wrong("Say a", "bad") == 0
+    assert task.corrupted("Say a", "a", None) == "a bad"
+    assert labels_of(recipe, task, "train") == "checker"
+    assert labels_of(recipe, rows(f"{written(PLAIN)}:check"), "train") == "bisect"
+
+
+def test_another_checker_is_another_task(written, tmp_path):
+    name = written(PLAIN)
+    task = rows(f"{name}:check")
+    before = content_of_task(task, to_dict(task_data(name)))
+    (tmp_path / f"{name}.py").write_text(PLAIN + "# stricter\n")
+    assert content_of_task(task, to_dict(task_data(name))) != before
+
+
+def task_data(name):
+    return Data(check=f"{name}:check")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (PLAIN, "nowhere_at_all:check", "there is no module nowhere_at_all in .*start where nowhere_at_all.py lies"),
+        (PLAIN, "{}:chek", "has no function 'chek'; it has: check"),
+        ("import nothing_like_it", "{}:check", "cannot be imported: No module named 'nothing_like_it'"),
+        ("1 / 0", "{}:check", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("check = 3", "{}:check", "has no function 'check'; it has: none"),
+        ("def check(answer): ...", "{}:check", r"check is called with \(prompt, answer\), and takes \(answer\)"),
+        (WITH_REFERENCE, "{}:check", "missing a required argument: 'reference'"),
+        (PLAIN + "def first_wrong(p): ...", "{}:check", r"first_wrong is called with \(prompt, answer\)"),
+    ],
+)
+def test_a_checker_that_cannot_be_used_is_refused(written, text, name, message):
+    with pytest.raises(ValueError, match=message):
+        rows(name.format(written(text)))
+
+
+def test_an_answer_that_is_neither_true_nor_false_is_refused(written):
+    task = rows(f"{written('def check(prompt, answer): return 0.5')}:check")
+    with pytest.raises(ValueError, match=r"gives 0.5 \(float\) for the prompt \'Say a\': return True or False"):
+        task.check("Say a", "a")
+
+
+def test_a_name_that_is_none_is_refused():
+    with pytest.raises(
+        RecipeError, match="data.check is 'contian': give contains, .*or a function of your own as module"
+    ):
+        load_recipe(Path(__file__).parents[1] / "recipes/quickstart.yaml", ["data.check=contian"])

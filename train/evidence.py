@@ -1,0 +1,154 @@
+"""The evidence that trained verifiers learn from: packed passes over labelled drafts, with their states on the disk.
+
+A token's states are thousands of numbers, so those of ten thousand drafts fit into no memory. They stand in a file in
+float16, and tensors are views of it, which the system reads when they are used and forgets when memory is short. What
+is small is a line of JSON a draft. What stands before several drafts is kept once. A start that was killed goes on
+behind what was kept, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from eval.judged import Draft, Judged, examine, known_cuts
+from parse import Engine
+from parse.trained import LARGEST
+from parse.verifiers import Evidence
+from train.digests import of_values
+from train.progress import progress_bar
+
+BYTES = 2  # a number of a state
+FREE = ("log_prob", "entropy", "margin")  # of each token, nats
+
+Place = tuple[int, int]  # first row and number of rows in a file of states
+Line = dict[str, Any]  # what the index holds of a draft
+
+
+def up_to_first_invalid(draft: Draft) -> Draft:
+    """The draft without what comes behind its first invalid cut: nobody asks there."""
+    known = known_cuts(draft.valid)
+    end = draft.ends[known - 1]
+    ended = draft.ended and known == len(draft.ends)
+    return replace(draft, ids=draft.ids[:end], ends=draft.ends[:known], valid=draft.valid[:known], ended=ended)
+
+
+def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> list[Judged]:
+    """The evidence of a packed pass over each draft, by the engine's verifier, in the order of the drafts.
+
+    Args:
+        folder: of this verifier's evidence; what is there already is not made again.
+        what: the name on the progress bar.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shelf = Shelf(folder)
+    keys = [_key(draft) for draft in drafts]
+    left = {key: draft for key, draft in zip(keys, drafts, strict=True) if key not in shelf.lines}
+    with progress_bar(what, total=len(left)) as bar, shelf:
+
+        def keep(one: Judged) -> Judged:
+            shelf.add(_key(one.draft), one)
+            bar.update()
+            return replace(one, evidence=_without_tensors(one.evidence))  # the pass's own are let go
+
+        for _ in examine(engine, list(left.values()), then=keep):
+            pass
+    return [Judged(draft, shelf.evidence(key, draft)) for key, draft in zip(keys, drafts, strict=True)]
+
+
+class Shelf:
+    """Files of states and their index: what earlier starts left is read, and one of each is written by this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines: dict[str, tuple[Path, Line]] = {}  # by draft: the file of its states, and what is known of it
+        for index in sorted(folder.glob("*.jsonl")):
+            self._read(index)
+        self._index = folder / f"{time.time_ns()}-{PartialState().process_index}.jsonl"
+        self._mapped: dict[Path, Tensor] = {}  # float16 [numbers]
+        self._rows = 0
+        self._before: dict[str, Place] = {}  # where the states of what stands before drafts are
+
+    def __enter__(self) -> Shelf:
+        self._lines, self._states = self._index.open("w"), _states_of(self._index).open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._states.close()
+
+    def add(self, key: str, one: Judged) -> None:
+        """Keep the evidence of a draft; its line is written when its states are."""
+        evidence = one.evidence
+        line: Line = {"width": 0, "states": None, "context": None}
+        line |= {name: getattr(evidence, name).tolist() for name in FREE}
+        if evidence.states is not None:
+            line |= {"width": evidence.states.shape[1], "states": self._write(evidence.states)}
+        if evidence.context_states is not None:
+            before = of_values(one.draft.context_ids)
+            if before not in self._before:
+                self._before[before] = self._write(evidence.context_states)
+            line["context"] = self._before[before]
+        self._states.flush()
+        self._lines.write(json.dumps([key, line]) + "\n")
+        self._lines.flush()
+        self.lines[key] = (_states_of(self._index), line)
+
+    def evidence(self, key: str, draft: Draft) -> Evidence:
+        """What is kept of a draft; states are float16 views of a file."""
+        path, line = self.lines[key]
+        free = {name: torch.tensor(line[name], dtype=torch.float32) for name in FREE}  # [M] each
+        states, context = (self._view(path, line[name], line["width"]) for name in ("states", "context"))
+        return Evidence(draft.ends, **free, states=states, suffix_logits=None, context_states=context)
+
+    def _write(self, states: Tensor) -> Place:
+        """Append states [rows, width]."""
+        half = states.float().clamp(-LARGEST, LARGEST).to("cpu", torch.float16)  # [rows, width]
+        self._states.write(half.contiguous().numpy().data)
+        place = (self._rows, len(half))
+        self._rows += len(half)
+        return place
+
+    def _view(self, path: Path, place: Place | None, width: int) -> Tensor | None:
+        """States [rows, width] in a file."""
+        if place is None:
+            return None
+        if path not in self._mapped:
+            count = path.stat().st_size // BYTES
+            self._mapped[path] = torch.from_file(str(path), shared=False, size=count, dtype=torch.float16)
+        first, rows = place
+        return self._mapped[path][first * width : (first + rows) * width].view(rows, width)
+
+    def _read(self, index: Path) -> None:
+        """What an earlier start kept, as far as its lines and their states are whole."""
+        with contextlib.suppress(OSError):
+            states = _states_of(index)
+            size = states.stat().st_size
+            for text in index.read_text(errors="replace").split("\n")[:-1]:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    key, line = json.loads(text)
+                    places = [place for place in (line["states"], line["context"]) if place]
+                    if all((first + rows) * line["width"] * BYTES <= size for first, rows in places):
+                        self.lines[key] = (states, line)
+
+
+def _states_of(index: Path) -> Path:
+    return index.with_suffix(".f16")
+
+
+def _key(draft: Draft) -> str:
+    """What the evidence of a draft depends on."""
+    return of_values([draft.context_ids, draft.ids, draft.ends, draft.ended])
+
+
+def _without_tensors(evidence: Evidence) -> Evidence:
+    nothing = torch.empty(0)
+    return Evidence(evidence.ends, nothing, nothing, nothing, states=None, suffix_logits=None)

@@ -1,0 +1,79 @@
+"""Probes: which layers they read, how they are fitted, and whether more labelled prompts would make them better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from eval.judged import Judged
+from parse.trained import TOKEN_EVIDENCE, AttentiveHead, HazardHead
+from train.hazards import Fitted, Log, ProbeModule, fit
+from train.recipe import ProbeSection
+
+CURVE = (0.25, 0.5)  # of the prompts to learn from, on which it is measured whether more of them would help
+TRIAL = 0.2  # of the epochs, by which layers are chosen
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a probe learns from: this process's share of the drafts, with the states of some layers."""
+
+    fitted: Sequence[Judged]
+    held_out: Sequence[Judged]
+    layers: tuple[int, ...]
+    section: ProbeSection
+    promise: float  # the accuracy that may be lost
+
+    def fit(self, what: str = "probe", log: Log = lambda _: None) -> Fitted[ProbeModule]:
+        """Fit a head to the states of the draft's own tokens, and of what stands before it where it has attention."""
+        states = self.fitted[0].evidence.states if self.fitted else None
+        width = len(self.layers) if states is None else states.shape[-1]
+        section = self.section
+
+        def make() -> ProbeModule:
+            sizes = width, TOKEN_EVIDENCE, section.hidden, section.dropout, len(self.layers)
+            return ProbeModule(AttentiveHead(*sizes, section.blocks) if section.blocks else HazardHead(*sizes))
+
+        return fit(make, self.fitted, self.held_out, section, self.promise, what, log)
+
+    def reading(self, layer: int) -> Lesson:
+        """The same with the states of one of the layers alone."""
+        place = self.layers.index(layer)
+
+        def part(states: Tensor | None) -> Tensor | None:
+            """[n, D * layers] to a view, [n, D]."""
+            return None if states is None else states.tensor_split(len(self.layers), dim=-1)[place]
+
+        def alone(one: Judged) -> Judged:
+            states, context = part(one.evidence.states), part(one.evidence.context_states)
+            return replace(one, evidence=replace(one.evidence, states=states, context_states=context))
+
+        return replace(self, fitted=[*map(alone, self.fitted)], held_out=[*map(alone, self.held_out)], layers=(layer,))
+
+
+def choose_layers(lesson: Lesson) -> Lesson:
+    """The lesson with all of its layers, or with the one by which a short training is nearer to the held-out labels."""
+    trial = replace(lesson.section, epochs=max(1, round(TRIAL * lesson.section.epochs)))
+    among = [lesson, *(lesson.reading(layer) for layer in lesson.layers if len(lesson.layers) > 1)]
+    losses = [
+        replace(one, section=trial).fit(f"probe of layers {', '.join(map(str, one.layers))}").loss for one in among
+    ]
+    return among[losses.index(min(losses))]
+
+
+def learning_curve(lesson: Lesson, whole: Fitted[ProbeModule]) -> list[dict[str, float]]:
+    """What probes may accept of the held-out drafts that learn from a part of the prompts, and from all of them."""
+    numbers = sorted({one.draft.number for one in lesson.fitted})
+    counts = [int(share * len(numbers)) for share in CURVE]
+    found = []
+    for share, count in zip(CURVE, counts, strict=True):
+        if min(gather_object([count])) > 0:
+            some = [one for one in lesson.fitted if one.draft.number in set(numbers[:count])]
+            found.append((count, replace(lesson, fitted=some).fit(f"probe, {share:.0%} of the prompts")))
+    return [
+        {"prompts": sum(gather_object([count])), "acceptable": one.acceptable, "loss": one.loss}
+        for count, one in [*found, (len(numbers), whole)]
+    ]
