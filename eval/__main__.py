@@ -27,12 +27,13 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
     from train.progress import quieten
 
     quieten()
-    from train.checks import check_models, check_prompts
+    from train.checks import check_models, check_prompts, check_speculation
     from train.recipe import RecipeError, load_recipe
     from train.run import Run
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_models(recipe)
+    check_speculation(recipe)
     check_prompts(recipe, ["eval"])
     for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
         if not part.exists():
@@ -57,7 +58,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     from eval.measure import summarize
     from eval.methods import compare, compile_in_two, settings_of
     from eval.properties import measure_pair
-    from eval.report import console_table, html_report, pair_table
+    from eval.report import console_table, html_report, pair_table, requests
     from eval.tasks import load_task
     from train.files import write_text
     from train.machine import hardware
@@ -84,8 +85,18 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     agreement = noise.get("threshold", 0.5)  # where the target compares answers: as it labelled them
     if not (recipe.folder / "eval").exists():  # else this pair was compiled before
         compile_in_two(recipe, engine, prompts[0])
-    outcomes = compare(engine, task, prompts, methods, recipe.eval.warmup, agreement=agreement)
-    rows = [summarize(name, outcomes[name], outcomes["target"], task) for name in methods]
+    engines = {}
+    if "speculation" in methods and recipe.eval.speculation_draft:
+        engines["speculation"] = load_engine(recipe, Path(recipe.eval.speculation_draft), None, recipe.engine.compile)
+    tables: dict[int, list[dict[str, Any]]] = {}
+    found = {}
+    for at_once in recipe.eval.concurrency:
+        what = "methods" if at_once == 1 else f"methods, {at_once} at once"
+        warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
+        found[at_once] = compare(engine, task, prompts, methods, warmup, what, agreement, at_once, engines)
+        tables[at_once] = [summarize(name, found[at_once][name], found[at_once]["target"], task) for name in methods]
+    first = recipe.eval.concurrency[0]
+    outcomes, rows = found[first], tables[first]
     pair = None
     if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
         pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
@@ -94,7 +105,9 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
         "name": recipe.name,
         "hardware": hardware(),
         "threshold": thresholds[recipe.engine.policy],
+        "at_once": first,
         "methods": rows,
+        "concurrency": [{"at_once": n, "methods": table} for n, table in tables.items() if n != first],
         "pair": pair,
         "sweep": sweep,
         "sweep_prompts": recipe.eval.sweep_prompts,
@@ -106,7 +119,10 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
     if pair:
         print(f"\nthe pair of models, on {len(prompts)} test prompts\n{pair_table(pair)}")
-    print(f"\n{console_table(rows)}\n\nreport: {folder / 'report.html'}\n", flush=True)
+    for at_once, table in tables.items():
+        title = "" if list(tables) == [1] else f"{requests(at_once)}, {len(prompts)} prompts\n"
+        print(f"\n{title}{console_table(table)}")
+    print(f"\nreport: {folder / 'report.html'}\n", flush=True)
     return summary
 
 

@@ -7,7 +7,7 @@ an order that rotates, so that a machine that drifts slows all of them alike.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from time import perf_counter
@@ -26,6 +26,7 @@ from train.progress import progress_bar, quieten
 from train.recipe import Recipe
 
 JUDGED_AT_ONCE = 16
+BLOCK = 4  # prompts a request of those at once, between which methods take turns
 LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
 WHAT = {
     "target": "target alone",
@@ -44,7 +45,7 @@ class Outcome:
     prompt: Prompt
     generation: Generation
     right: bool
-    seconds: float  # wall time of the whole request
+    seconds: float  # wall time of the whole request; of several at once, their time over their number
 
 
 def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -106,6 +107,8 @@ def compare(
     warmup: int,
     what: str = "methods",
     agreement: float = 0.5,
+    at_once: int = 1,
+    engines: Mapping[str, Engine] | None = None,
 ) -> dict[str, list[Outcome]]:
     """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice.
 
@@ -113,21 +116,26 @@ def compare(
 
     Args:
         agreement: the threshold of that comparison, P(yes).
+        at_once: requests; then methods take turns on `BLOCK` times as many prompts, a new one as each is finished.
+        engines: of methods that another one runs, by name.
     """
     names = list(methods)
+    runs = {name: (engines or {}).get(name, engine) for name in names}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
-    for prompt in prompts[:warmup]:
+    block = BLOCK * at_once if at_once > 1 else 1
+    for start in range(0, warmup, at_once):
         for name in names:
-            engine.generate(prompt, **methods[name])
+            runs[name].generate(prompts[start : start + at_once], batch_size=at_once, **methods[name])
     gc.collect()
     with progress_bar(what, total=len(prompts) * len(names)) as bar:
-        for turn, prompt in enumerate(prompts):
+        for turn, start in enumerate(range(0, len(prompts), block)):
+            some = prompts[start : start + block]
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 started = perf_counter()
-                generation = engine.generate(prompt, **methods[name])[0]
-                seconds = perf_counter() - started
-                outcomes[name].append(Outcome(prompt, generation, False, seconds))
-                bar.update()
+                generations = runs[name].generate(some, batch_size=at_once, **methods[name])
+                seconds = (perf_counter() - started) / len(some)
+                outcomes[name] += [Outcome(*one, False, seconds) for one in zip(some, generations, strict=True)]
+                bar.update(len(some))
     return {name: _judged(engine, task, some, outcomes.get("target", []), agreement) for name, some in outcomes.items()}
 
 

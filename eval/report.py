@@ -37,6 +37,11 @@ def console_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def requests(at_once: int) -> str:
+    """How many requests run, in words."""
+    return "one request at a time" if at_once == 1 else f"{at_once} requests at once"
+
+
 def pair_table(pair: dict[str, Any]) -> str:
     """The properties of the pair as text."""
     tokens, auc = pair["answer_tokens"], pair["auc"]
@@ -65,9 +70,10 @@ def html_report(summary: dict[str, Any], outcomes: dict[str, list[Outcome]], sho
     transcripts = "".join(_transcript(outcome) for outcome in outcomes.get("parse", [])[:shown])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(summary["name"])}</title>
 <style>{STYLE}</style><h1>PARSE: {html.escape(summary["name"])}</h1>
-<p>{rows[0]["n"]} prompts, every method on the same ones in turn, on {html.escape(summary["hardware"])}.
-Speed-up is end-to-end seconds of target-alone over the method's; intervals are 95%.</p>
-{_html_table(rows)}<h2>Speed against accuracy</h2>{_plot(summary)}
+<p>{rows[0]["n"]} prompts, every method on the same ones in turn, {requests(summary["at_once"])}, on
+{html.escape(summary["hardware"])}. Speed-up is end-to-end seconds of target-alone over the method's; intervals are
+95%.</p>
+{_html_table(rows)}{_concurrency(summary)}<h2>Speed against accuracy</h2>{_plot(summary)}
 <p>Points are the methods; the line is PARSE over thresholds, on {summary["sweep_prompts"]} of the prompts.</p>
 <h2>The pair of models</h2><pre>{html.escape(pair_table(summary["pair"])) if summary["pair"] else ""}</pre>
 <h2>Transcripts</h2><p><span class="kept">draft, accepted</span> <span class="cut">draft, rejected</span>
@@ -102,6 +108,14 @@ def _html_table(rows: Sequence[dict[str, Any]]) -> str:
     header = "".join(f"<th>{name}</th>" for name in head.split("|"))
     what = "; ".join(f"<b>{row['name']}</b>: {WHAT[row['name']]}" for row in rows)
     return f"<table><tr>{header}</tr>{''.join(body)}</table><p>{what}.</p>"
+
+
+def _concurrency(summary: dict[str, Any]) -> str:
+    """The same table for other numbers of requests at once; of these seconds are those of all over their number."""
+    return "".join(
+        f"<h2>{requests(other['at_once']).capitalize()}</h2>{_html_table(other['methods'])}"
+        for other in summary["concurrency"]
+    )
 
 
 def _plot(summary: dict[str, Any]) -> str:

@@ -26,7 +26,16 @@ from parse.prompts import encode_prompt
 from parse.verifiers import Prompt
 from tests.conftest import MODELS, random_model
 from train.__main__ import main as train
-from train.checks import check_all, check_disk, check_launch, check_methods, check_models, check_prompts, size_of
+from train.checks import (
+    check_all,
+    check_disk,
+    check_launch,
+    check_methods,
+    check_models,
+    check_prompts,
+    check_speculation,
+    size_of,
+)
 from train.digests import Digests
 from train.prompts import Fitting, prompts_of
 from train.recipe import RecipeError, load_recipe, to_dict
@@ -97,6 +106,18 @@ def test_methods_that_compare_distributions_need_the_same_tokens(word, other):
     check_methods(load_recipe(QUICK, [word]), EVERY)
     with pytest.raises(RecipeError, match=rf"{word} compares .*other.* has another vocabulary .* use distill.method="):
         check_methods(load_recipe(QUICK, [word, f"draft={other}"]), EVERY)
+
+
+def test_lossless_speculation_needs_a_draft_with_the_targets_tokens(other, tmp_path):
+    words = [f"target={other}", "eval.methods=[target,speculation,parse]"]
+    with pytest.raises(
+        RecipeError, match=r"the draft proposes tokens, and those of .*ledger-draft are not the target's"
+    ):
+        check_speculation(load_recipe(QUICK, [*words, f"eval.speculation_draft={MODELS / 'ledger-draft'}"]))
+    check_speculation(load_recipe(QUICK, [*words, f"eval.speculation_draft={other}"]))
+    check_speculation(load_recipe(QUICK, words[:1]))  # the method is not asked for
+    with pytest.raises(RecipeError, match="eval.speculation_draft: .*nothing cannot be read as a model"):
+        check_speculation(load_recipe(QUICK, [*words, f"eval.speculation_draft={tmp_path}/nothing"]))
 
 
 def test_gold_needs_byte_level_tokens_and_chat_templates(other):

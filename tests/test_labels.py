@@ -158,3 +158,43 @@ def test_labels_come_from_the_program_only_where_it_knows_them():
     assert labels_of(load_recipe(QUICK), rows, "train") == "bisect"
     with pytest.raises(RecipeError, match="has no program that knows the first wrong sentence"):
         labels_of(load_recipe(QUICK, words), rows, "train")
+
+
+def test_the_program_saves_bisection_most_of_its_questions_and_changes_no_label(engine):
+    """Nothing behind a wrong sentence ends up right: so the target is asked in front of it, and most often once."""
+    prompts = draw_prompts(ledger, "train", 12, seed=12)
+    labellers = [Labeller(engine, Checked(ledger), 200, program) for program in (None, ledger.first_wrong)]
+    found = [rollouts(engine, labeller, False, prompts) for labeller in labellers]
+    keys = ("round", "prefix_ids", "draft_ids", "valid", "continuation_ids")
+    plain, knowing = ([[[row[key] for key in keys] for row in rows] for rows in some] for some in found)
+    assert plain == knowing
+    assert 0 < labellers[1].asked < 0.6 * labellers[0].asked
+
+
+def test_a_prefix_is_asked_once_for_all_drafts_of_a_prompt(engine):
+    (prompt,) = [p for p in draw_prompts(ledger, "train", 12, seed=12) if not whole(engine, p)][:1]
+    labeller, asked = Labeller(engine, Checked(ledger), 200), {}
+    rows = [drive(rolling_out(labeller, prompt, 3, "bisect", asked=asked)) for _ in range(2)]
+    count = labeller.asked
+    assert rows[0] == rows[1]
+    assert count == len(asked) > 0
+
+
+def whole(engine, prompt):
+    return all(drive(rolling_out(Labeller(engine, Checked(ledger), 200), prompt, 1, "bisect"))[0]["valid"])
+
+
+def test_sampled_drafts_are_labelled_without_the_target(engine):
+    prompts = draw_prompts(ledger, "train", 6, seed=12)
+    labeller = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
+    rows = [row for p in prompts for row in drive(rolling_out(labeller, p, 1, "checker", sample=1))]
+    assert len(rows) == 6
+    assert not any(row["continuation_ids"] or row["met"] for row in rows)
+    assert not all(all(row["valid"]) for row in rows)
+
+
+@pytest.mark.parametrize("word", ["segments=12", "engine.horizon=25"])
+def test_the_program_labels_no_drafts_that_are_cut_within_sentences(word):
+    assert labels_of(load_recipe(QUICK, [word]), ledger, "train") == "bisect"
+    with pytest.raises(RecipeError, match="or drafts are cut within sentences"):
+        labels_of(load_recipe(QUICK, [word, "rollouts.labels=checker"]), ledger, "train")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from eval.measure import bootstrap, paired, speedup, summarize, verdicts, wilson
-from eval.methods import Outcome
+from eval.methods import Outcome, compare
 from eval.report import console_table, html_report
-from eval.tasks import ledger
-from parse import Generation, Segment, Stats
+from eval.tasks import draw_prompts, ledger
+from parse import Engine, Generation, Segment, Stats
+from tests.conftest import MODELS
 
 PROMPT = "list : #1 fig rome 4 ; #2 tea oslo 7 ."
 FIG = "#1 the fig from rome costs us 4 coins , which makes 4 coins so far ."
@@ -92,7 +93,9 @@ def test_the_report_is_one_file_that_escapes_what_models_write():
     summary = {
         "name": "x & y",
         "hardware": "cpu",
+        "at_once": 1,
         "methods": [row],
+        "concurrency": [{"at_once": 8, "methods": [row]}],
         "pair": None,
         "sweep": [{"threshold": 0.5, "speedup": 2.0, "accuracy": 0.9}],
         "sweep_prompts": 4,
@@ -101,4 +104,27 @@ def test_the_report_is_one_file_that_escapes_what_models_write():
     assert "<script>" not in page
     assert "x &amp; y" in page
     assert "<svg" in page
+    assert "one request at a time" in page
+    assert "<h2>8 requests at once</h2>" in page
     assert "http" not in page
+
+
+def test_several_requests_at_once_give_the_same_answers_in_blocks():
+    """Of each method on every prompt, by whichever engine runs it; seconds are those of a block over its prompts."""
+    engine, other = (
+        Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", compile=False) for _ in "ab"
+    )
+    prompts = draw_prompts(ledger, "test", 11, seed=3)
+    methods = {"target": {"method": "target", "max_new_tokens": 20}, "draft": {"method": "draft", "max_new_tokens": 20}}
+    alone = compare(engine, ledger, prompts, methods, 0)
+    calls = []
+    generate = other.generate
+    other.generate = lambda some, **options: (
+        calls.append((len(some), options["batch_size"])) or generate(some, **options)
+    )
+    together = compare(engine, ledger, prompts, methods, 2, at_once=2, engines={"draft": other})
+    for name, some in alone.items():
+        assert [one.prompt for one in together[name]] == prompts
+        assert [one.generation.token_ids for one in together[name]] == [one.generation.token_ids for one in some]
+    assert calls == [(2, 2), (8, 2), (3, 2)]  # warm-up, and two blocks
+    assert len({one.seconds for one in together["draft"]}) == 2

@@ -32,6 +32,7 @@ from parse.prompts import as_messages, encode_prompt, render
 from parse.text import encode_text, text_of
 from parse.trained import suffix_of
 from parse.verifiers import Prompt as Verdict
+from train.evidence import BYTES
 from train.models import draft_tokenizer, empty_draft, target_config, target_tokenizer
 from train.prompts import plan, prompts_of
 from train.recipe import Recipe, RecipeError, adapted_layers, hidden_states, to_dict
@@ -207,13 +208,17 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
         need["draft"] = weights * SAVED
         need["checkpoints"] = 2 * trained * CHECKPOINT
         if recipe.distill.method == "logits":
-            from train.logits import BYTES
+            from train import logits
 
-            need["the target's logits"] = tokens * recipe.distill.top_k * BYTES * 4 // 3
+            need["the target's logits"] = tokens * recipe.distill.top_k * logits.BYTES * 4 // 3
     labelled = recipe.rollouts.train + recipe.rollouts.calibration + recipe.rollouts.test
     first = recipe.align.prompts if recipe.aligned else labelled
     prompts = first * ("rollouts" in stages) + labelled * ("relabel" in stages)
     need["rollouts"] = prompts * recipe.engine.max_new_tokens * ROW
+    if "verifier" in stages and recipe.verifier.kind in ("best", "probe"):
+        config, rollouts = target_config(recipe), recipe.rollouts
+        width = len(hidden_states(recipe.verifier.probe.layers, config.num_hidden_layers)) * config.hidden_size
+        need["states"] = rollouts.train * rollouts.drafts * recipe.engine.max_new_tokens * width * BYTES
     folder = recipe.folder
     while not folder.is_dir():
         folder = folder.parent
@@ -223,7 +228,7 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
         raise RecipeError(
             f"runs: {Path(recipe.runs)} has {size_of(free)} free, and this run may take "
             f"{size_of(sum(need.values()))} ({parts}): make room, set runs to another disk, or lower "
-            "answers.prompts, rollouts or distill.top_k"
+            "answers.prompts, rollouts, distill.top_k or the number of verifier.probe.layers"
         )
     return need
 
@@ -287,6 +292,27 @@ def check_models(recipe: Recipe) -> None:
             suffix_of(target_tokenizer(recipe), recipe.verifier.adapter.suffix)
         except ValueError as error:
             raise RecipeError(f"verifier.kind: {error}") from error
+
+
+def check_speculation(recipe: Recipe) -> None:
+    """Refuse lossless speculation by a draft without the target's tokens.
+
+    Raises:
+        RecipeError: with the remedy.
+    """
+    if "speculation" not in recipe.eval.methods:
+        return
+    source = recipe.eval.speculation_draft
+    try:
+        own = AutoTokenizer.from_pretrained(tokenizer_of(source)) if source else draft_tokenizer(recipe)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"eval.speculation_draft: {source} cannot be read as a model: {error}") from error
+    if own.get_vocab() != target_tokenizer(recipe).get_vocab():
+        raise RecipeError(
+            f"eval.methods has 'speculation', in which the draft proposes tokens, and those of {source or 'the draft'} "
+            f"are not the target's: name a draft with tokens of {recipe.target} as eval.speculation_draft, or leave "
+            "the method out"
+        )
 
 
 def check_asking(recipe: Recipe, key: str) -> None:

@@ -6,7 +6,9 @@ hardly ever regained), or `all`. The target continues from any prefix of a draft
 is read once.
 
 Where a task's program can say which sentence is the first wrong one, `checker` takes its word for the prefixes, and the
-target writes the repair alone: a draft costs little more than writing it. How often the two disagree is measured.
+target writes the repair alone: a draft costs little more than writing it. How often the two disagree is measured. And
+bisection starts where the program says: nothing behind a wrong sentence can end up right, so most often a single way
+on, from in front of it, tells all.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Labeller:
     engine: Engine
     judge: Judge
     limit: int  # tokens of an answer
-    first_wrong: FirstWrong | None = None  # where the task's program knows it
+    first_wrong: FirstWrong | None = None  # where the task's program knows it, and drafts are cut behind sentences
     samples: int = 1  # of the way on from a prefix, of which the most decide; one is greedy
     seed: int = 0
     asked: int = 0  # prefixes so far
@@ -93,16 +95,26 @@ class Labeller:
         valid = 2 * sum(right for right, _ in ways) > len(ways)
         return valid, next(way for right, way in ways if right == valid)
 
-    def checking(self, context: Context, draft: Drafted) -> Steps[Labels]:
-        """Label a draft's K prefixes by the task's program; the target writes to the next cut alone, in its context."""
-        assert self.first_wrong is not None
-        engine, labels = self.engine, list[bool]()
+    def by_program(self, draft: Drafted) -> list[bool]:
+        """The labels of a draft's K prefixes, in which nothing wrong is said; the last one must be right as a whole."""
+        labels = list[bool]()
         for end in draft.ends:
-            text = text_of([*draft.prefix, *draft.written.ids[:end]], engine.tokenizer)
-            labels.append(all(labels) and self.first_wrong(draft.prompt, text) is None)
+            text = text_of([*draft.prefix, *draft.written.ids[:end]], self.engine.tokenizer)
+            fine = self.first_wrong is None or self.first_wrong(draft.prompt, text) is None
+            labels.append(fine and all(labels))
         if draft.right is not None:
             labels[-1] = draft.right and all(labels)
-        if all(labels):
+        return labels
+
+    def checking(self, context: Context, draft: Drafted, repair: bool) -> Steps[Labels]:
+        """Label a draft's K prefixes by the task's program alone.
+
+        Args:
+            context: the target's.
+            repair: let the target write behind the last valid prefix, to the next cut.
+        """
+        engine, labels = self.engine, self.by_program(draft)
+        if all(labels) or not repair:
             return Labels(labels, True, [], False)
         kept = [0, *draft.ends][labels.index(False)]
         yield from context.becoming([*engine.encode(draft.prompt), *draft.prefix, *draft.written.ids[:kept]])
@@ -141,7 +153,10 @@ class Labeller:
         if all(valid.values()):
             return Labels([True] * k, True, [], False)
         if not every:
-            first = yield from bisecting(k, ask)
+            first = [*self.by_program(draft), False].index(False) + 1  # the first that may be invalid
+            first = min(first, k)
+            if not (first > 1 and self.first_wrong and (yield from ask(first - 1))):
+                first = yield from bisecting(first, ask)
             valid = {cut: cut < first for cut in range(1, k + 1)}
         labels = [valid[cut] for cut in range(1, k + 1)]
         kept = labels.index(False)

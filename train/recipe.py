@@ -257,6 +257,9 @@ class Eval:
 
     prompts: Count = 200
     methods: list[Method] = field(default_factory=lambda: list(METHODS))
+    concurrency: list[Annotated[int, Range(1, 4096)]] = field(default_factory=lambda: [1])  # requests at once; a table
+    # each, the first one with plots and transcripts
+    speculation_draft: Source | None = None  # with the target's tokens, for "speculation"; None: the recipe's draft
     warmup: Whole = 3
     threads: Threads | None = None  # CPU threads; None leaves torch's default
     sweep_prompts: Whole = 20  # on which PARSE is run at other thresholds too; 0 for none

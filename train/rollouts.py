@@ -29,7 +29,7 @@ from parse.segments import cut, ends_segment
 from parse.text import encode_continuation, text_of
 from train.files import write_text
 from train.generation import REFUSED, Row, finish_all, together
-from train.labels import Asked, Drafted, Labeller
+from train.labels import Asked, Drafted, FirstWrong, Labeller
 from train.models import load_engine
 from train.prompts import prompts_of
 from train.recipe import Recipe, RecipeError, to_dict
@@ -64,9 +64,8 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
             if split == "train" and time.monotonic() > over:
                 return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
             for sample in range(section.drafts if split == "train" else 1):
-                rounds += yield from rolling_out(
-                    labeller, prompt, section.rounds, labels, recipe.engine.horizon, sample, asked
-                )
+                count = 1 if sample else section.rounds  # what is sampled the engine would not repair
+                rounds += yield from rolling_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
             if labels == "checker":
                 rounds += [
                     fault for row in rounds for fault in with_faults(labeller, task, prompt, row, section.negatives)
@@ -104,15 +103,22 @@ def labels_of(recipe: Recipe, task: Task | Rows, split: str) -> str:
         RecipeError: where the task's program is asked for what it does not know.
     """
     labels = recipe.rollouts.labels
-    knows = task.first_wrong is not None and labeller_of(recipe, task) == "task"
+    knows = program_of(recipe, task) is not None
     if labels == "checker" and not knows:
         raise RecipeError(
             f"rollouts.labels is 'checker', and {recipe.task} has no program that knows the first wrong sentence of an "
-            "answer, or rollouts.labeller leaves it out: use bisect"
+            "answer, or rollouts.labeller leaves it out, or drafts are cut within sentences (segments or "
+            "engine.horizon is a number): use bisect"
         )
     if split == "train" and knows and labels in ("auto", "checker"):
         return "checker"
     return "all" if labels == "all" else "bisect"
+
+
+def program_of(recipe: Recipe, task: Task | Rows) -> FirstWrong | None:
+    """The task's program that knows the first wrong sentence, where drafts are cut behind whole ones."""
+    within = isinstance(recipe.segments, int) or isinstance(recipe.engine.horizon, int)
+    return None if within or labeller_of(recipe, task) != "task" else task.first_wrong
 
 
 def rolling_out(
@@ -155,7 +161,7 @@ def rolling_out(
                 break
             given = Drafted(prompt, prefix, written, ends, right)
             if labels == "checker":
-                label = yield from labeller.checking(target, given)
+                label = yield from labeller.checking(target, given, repair=repairs + 1 < rounds)
             else:
                 label = yield from labeller.labelling(target, given, labels == "all", asked)
             found.append(
@@ -175,7 +181,7 @@ def rolling_out(
             if all(label.valid) and goes_on:
                 prefix = answer
                 continue
-            if all(label.valid) or not label.target_right:
+            if all(label.valid) or not label.target_right or repairs + 1 >= rounds:
                 break
             repair = first_segment(engine, label.continuation_ids)
             if label.continuation_ended and len(repair) == len(label.continuation_ids):
@@ -239,7 +245,8 @@ def _labeller(
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
     if labeller_of(recipe, task) == "task":
         checked = Checked(task, opens_thinking(engine.tokenizer))
-        return Labeller(engine, checked, limit, task.first_wrong, section.samples, recipe.seed), {"labeller": "task"}
+        program = program_of(recipe, task)
+        return Labeller(engine, checked, limit, program, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
     def together(many: Any) -> list[float]:

@@ -30,7 +30,10 @@ class Task(Protocol):
         ...
 
     def first_wrong(self, prompt: Prompt, answer: str) -> int | None:
-        """Index of the first wrong sentence of an answer or a prefix, None where all are right."""
+        """Index of the first wrong sentence of an answer or a prefix, None where all are right.
+
+        Whatever follows a wrong sentence, the answer is wrong.
+        """
         ...
 
 
