@@ -7,9 +7,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.command import run_command
+
+if TYPE_CHECKING:
+    from parse import Engine
+    from train.recipe import Recipe
 
 LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
 
@@ -35,13 +39,17 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
     check_models(recipe)
     check_speculation(recipe)
     check_prompts(recipe, ["eval"])
-    for part in (recipe.draft_folder, recipe.folder / "verifier/verifier.json"):
+    draft, verifier = recipe.evaluated
+    for part in (draft, verifier / "verifier.json"):
         if not part.exists():
-            raise RecipeError(f"{part} is not there: run `accelerate launch -m train {options.recipe}` first")
+            raise RecipeError(
+                f"{part} is not there: run `accelerate launch -m train {options.recipe}` first, or name other folders "
+                "as eval.draft and eval.verifier"
+            )
     folders.append(recipe.folder)
     with Run(recipe) as run:
         run.check_outputs()
-        if not run.is_done("verifier"):
+        if not recipe.eval.verifier and not run.is_done("verifier"):
             run.say(f"note: the verifier in {run.path('verifier')} was made with another recipe, data or models")
         started = time.time()
         summary = _evaluate(recipe)
@@ -60,6 +68,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table, requests
     from eval.tasks import load_task
+    from parse.prompts import opens_thinking
     from train.files import write_text
     from train.machine import hardware
     from train.models import load_engine
@@ -69,8 +78,8 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)
     task = load_task(recipe.task, to_dict(recipe.data))
-    verifier = recipe.folder / "verifier"
-    engine = load_engine(recipe, recipe.draft_folder, verifier, recipe.engine.compile)
+    draft, verifier = recipe.evaluated
+    engine = load_engine(recipe, draft, verifier, recipe.engine.compile)
     section, calibration = recipe.engine, engine.need_verifier().calibration
     assert calibration is not None
     try:
@@ -83,18 +92,21 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     labels = recipe.rollouts_folder / "labels.json"
     noise = json.loads(labels.read_text()) if labels.is_file() else {}
     agreement = noise.get("threshold", 0.5)  # where the target compares answers: as it labelled them
-    if not (recipe.folder / "eval").exists():  # else this pair was compiled before
+    if recipe.eval.draft or not (recipe.folder / "eval").exists():  # else this pair was compiled before
         compile_in_two(recipe, engine, prompts[0])
     engines = {}
     if "speculation" in methods and recipe.eval.speculation_draft:
-        engines["speculation"] = load_engine(recipe, Path(recipe.eval.speculation_draft), None, recipe.engine.compile)
+        engines["speculation"] = _speculating(engine, recipe)
+    opened = opens_thinking(engine.tokenizer)
     tables: dict[int, list[dict[str, Any]]] = {}
     found = {}
     for at_once in recipe.eval.concurrency:
         what = "methods" if at_once == 1 else f"methods, {at_once} at once"
         warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
         found[at_once] = compare(engine, task, prompts, methods, warmup, what, agreement, at_once, engines)
-        tables[at_once] = [summarize(name, found[at_once][name], found[at_once]["target"], task) for name in methods]
+        tables[at_once] = [
+            summarize(name, found[at_once][name], found[at_once]["target"], task, opened) for name in methods
+        ]
     first = recipe.eval.concurrency[0]
     outcomes, rows = found[first], tables[first]
     pair = None
@@ -103,6 +115,8 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     sweep = _sweep(engine, task, recipe, methods, outcomes, agreement) if "parse" in outcomes else []
     summary = {
         "name": recipe.name,
+        "draft": str(draft),
+        "verifier": str(verifier),
         "hardware": hardware(),
         "threshold": thresholds[recipe.engine.policy],
         "at_once": first,
@@ -124,6 +138,21 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
         print(f"\n{title}{console_table(table)}")
     print(f"\nreport: {folder / 'report.html'}\n", flush=True)
     return summary
+
+
+def _speculating(engine: Engine, recipe: Recipe) -> Engine:
+    """The engine's target with another draft."""
+    from parse import Engine
+
+    other = Engine.from_pretrained(
+        engine.target,
+        recipe.eval.speculation_draft,
+        tokenizer=engine.tokenizer,
+        segments=recipe.segments,
+        compile=recipe.engine.compile,
+    )
+    other.readers["target"] = engine.readers["target"]  # compiled once
+    return other
 
 
 def _sweep(
@@ -151,6 +180,7 @@ def _sweep(
         0,
         "thresholds",
         agreement,
+        recipe.eval.concurrency[0],
     )
     baseline = sum(o.seconds for o in ran.pop("target"))
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -34,15 +35,29 @@ class Judge(Protocol):
 
 @dataclass
 class Checked:
-    """The task's own checker."""
+    """The task's own checker. What a model thought before its answer does not count."""
 
     task: Task | Rows
     opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
 
     def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
-        """Whether the task calls the answer right; what the model thought before it does not count."""
+        """Whether the task calls the answer right."""
         return self.task.check(prompt, final_answer(answer, self.opened))
         yield
+
+    def first_wrong(self, prompt: Prompt, answer: str) -> int | None:
+        """Index of the first wrong sentence of an answer or a prefix of one, of a task that knows it."""
+        assert self.task.first_wrong is not None
+        return self.task.first_wrong(prompt, final_answer(answer, self.opened))
+
+    def corrupted(self, prompt: Prompt, answer: str, rng: random.Random) -> str | None:
+        """A right answer with a fault, behind the same thinking; None where the task makes none, or it is no fault."""
+        make = getattr(self.task, "corrupted", None)
+        final = final_answer(answer, self.opened)
+        wrong = make(prompt, final, rng) if make else None
+        if not wrong or self.task.check(prompt, wrong):
+            return None
+        return answer.removesuffix(final) + str(wrong)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
 from eval.tasks.rows import Rows
@@ -54,13 +55,14 @@ def paired(target: Sequence[bool], method: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def verdicts(outcome: Outcome, task: Task | Rows) -> Iterator[tuple[float, bool, bool]]:
+def verdicts(outcome: Outcome, task: Task | Rows, opened: bool = False) -> Iterator[tuple[float, bool, bool]]:
     """(confidence, accepted, right) for every judged cut up to and including each draft's first wrong one.
 
     None where the task cannot tell right sentences from wrong ones; the verifier's own report can.
     """
     if task.first_wrong is None:
         return
+    checked = Checked(task, opened)
     kept = ""
     segments = outcome.generation.segments
     index = 0
@@ -73,7 +75,7 @@ def verdicts(outcome: Outcome, task: Task | Rows) -> Iterator[tuple[float, bool,
         while index < len(segments) and segments[index].source == "draft":
             segment = segments[index]
             prefix += segment.text
-            right = task.first_wrong(outcome.prompt, prefix) is None
+            right = checked.first_wrong(outcome.prompt, prefix) is None
             if not wrong and segment.confidence is not None:
                 yield segment.confidence, segment.accepted, right
             wrong = wrong or not right
@@ -81,8 +83,14 @@ def verdicts(outcome: Outcome, task: Task | Rows) -> Iterator[tuple[float, bool,
             index += 1
 
 
-def summarize(name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task | Rows) -> dict[str, Any]:
-    """One row of the evaluation: the keys of the public JSON, and the paired difference."""
+def summarize(
+    name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task | Rows, opened: bool = False
+) -> dict[str, Any]:
+    """One row of the evaluation: the keys of the public JSON, and the paired difference.
+
+    Args:
+        opened: whether prompts begin the thinking, see `parse.prompts.opens_thinking`.
+    """
     n = len(outcomes)
     right = [outcome.right for outcome in outcomes]
     seconds = np.array([outcome.seconds for outcome in outcomes])
@@ -90,8 +98,10 @@ def summarize(name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome],
     stats = [outcome.generation.stats for outcome in outcomes]
     tokens = sum(len(outcome.generation.token_ids) for outcome in outcomes)
     both = np.stack([baseline, seconds], axis=1)  # [n, 2]
+    turns = np.array([outcome.turn for outcome in outcomes])  # [n]
+    timed = np.stack([both[turns == turn].sum(0) for turn in np.unique(turns)])  # [turns, 2], measured by themselves
     drafted = sum(s.draft_tokens for s in stats)
-    judged = [verdict for outcome in outcomes for verdict in verdicts(outcome, task)]
+    judged = [verdict for outcome in outcomes for verdict in verdicts(outcome, task, opened)]
     wrong = [accepted for _, accepted, ok in judged if not ok]
     fine = [accepted for _, accepted, ok in judged if ok]
     spent = {key: sum(s.seconds[key] for s in stats) for key in stats[0].seconds}
@@ -102,7 +112,7 @@ def summarize(name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome],
         "accuracy_ci95": wilson(sum(right), n),
         **paired([outcome.right for outcome in target], right),
         "speedup": speedup(both),
-        "speedup_ci95": bootstrap(both.tolist(), speedup),
+        "speedup_ci95": bootstrap(timed.tolist(), speedup),
         "seconds_per_request": float(seconds.mean()),
         "tokens_per_second": tokens / float(seconds.sum()),
         "first_token_seconds": float(np.mean([s.first_token_seconds for s in stats])),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
@@ -46,6 +47,7 @@ class Outcome:
     generation: Generation
     right: bool
     seconds: float  # wall time of the whole request; of several at once, their time over their number
+    turn: int = 0  # in which it was timed, alone or with others
 
 
 def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -89,7 +91,7 @@ def compile_in_two(recipe: Recipe, engine: Engine, prompt: Prompt) -> None:
 def _compile_draft(recipe: Recipe, ids: list[int], threads: int) -> None:
     quieten()
     torch.set_num_threads(threads)
-    _compile(load_engine(recipe, recipe.draft_folder, compile=True), "draft", ids)
+    _compile(load_engine(recipe, recipe.evaluated[0], compile=True), "draft", ids)
 
 
 def _compile(engine: Engine, role: str, ids: list[int]) -> None:
@@ -122,21 +124,26 @@ def compare(
     names = list(methods)
     runs = {name: (engines or {}).get(name, engine) for name in names}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
-    block = BLOCK * at_once if at_once > 1 else 1
+    turns = len(prompts) if at_once == 1 else max(1, round(len(prompts) / (BLOCK * at_once)))
     for start in range(0, warmup, at_once):
         for name in names:
             runs[name].generate(prompts[start : start + at_once], batch_size=at_once, **methods[name])
     gc.collect()
     with progress_bar(what, total=len(prompts) * len(names)) as bar:
-        for turn, start in enumerate(range(0, len(prompts), block)):
-            some = prompts[start : start + block]
+        for turn, some in enumerate(_evenly(prompts, turns)):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 started = perf_counter()
                 generations = runs[name].generate(some, batch_size=at_once, **methods[name])
                 seconds = (perf_counter() - started) / len(some)
-                outcomes[name] += [Outcome(*one, False, seconds) for one in zip(some, generations, strict=True)]
+                outcomes[name] += [Outcome(*one, False, seconds, turn) for one in zip(some, generations, strict=True)]
                 bar.update(len(some))
     return {name: _judged(engine, task, some, outcomes.get("target", []), agreement) for name, some in outcomes.items()}
+
+
+def _evenly(prompts: Sequence[Prompt], count: int) -> list[Sequence[Prompt]]:
+    """The prompts in so many parts, of which none is more than one longer than another."""
+    borders = [len(prompts) * i // count for i in range(count + 1)]
+    return [prompts[start:stop] for start, stop in pairwise(borders)]
 
 
 def _judged(

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
+from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows
 from parse import Engine
 from parse.passes import Reader
+from parse.prompts import opens_thinking
 from parse.segments import cut
 from parse.text import text_of
 from train.generation import write_all
@@ -29,13 +31,13 @@ def judge_drafts(
     engine: Engine, task: Task | Rows, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
 ) -> list[Judged]:
     """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
-    assert task.first_wrong is not None
+    checked = Checked(task, opens_thinking(engine.tokenizer))
     drafts = []
     for number, outcome in enumerate(outcomes):
         ids, ended = outcome.generation.token_ids, outcome.generation.finish_reason == "stop"
         ends = cut(ids, engine.tokenizer, engine.segments)
         prefixes = [text_of(ids[:end], engine.tokenizer) for end in ends]
-        valid = [task.first_wrong(outcome.prompt, prefix) is None for prefix in prefixes]
+        valid = [checked.first_wrong(outcome.prompt, prefix) is None for prefix in prefixes]
         if ids:
             valid[-1] = outcome.right if ended else valid[-1]
             drafts.append(Draft(engine.encode(outcome.prompt), ids, ends, ended, valid, number=number))

@@ -33,7 +33,7 @@ from tests.conftest import MODELS, facts_of, random_adapter, random_model
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.evidence import gather, up_to_first_invalid
 from train.hazards import AdapterModule, ProbeModule, fit
-from train.probes import Lesson, choose_layers, learning_curve
+from train.probes import ProbeData, choose_layers, learning_curve
 from train.recipe import AdapterSection, ProbeSection
 from train.verifier import choose, held_out_every, train_adapter
 
@@ -166,7 +166,7 @@ def test_a_probe_with_attention_learns_what_stands_before_the_draft():
 
 
 def probe_of(fitted, held_out, section, layers=(1,)):
-    return Probe(Lesson(fitted, held_out, layers, section, 0.01).fit().module.head, layers)
+    return Probe(ProbeData(fitted, held_out, layers, section, 0.01).fit().module.head, layers)
 
 
 def planted(n, seed):
@@ -219,7 +219,7 @@ def test_training_stops_where_it_has_not_been_better_for_long(monkeypatch):
     script = iter([0.2, 0.9, 0.5, 0.8, 0.95])
     monkeypatch.setattr("train.hazards.acceptable", lambda *_: next(script))
     section = ProbeSection(epochs=30, blocks=0, patience=2)
-    found = Lesson(planted(40, 1), planted(12, 2), (1,), section, 0.01).fit()
+    found = ProbeData(planted(40, 1), planted(12, 2), (1,), section, 0.01).fit()
     assert (found.acceptable, found.epochs) == (0.9, 4)
 
 
@@ -237,18 +237,18 @@ def two_layers(n, seed):
 
 def test_layers_are_chosen_by_what_they_know_of_held_out_prompts():
     torch.manual_seed(0)
-    section = ProbeSection(epochs=20, learning_rate=1e-2, blocks=0)
-    chosen = choose_layers(Lesson(two_layers(60, 1), two_layers(40, 2), (3, 5), section, 0.01))
+    section = ProbeSection(epochs=40, learning_rate=1e-2, blocks=0)
+    chosen = choose_layers(ProbeData(two_layers(200, 1), two_layers(80, 2), (3, 5), section, 0.01))
     assert 5 in chosen.layers
-    one = Lesson(two_layers(3, 1), two_layers(3, 2), (3, 5), section, 0.01).reading(5)
+    one = ProbeData(two_layers(3, 1), two_layers(3, 2), (3, 5), section, 0.01).reading(5)
     assert torch.equal(one.fitted[2].evidence.states, planted(3, 1)[2].evidence.states)
     assert one.layers == (5,)
 
 
 def test_the_learning_curve_tells_what_more_prompts_would_give():
     torch.manual_seed(0)
-    lesson = Lesson(planted(200, 1), planted(80, 2), (1,), ProbeSection(epochs=8, learning_rate=1e-2, blocks=0), 0.01)
-    curve = learning_curve(lesson, lesson.fit())
+    data = ProbeData(planted(200, 1), planted(80, 2), (1,), ProbeSection(epochs=8, learning_rate=1e-2, blocks=0), 0.01)
+    curve = learning_curve(data, data.fit())
     assert [row["prompts"] for row in curve] == [50, 100, 200]
     assert curve[0]["loss"] > curve[-1]["loss"]
 

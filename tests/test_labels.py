@@ -15,7 +15,7 @@ from parse.passes import drive, drive_together
 from tests.conftest import MODELS
 from train.labels import Labeller, bisecting
 from train.recipe import RecipeError, load_recipe, to_dict
-from train.rollouts import first_segment, labels_of, rolling_out
+from train.rollouts import Clock, first_segment, labels_of, rolling_out
 
 QUICK = "recipes/quickstart.yaml"
 
@@ -198,3 +198,17 @@ def test_the_program_labels_no_drafts_that_are_cut_within_sentences(word):
     assert labels_of(load_recipe(QUICK, [word]), ledger, "train") == "bisect"
     with pytest.raises(RecipeError, match="or drafts are cut within sentences"):
         labels_of(load_recipe(QUICK, [word, "rollouts.labels=checker"]), ledger, "train")
+
+
+def test_a_clock_starts_when_it_is_asked_first(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("train.rollouts.time.monotonic", lambda: now[0])
+    clock, endless = Clock(2), Clock(None)
+    now[0] = 1000.0
+    assert not clock.is_over()
+    assert not endless.is_over()
+    now[0] += 119
+    assert not clock.is_over()
+    now[0] += 2
+    assert clock.is_over()
+    assert not endless.is_over()

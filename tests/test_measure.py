@@ -114,7 +114,7 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
     engine, other = (
         Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", compile=False) for _ in "ab"
     )
-    prompts = draw_prompts(ledger, "test", 11, seed=3)
+    prompts = draw_prompts(ledger, "test", 12, seed=3)
     methods = {"target": {"method": "target", "max_new_tokens": 20}, "draft": {"method": "draft", "max_new_tokens": 20}}
     alone = compare(engine, ledger, prompts, methods, 0)
     calls = []
@@ -126,5 +126,5 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
     for name, some in alone.items():
         assert [one.prompt for one in together[name]] == prompts
         assert [one.generation.token_ids for one in together[name]] == [one.generation.token_ids for one in some]
-    assert calls == [(2, 2), (8, 2), (3, 2)]  # warm-up, and two blocks
+    assert calls == [(2, 2), (6, 2), (6, 2)]  # warm-up, and two blocks
     assert len({one.seconds for one in together["draft"]}) == 2

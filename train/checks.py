@@ -40,6 +40,7 @@ from train.recipe import Recipe, RecipeError, adapted_layers, hidden_states, to_
 OTHER_THINKING = ("[THINK]", "<|channel|>", "<thinking>", "<reasoning>")  # tags that are not read, as <think> is
 SAVED = 4  # bytes a weight of the draft, in its folder
 CHECKPOINT = 12  # bytes a trained weight: itself and AdamW's two moments; the old one stands until the new is whole
+REPAIRED = 3  # texts a prompt before which drafts stand: itself, and what was repaired
 ROW = 40  # bytes a token of an answer or a draft: ids, mask, text, labels; the data set and what was kept on the way
 
 
@@ -218,7 +219,10 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
     if "verifier" in stages and recipe.verifier.kind in ("best", "probe"):
         config, rollouts = target_config(recipe), recipe.rollouts
         width = len(hidden_states(recipe.verifier.probe.layers, config.num_hidden_layers)) * config.hidden_size
-        need["states"] = rollouts.train * rollouts.drafts * recipe.engine.max_new_tokens * width * BYTES
+        answers = rollouts.drafts + rollouts.negatives * (rollouts.labels in ("auto", "checker"))
+        contexts = REPAIRED if recipe.verifier.probe.blocks else 0  # a prompt and the answer so far, each
+        tokens = rollouts.train * (answers + contexts) * recipe.engine.max_new_tokens
+        need["states"] = tokens * width * BYTES
     folder = recipe.folder
     while not folder.is_dir():
         folder = folder.parent
@@ -302,7 +306,7 @@ def check_speculation(recipe: Recipe) -> None:
     """
     if "speculation" not in recipe.eval.methods:
         return
-    source = recipe.eval.speculation_draft
+    source = recipe.eval.speculation_draft or recipe.eval.draft
     try:
         own = AutoTokenizer.from_pretrained(tokenizer_of(source)) if source else draft_tokenizer(recipe)
     except (OSError, ValueError) as error:

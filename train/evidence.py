@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ BYTES = 2  # a number of a state
 FREE = ("log_prob", "entropy", "margin")  # of each token, nats
 
 Place = tuple[int, int]  # first row and number of rows in a file of states
-Line = dict[str, Any]  # what the index holds of a draft
+Record = dict[str, Any]  # what the index holds of a draft
 
 
 def up_to_first_invalid(draft: Draft) -> Draft:
@@ -50,26 +51,28 @@ def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> 
         what: the name on the progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shelf = Shelf(folder)
+    for other in set(folder.parent.iterdir()) - {folder}:  # of other layers
+        shutil.rmtree(other, ignore_errors=True)
+    store = EvidenceStore(folder)
     keys = [_key(draft) for draft in drafts]
-    left = {key: draft for key, draft in zip(keys, drafts, strict=True) if key not in shelf.lines}
-    with progress_bar(what, total=len(left)) as bar, shelf:
+    left = {key: draft for key, draft in zip(keys, drafts, strict=True) if key not in store.records}
+    with progress_bar(what, total=len(left)) as bar, store:
 
         def keep(one: Judged) -> Judged:
-            shelf.add(_key(one.draft), one)
+            store.add(_key(one.draft), one)
             bar.update()
             return replace(one, evidence=_without_tensors(one.evidence))  # the pass's own are let go
 
         for _ in examine(engine, list(left.values()), then=keep):
             pass
-    return [Judged(draft, shelf.evidence(key, draft)) for key, draft in zip(keys, drafts, strict=True)]
+    return [Judged(draft, store.evidence(key, draft)) for key, draft in zip(keys, drafts, strict=True)]
 
 
-class Shelf:
+class EvidenceStore:
     """Files of states and their index: what earlier starts left is read, and one of each is written by this one."""
 
     def __init__(self, folder: Path) -> None:
-        self.lines: dict[str, tuple[Path, Line]] = {}  # by draft: the file of its states, and what is known of it
+        self.records: dict[str, tuple[Path, Record]] = {}  # by draft: the file of its states, and what is known of it
         for index in sorted(folder.glob("*.jsonl")):
             self._read(index)
         self._index = folder / f"{time.time_ns()}-{PartialState().process_index}.jsonl"
@@ -77,7 +80,7 @@ class Shelf:
         self._rows = 0
         self._before: dict[str, Place] = {}  # where the states of what stands before drafts are
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> EvidenceStore:
         self._lines, self._states = self._index.open("w"), _states_of(self._index).open("wb")
         return self
 
@@ -88,7 +91,7 @@ class Shelf:
     def add(self, key: str, one: Judged) -> None:
         """Keep the evidence of a draft; its line is written when its states are."""
         evidence = one.evidence
-        line: Line = {"width": 0, "states": None, "context": None}
+        line: Record = {"width": 0, "states": None, "context": None}
         line |= {name: getattr(evidence, name).tolist() for name in FREE}
         if evidence.states is not None:
             line |= {"width": evidence.states.shape[1], "states": self._write(evidence.states)}
@@ -100,11 +103,11 @@ class Shelf:
         self._states.flush()
         self._lines.write(json.dumps([key, line]) + "\n")
         self._lines.flush()
-        self.lines[key] = (_states_of(self._index), line)
+        self.records[key] = (_states_of(self._index), line)
 
     def evidence(self, key: str, draft: Draft) -> Evidence:
         """What is kept of a draft; states are float16 views of a file."""
-        path, line = self.lines[key]
+        path, line = self.records[key]
         free = {name: torch.tensor(line[name], dtype=torch.float32) for name in FREE}  # [M] each
         states, context = (self._view(path, line[name], line["width"]) for name in ("states", "context"))
         return Evidence(draft.ends, **free, states=states, suffix_logits=None, context_states=context)
@@ -122,8 +125,8 @@ class Shelf:
         if place is None:
             return None
         if path not in self._mapped:
-            count = path.stat().st_size // BYTES
-            self._mapped[path] = torch.from_file(str(path), shared=False, size=count, dtype=torch.float16)
+            count = path.stat().st_size // BYTES  # shared: a private mapping must fit into memory
+            self._mapped[path] = torch.from_file(str(path), shared=True, size=count, dtype=torch.float16)
         first, rows = place
         return self._mapped[path][first * width : (first + rows) * width].view(rows, width)
 
@@ -137,7 +140,7 @@ class Shelf:
                     key, line = json.loads(text)
                     places = [place for place in (line["states"], line["context"]) if place]
                     if all((first + rows) * line["width"] * BYTES <= size for first, rows in places):
-                        self.lines[key] = (states, line)
+                        self.records[key] = (states, line)
 
 
 def _states_of(index: Path) -> Path:

@@ -128,13 +128,9 @@ class Fitted(Generic[M]):
 
     module: M
     acceptable: float  # the share of their drafts' tokens that may be accepted within the promise
-    loss: float  # nats a draft
+    loss: float  # on their drafts, nats a draft
+    least_loss: float  # of all epochs
     epochs: int  # until it had not been better for long
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """The more, the better."""
-        return self.acceptable, -self.loss
 
 
 def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 1.0) -> Tensor:
@@ -160,6 +156,7 @@ def fit(
     promise: float,
     what: str,
     log: Log = lambda _: None,
+    title: str = "",
 ) -> Fitted[M]:
     """Train what `make` makes and return it with its best weights, on every process.
 
@@ -168,8 +165,9 @@ def fit(
         fitted: this process's share of the drafts to learn from.
         held_out: its share of those that decide which epoch was the best.
         promise: the accuracy that may be lost.
-        what: the name on the progress bar.
+        what: the recipe's key of the plan, in the section `verifier`.
         log: takes the figures of every epoch.
+        title: the name on the progress bar, where it is another.
 
     Raises:
         ValueError: if there are no drafts for some process.
@@ -199,7 +197,8 @@ def fit(
         return torch.stack([survival_loss(h, one.draft.valid, plan.error_weight) for h, one in pairs]).mean()
 
     best, kept, since, epoch = (-1.0, 0.0), dict[str, Tensor](), 0, 0  # acceptable share, minus the loss; held out
-    with progress_bar(what, total=total) as bar:
+    losses = list[float]()  # of each epoch
+    with progress_bar(title or what, total=total) as bar:
         while epoch < plan.epochs and since < plan.patience:
             epoch, since = epoch + 1, since + 1
             model.train()
@@ -219,16 +218,17 @@ def fit(
             model.eval()
             with torch.no_grad():
                 found = [h for some in _cycled(held_out, share, tests) for h in hazards(some)][: len(held_out)]
-                losses = gather_object([loss_of(held_out, found).item()])
+                shares = gather_object([loss_of(held_out, found).item()])
+            losses.append(sum(shares) / len(shares))
             scored = [Scored(one.draft, survival(h).tolist()) for one, h in zip(held_out, found, strict=True)]
-            score = (acceptable(gather_object(scored), promise), -sum(losses) / len(losses))
+            score = (acceptable(gather_object(scored), promise), -losses[-1])
             log({f"{what}/held_out_acceptable": score[0], f"{what}/held_out_loss": -score[1]})
             if score > best:
                 unwrapped = accelerator.unwrap_model(model)
                 since = 0
                 best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}
             bar.set_postfix_str(f"held out: {score[0]:.1%} acceptable, best {best[0]:.1%}", refresh=False)
-    return Fitted(_restored(make(), kept), best[0], -best[1], epoch)
+    return Fitted(_restored(make(), kept), best[0], -best[1], min(losses), epoch)
 
 
 def acceptable(scored: Sequence[Scored], promise: float) -> float:

@@ -1,4 +1,4 @@
-"""Probes: which layers they read, how they are fitted, and whether more labelled prompts would make them better."""
+"""Probes: which layers they read, how they are train_set, and whether more labelled prompts would make them better."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ TRIAL = 0.2  # of the epochs, by which layers are chosen
 
 
 @dataclass(frozen=True)
-class Lesson:
+class ProbeData:
     """What a probe learns from: this process's share of the drafts, with the states of some layers."""
 
-    fitted: Sequence[Judged]
+    train_set: Sequence[Judged]
     held_out: Sequence[Judged]
     layers: tuple[int, ...]
     section: ProbeSection
-    promise: float  # the accuracy that may be lost
+    max_accuracy_loss: float
 
-    def fit(self, what: str = "probe", log: Log = lambda _: None) -> Fitted[ProbeModule]:
-        """Fit a head to the states of the draft's own tokens, and of what stands before it where it has attention."""
-        states = self.fitted[0].evidence.states if self.fitted else None
+    def fit(self, title: str = "probe", log: Log = lambda _: None) -> Fitted[ProbeModule]:
+        """Fit a head to the states of the draft's own tokens, and of what stands before it where it has attention.
+
+        Args:
+            title: the name on the progress bar.
+            log: takes the figures of every epoch.
+        """
+        states = self.train_set[0].evidence.states if self.train_set else None
         width = len(self.layers) if states is None else states.shape[-1]
         section = self.section
 
@@ -37,9 +42,9 @@ class Lesson:
             sizes = width, TOKEN_EVIDENCE, section.hidden, section.dropout, len(self.layers)
             return ProbeModule(AttentiveHead(*sizes, section.blocks) if section.blocks else HazardHead(*sizes))
 
-        return fit(make, self.fitted, self.held_out, section, self.promise, what, log)
+        return fit(make, self.train_set, self.held_out, section, self.max_accuracy_loss, "probe", log, title)
 
-    def reading(self, layer: int) -> Lesson:
+    def reading(self, layer: int) -> ProbeData:
         """The same with the states of one of the layers alone."""
         place = self.layers.index(layer)
 
@@ -51,28 +56,31 @@ class Lesson:
             states, context = part(one.evidence.states), part(one.evidence.context_states)
             return replace(one, evidence=replace(one.evidence, states=states, context_states=context))
 
-        return replace(self, fitted=[*map(alone, self.fitted)], held_out=[*map(alone, self.held_out)], layers=(layer,))
+        return replace(
+            self, train_set=[*map(alone, self.train_set)], held_out=[*map(alone, self.held_out)], layers=(layer,)
+        )
 
 
-def choose_layers(lesson: Lesson) -> Lesson:
-    """The lesson with all of its layers, or with the one by which a short training is nearer to the held-out labels."""
-    trial = replace(lesson.section, epochs=max(1, round(TRIAL * lesson.section.epochs)))
-    among = [lesson, *(lesson.reading(layer) for layer in lesson.layers if len(lesson.layers) > 1)]
+def choose_layers(data: ProbeData) -> ProbeData:
+    """The data with all of its layers, or with the one by which a short training is nearer to the held-out labels."""
+    trial = replace(data.section, epochs=max(1, round(TRIAL * data.section.epochs)))
+    among = [data, *(data.reading(layer) for layer in data.layers if len(data.layers) > 1)]
     losses = [
-        replace(one, section=trial).fit(f"probe of layers {', '.join(map(str, one.layers))}").loss for one in among
+        replace(one, section=trial).fit(f"probe of layers {', '.join(map(str, one.layers))}").least_loss
+        for one in among
     ]
     return among[losses.index(min(losses))]
 
 
-def learning_curve(lesson: Lesson, whole: Fitted[ProbeModule]) -> list[dict[str, float]]:
+def learning_curve(data: ProbeData, whole: Fitted[ProbeModule]) -> list[dict[str, float]]:
     """What probes may accept of the held-out drafts that learn from a part of the prompts, and from all of them."""
-    numbers = sorted({one.draft.number for one in lesson.fitted})
+    numbers = sorted({one.draft.number for one in data.train_set})
     counts = [int(share * len(numbers)) for share in CURVE]
     found = []
     for share, count in zip(CURVE, counts, strict=True):
         if min(gather_object([count])) > 0:
-            some = [one for one in lesson.fitted if one.draft.number in set(numbers[:count])]
-            found.append((count, replace(lesson, fitted=some).fit(f"probe, {share:.0%} of the prompts")))
+            some = [one for one in data.train_set if one.draft.number in set(numbers[:count])]
+            found.append((count, replace(data, train_set=some).fit(f"probe, {share:.0%} of the prompts")))
     return [
         {"prompts": sum(gather_object([count])), "acceptable": one.acceptable, "loss": one.loss}
         for count, one in [*found, (len(numbers), whole)]

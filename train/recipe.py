@@ -56,7 +56,7 @@ Check = Annotated[
     str,
     Text(
         rf"{'|'.join(CHECKS)}|(?=.{{3,200}}$)[A-Za-z_][\w.]*:[A-Za-z_]\w*",
-        f"{', '.join(CHECKS)}, or a function of your own as module:function (see `eval.tasks.own`)",
+        f"{', '.join(CHECKS)}, or a function of your own as module:function (see `eval.tasks.user_checker`)",
     ),
 ]
 
@@ -259,6 +259,8 @@ class Eval:
     methods: list[Method] = field(default_factory=lambda: list(METHODS))
     concurrency: list[Annotated[int, Range(1, 4096)]] = field(default_factory=lambda: [1])  # requests at once; a table
     # each, the first one with plots and transcripts
+    draft: Source | None = None  # the folders that are evaluated; None: the run's own
+    verifier: Source | None = None
     speculation_draft: Source | None = None  # with the target's tokens, for "speculation"; None: the recipe's draft
     warmup: Whole = 3
     threads: Threads | None = None  # CPU threads; None leaves torch's default
@@ -311,6 +313,12 @@ class Recipe:
     def draft_folder(self) -> Path:
         """The draft that is verified and evaluated."""
         return self.folder / ("draft-lora" if self.aligned else "draft")
+
+    @property
+    def evaluated(self) -> tuple[Path, Path]:
+        """The folders of the draft and of the verifier that are evaluated."""
+        section = self.eval
+        return Path(section.draft or self.draft_folder), Path(section.verifier or self.folder / "verifier")
 
     @property
     def rollouts_folder(self) -> Path:

@@ -55,21 +55,19 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         task, section = load_task(recipe.task, to_dict(recipe.data)), recipe.rollouts
         engine = load_engine(recipe, draft)
         prompts = sorted(prompts_of(recipe, task, stage).prompts, key=lambda item: item[0] == "train")
-        over = time.monotonic() + 60 * (section.minutes or math.inf)
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
+        clock = Clock(section.minutes)
 
         def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
             split, prompt = item
             labels, rounds, asked = labels_of(recipe, task, split), list[Row](), Asked()
-            if split == "train" and time.monotonic() > over:
+            if split == "train" and clock.is_over():
                 return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
             for sample in range(section.drafts if split == "train" else 1):
                 count = 1 if sample else section.rounds  # what is sampled the engine would not repair
                 rounds += yield from rolling_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
             if labels == "checker":
-                rounds += [
-                    fault for row in rounds for fault in with_faults(labeller, task, prompt, row, section.negatives)
-                ]
+                rounds += [fault for row in rounds for fault in with_faults(labeller, prompt, row, section.negatives)]
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
         work = together(rolling, section.batch_size)
@@ -79,6 +77,9 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
             for number, row in enumerate(found)
             for drafted in row["rounds"]
         ]
+        late = sum(REFUSED in row for row in found)
+        if late and late == sum(split == "train" for split, _ in prompts):
+            raise RecipeError(f"{stage}: rollouts.minutes ({section.minutes}) are too few to label one training prompt")
         if not rows:
             raise RecipeError(
                 f"{stage}: the draft in {draft} answered none of {len(prompts)} prompts with as much as a segment: see "
@@ -89,11 +90,23 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         again |= _disagreement(again.pop("places"), rows, labels)
         if run.is_main:
             Dataset.from_list(rows).save_to_disk(folder)
-            late = sum(REFUSED in row for row in found)
             summary = {**_balance(rows), "not_taken_up": late, "labels": labels, **again, **noise}
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
             _explain(stage, summary)
             run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
+
+
+class Clock:
+    """Says when some minutes are over, from the first time that it is asked."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds, self._started = 60 * (minutes or math.inf), math.nan
+
+    def is_over(self) -> bool:
+        """Whether they are."""
+        if math.isnan(self._started):
+            self._started = time.monotonic()
+        return time.monotonic() - self._started > self._seconds
 
 
 def labels_of(recipe: Recipe, task: Task | Rows, split: str) -> str:
@@ -161,7 +174,7 @@ def rolling_out(
                 break
             given = Drafted(prompt, prefix, written, ends, right)
             if labels == "checker":
-                label = yield from labeller.checking(target, given, repair=repairs + 1 < rounds)
+                label = yield from labeller.checking(target, given, repair=sample == 0)
             else:
                 label = yield from labeller.labelling(target, given, labels == "all", asked)
             found.append(
@@ -194,16 +207,16 @@ def rolling_out(
     return found
 
 
-def with_faults(labeller: Labeller, task: Any, prompt: Prompt, row: Row, count: int) -> list[Row]:
+def with_faults(labeller: Labeller, prompt: Prompt, row: Row, count: int) -> list[Row]:
     """A whole draft that is right, with a fault in each copy, where the task makes them; see `eval.tasks.Task`."""
-    corrupted = getattr(task, "corrupted", None)
-    if corrupted is None or not row["ended"] or row["prefix_ids"] or not all(row["valid"]):
+    if not row["ended"] or row["prefix_ids"] or not all(row["valid"]):
         return []
+    assert isinstance(labeller.judge, Checked)
     assert labeller.first_wrong is not None
     tokenizer, answer = labeller.engine.tokenizer, text_of(row["draft_ids"], labeller.engine.tokenizer)
     rows = []
     for number in range(count):
-        text = corrupted(prompt, answer, random.Random(f"{labeller.seed} {number} {answer}"))
+        text = labeller.judge.corrupted(prompt, answer, random.Random(f"{labeller.seed} {number} {answer}"))
         if text is None:
             continue
         ids = encode_continuation(text, tokenizer)
@@ -245,7 +258,7 @@ def _labeller(
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
     if labeller_of(recipe, task) == "task":
         checked = Checked(task, opens_thinking(engine.tokenizer))
-        program = program_of(recipe, task)
+        program = checked.first_wrong if program_of(recipe, task) else None
         return Labeller(engine, checked, limit, program, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
@@ -253,7 +266,7 @@ def _labeller(
         finished = dict(drive_together(many, section.batch_size))
         return [finished[i] for i in range(len(finished))]
 
-    noise = controls(agreement, prompts[:CONTROLS], together)
+    noise = controls(agreement, prompts[-CONTROLS:], together)  # training prompts
     return Labeller(engine, agreement, limit, None, section.samples, recipe.seed), {"labeller": "agreement", **noise}
 
 
@@ -283,7 +296,8 @@ def _ask_again(
         return {"direct": direct != row["valid"][k], "sampled": others / SAMPLED}
 
     started = time.perf_counter()
-    asked = finish_all(folder, chosen, together(asking, at_once), "labels again")
+    start_of = lambda place: [rows[place[0]][key] for key in ("prompt", "prefix_ids", "draft_ids")] + [place[1]]
+    asked = finish_all(folder, chosen, together(asking, at_once), "labels again", start_of)
     seconds = time.perf_counter() - started
     share = lambda key: sum(row[key] for row in asked) / len(asked) if asked else None
     return {
@@ -308,11 +322,12 @@ def _balance(rows: list[Row]) -> dict[str, Any]:
     for row in met:
         if row["round"] == 0:
             first[row["number"]] &= all(row["valid"])
-    known = [(sum(row["valid"]), row["valid"].count(False)) for row in rows]
+    known = [(sum(row["valid"]), row["valid"].count(False)) for row in met]
     return {
         "prompts": dict(Counter({row["number"]: row["split"] for row in rows}.values())),
-        "drafts": len(rows),
-        "drafts_right": sum(first.values()) / len(first),
+        "drafts": len(met),
+        "drafts_made": len(rows) - len(met),  # sampled, or with a fault put in
+        "drafts_right": sum(first.values()) / max(len(first), 1),
         "prefixes": sum(valid + invalid for valid, invalid in known),
         "valid_prefixes": sum(valid for valid, _ in known),
     }

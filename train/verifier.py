@@ -49,7 +49,7 @@ from train.evidence import gather, up_to_first_invalid
 from train.files import write_text
 from train.hazards import AdapterModule, Log, acceptable, fit
 from train.models import load_engine
-from train.probes import Lesson, choose_layers, learning_curve
+from train.probes import ProbeData, choose_layers, learning_curve
 from train.progress import progress_bar
 from train.recipe import AdapterSection, Recipe, hidden_states
 from train.run import KEPT, Run
@@ -176,12 +176,12 @@ def train_kinds(
     kinds: dict[str, Verifier] = {}
     curve: list[dict[str, float]] = []
     if "probe" in wanted:
-        lesson = Lesson(fitted, held_out, layers, section.probe, promise)
+        data = ProbeData(fitted, held_out, layers, section.probe, promise)
         if section.probe.layers == "auto":
-            lesson = choose_layers(lesson)
-        found = lesson.fit(log=log)
-        kinds["probe"] = Probe(found.module.head, lesson.layers)
-        curve = learning_curve(lesson, found)
+            data = choose_layers(data)
+        found = data.fit(log=log)
+        kinds["probe"] = Probe(found.module.head.to(engine.target.device), data.layers)
+        curve = learning_curve(data, found)
     if "adapter" in wanted:
         kinds["adapter"] = train_adapter(engine, fitted, held_out, section.adapter, promise, log)
     return Trained(kinds, curve)

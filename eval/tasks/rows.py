@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answer_checks import CHECKS, check_reference
-from eval.tasks.own import Checker, load_checker
+from eval.tasks.user_checker import UserChecker, load_checker
 from parse.models import Messages
 from parse.prompts import as_messages, checked_text, checked_turn, shown
 
@@ -63,7 +63,7 @@ class Rows:
             self.prompts[row.split].append(prompt)
             if row.references:
                 self.references[key_of(prompt)] = row.references
-        self.checker: Checker | None = None  # the user's own
+        self.checker: UserChecker | None = None  # the user's own
         if ":" in settings["check"]:
             self.checker = load_checker(settings["check"], bool(self.references))
         else:

@@ -17,13 +17,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Checker:
+class UserChecker:
     """A user's functions."""
 
     name: str  # module:function
@@ -47,7 +48,7 @@ class Checker:
         return bool(said)
 
 
-def load_checker(name: str, references: bool) -> Checker:
+def load_checker(name: str, references: bool) -> UserChecker:
     """The checker `module:function`.
 
     Args:
@@ -58,9 +59,9 @@ def load_checker(name: str, references: bool) -> Checker:
     """
     module_name, _, function_name = name.partition(":")
     module = _import(name, module_name)
-    functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+    functions = {key: value for key, value in vars(module).items() if callable(value) and not inspect.isclass(value)}
     if function_name not in functions:
-        own = ", ".join(key for key, value in functions.items() if value.__module__ == module.__name__)
+        own = ", ".join(key for key, value in functions.items() if inspect.getmodule(value) is module)
         raise ValueError(f"data.check={name}: {module_name} has no function {function_name!r}; it has: {own or 'none'}")
     takes = ("prompt", "answer", "reference") if references else ("prompt", "answer")
     _check_takes(name, function_name, functions[function_name], takes)
@@ -70,7 +71,23 @@ def load_checker(name: str, references: bool) -> Checker:
             _check_takes(name, key, functions[key], given)
     first_wrong, corrupted = (functions.get(key) for key in more)
     file = Path(module.__file__) if module.__file__ else None
-    return Checker(name, functions[function_name], first_wrong, corrupted, file)
+    index = first_wrong and partial(_index, name, first_wrong)
+    return UserChecker(name, functions[function_name], index, corrupted, file)
+
+
+def _index(name: str, first_wrong: Callable[..., Any], prompt: Any, answer: str) -> int | None:
+    """What the user's `first_wrong` says.
+
+    Raises:
+        ValueError: where that is neither an index nor None.
+    """
+    said = first_wrong(prompt, answer)
+    if said is None or (isinstance(said, int) and not isinstance(said, bool) and said >= 0):
+        return said
+    raise ValueError(
+        f"data.check={name}: first_wrong gives {said!r:.80} for the prompt {prompt!r:.80}: return the index of the "
+        "first wrong sentence, from 0 on, or None"
+    )
 
 
 def _import(name: str, module_name: str) -> ModuleType:

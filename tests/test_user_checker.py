@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.judges import Checked
 from eval.tasks import content_of_task
 from eval.tasks.rows import Rows
 from train.recipe import Data, RecipeError, load_recipe, to_dict
@@ -118,3 +119,21 @@ def test_a_name_that_is_none_is_refused():
         RecipeError, match="data.check is 'contian': give contains, .*or a function of your own as module"
     ):
         load_recipe(Path(__file__).parents[1] / "recipes/quickstart.yaml", ["data.check=contian"])
+
+
+@pytest.mark.parametrize("said", ["False", "-1", "'0'"])
+def test_a_first_wrong_that_is_no_index_is_refused(written, said):
+    task = rows(f"{written(PLAIN + f'def first_wrong(prompt, answer): return {said}')}:check")
+    with pytest.raises(ValueError, match=rf"first_wrong gives {said} for the prompt 'Say a': return the index"):
+        task.first_wrong("Say a", "a")
+
+
+def test_what_was_thought_is_not_shown_to_the_checker(written):
+    """A fault goes into the answer behind it; what `check` still calls right is no fault."""
+    checked = Checked(rows(f"{written(KNOWS)}:check"))
+    assert checked.first_wrong("Say a", "<think>bad</think>\n\na") is None
+    assert checked.first_wrong("Say a", "<think>bad") is None
+    assert checked.first_wrong("Say a", "<think>fine</think>\n\nbad") == 0
+    assert checked.corrupted("Say a", "<think>fine</think>\n\na", None) is None  # it still has an a
+    strict = Checked(rows(f"{written(KNOWS.replace('[-1] in answer', '[-1] == answer'))}:check"))
+    assert strict.corrupted("Say a", "<think>fine</think>\n\na", None) == "<think>fine</think>\n\na bad"
