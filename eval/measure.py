@@ -4,7 +4,8 @@ Accuracy is the share of requests whose finished answer the task calls right. Sp
 of target-alone over the method's, summed over the same requests. Acceptance counts the target's
 tokens: `accepted_fraction` is accepted draft tokens over all draft tokens, `full_accept_rate` the
 share of requests that the target wrote nothing of. False accepts and rejects count verdicts on the
-cuts of each draft up to and including its first wrong one.
+cuts of each draft up to and including its first wrong one. A request's latency is the time from its start in the engine
+to its end, beside whatever else runs there; `_p95` is what one request in twenty exceeds.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ def verdicts(outcome: Outcome, task: Task | Rows, opened: bool = False) -> Itera
             index += 1
 
 
+def _p95(values: Sequence[float]) -> float:
+    """The value that one in twenty exceeds."""
+    return float(np.percentile(values, 95))
+
+
 def summarize(
     name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task | Rows, opened: bool = False
 ) -> dict[str, Any]:
@@ -116,6 +122,8 @@ def summarize(
         "seconds_per_request": float(seconds.mean()),
         "tokens_per_second": tokens / float(seconds.sum()),
         "first_token_seconds": float(np.mean([s.first_token_seconds for s in stats])),
+        "first_token_seconds_p95": _p95([s.first_token_seconds for s in stats]),
+        "latency_seconds_p95": _p95([sum(s.seconds.values()) for s in stats]),
         "full_accept_rate": sum(s.draft_tokens > 0 and s.target_tokens == 0 for s in stats) / n,
         "accepted_fraction": sum(s.accepted_tokens for s in stats) / drafted if drafted else None,
         "false_accept_rate": sum(wrong) / len(wrong) if wrong else None,
@@ -123,5 +131,7 @@ def summarize(
         "model_time_fraction": 1 - spent["other"] / sum(spent.values()),
         "rounds": sum(s.rounds for s in stats) / n,
         "tokens_per_answer": tokens / n,
+        "tokens_from_draft": sum(s.accepted_tokens for s in stats) / n,
+        "tokens_from_target": sum(s.target_tokens for s in stats) / n,
         "seconds": {key: value / n for key, value in spent.items()},
     }

@@ -1,24 +1,133 @@
-"""python -m eval.results: docs/results.md, out of the files that benchmarks leave in docs/results/."""
+"""python -m eval.results [RUN ...]: keep the figures of runs, and write docs/results.md out of all that are kept.
+
+Of a run its evaluation, the verifier's report and the labels' noise are kept, with commit, machine and date, as one
+JSON file in docs/results/. The benchmark of a GPU leaves a file there by itself. Tables that a document shows between
+`<!-- NAME -->` and `<!-- end -->` are written anew too.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.bench.tables import gpu_tables, markdown_table
+from eval.bench.tables import Table, gpu_tables, markdown_table
+from eval.report import requests
+from eval.verdicts import COLUMNS
 from train.files import write_text
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NAMES = {
+    "parse": "**PARSE**",
+    "target": "target alone",
+    "draft": "draft alone",
+    "sequential": "sequential verification",
+}
+NAMES |= {"speculation": "lossless speculation"}
+
+
+def keep(run: Path, folder: Path) -> Path:
+    """Copy the figures of a run into a file of the folder.
+
+    Raises:
+        FileNotFoundError: for a run without an evaluation.
+    """
+    summary, record = (json.loads((run / name).read_text()) for name in ("eval/summary.json", "provenance.json"))
+    made = record["stages"]["eval"]
+    content = {key: made[key] for key in ("finished", "git_commit", "packages", "hardware")}
+    seconds = {stage: one["seconds"] for stage, one in record["stages"].items()}
+    content |= {"name": summary["name"], "seconds": seconds, "summary": summary}
+    for key, path in {"verifier": "verifier/report.json", "labels": "rollouts/labels.json"}.items():
+        content[key] = json.loads((run / path).read_text()) if (run / path).is_file() else None
+    file = folder / f"run-{summary['name']}.json"
+    write_text(file, json.dumps(content, indent=1) + "\n")
+    return file
 
 
 def document(folder: Path) -> str:
     """The document, of what lies in the folder."""
-    return "\n".join(
-        ["# Results", "", "Written by `make results`; the figures are in `docs/results/`.", "", *_gpu(folder)]
-    )
+    head = ["# Results", "", "Written by `make results`; the figures are in `docs/results/`.", ""]
+    return "\n".join([*head, *_runs(folder), *_gpu(folder)])
+
+
+def _runs(folder: Path) -> Iterator[str]:
+    for file in sorted(folder.glob("run-*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        yield f"## {record['name']}"
+        yield ""
+        packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if version)
+        yield f"{record['finished']}, commit {str(record['git_commit'])[:12]}, {record['hardware']}, {packages}."
+        yield ""
+        for table in run_tables(record):
+            yield markdown_table(table)
+
+
+def run_tables(record: dict[str, Any]) -> Iterator[Table]:
+    """The tables of a run: the methods by the requests at once, the verifiers, and the learning curve."""
+    summary, verifier = record["summary"], record["verifier"]
+    for part in (summary, *summary["concurrency"]):
+        yield methods_table(part["methods"], part["at_once"])
+    if verifier:
+        head = ["verifier", *(title for _, title, _ in COLUMNS)]
+        rows = [
+            [
+                f"**{kind}**" if kind == verifier["chosen"] else kind,
+                *(form.format(figures[key]) for key, _, form in COLUMNS),
+            ]
+            for kind, figures in verifier["kinds"].items()
+        ]
+        oracle = verifier["kinds"][verifier["chosen"]]["oracle_accepted_fraction"]
+        title = (
+            f"Verifiers on {verifier['n_prompts']} test prompts ({verifier['n_prefixes']} prefixes), "
+            f"{verifier['max_accuracy_loss']:.1%} of accuracy promised; an oracle accepts {oracle:.1%}"
+        )
+        yield Table(title, head, rows)
+        if curve := verifier.get("learning_curve"):
+            rows = [[f"{one['prompts']:.0f}", f"{one['acceptable']:.1%}", f"{one['loss']:.3f}"] for one in curve]
+            yield Table("The probe by the prompts that it learns from", ["prompts", "acceptable", "loss, nats"], rows)
+
+
+def methods_table(rows: list[dict[str, Any]], at_once: int) -> Table:
+    """The methods on the same prompts, so many requests at once."""
+    head = ["method", "accuracy (95%)", "against target", "speed-up (95%)", "s/request", "first token", "its p95"]
+    head += ["latency p95", "tokens from draft, target"]
+    cells = []
+    for row in rows:
+        (low, high), (slow, fast) = row["accuracy_ci95"], row["speedup_ci95"]
+        cells.append(
+            [
+                NAMES.get(row["name"], row["name"]),
+                f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})",
+                f"{row['accuracy_difference'] * 100:+.1f} pt",
+                f"{row['speedup']:.2f}x ({slow:.2f} to {fast:.2f})",
+                f"{row['seconds_per_request']:.3f}",
+                f"{row['first_token_seconds']:.3f} s",
+                f"{row['first_token_seconds_p95']:.3f} s",
+                f"{row['latency_seconds_p95']:.3f} s",
+                f"{row['tokens_from_draft']:.0f}, {row['tokens_from_target']:.0f}",
+            ]
+        )
+    return Table(f"{rows[0]['n']} test prompts, {requests(at_once)}", head, cells)
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """A document with the first table of each run that it names between `<!-- NAME -->` and `<!-- end -->`."""
+
+    def written(found: re.Match[str]) -> str:
+        file = folder / f"run-{found['name']}.json"
+        if not file.is_file():
+            return found[0]
+        record = json.loads(file.read_text(encoding="utf-8"))
+        part = record["summary"]
+        table = markdown_table(methods_table(part["methods"], part["at_once"]))
+        return f"<!-- {found['name']} -->\n{table}\n<!-- end -->"
+
+    return re.sub(r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
 
 
 def _gpu(folder: Path) -> Iterator[str]:
@@ -43,9 +152,22 @@ def _made_with(record: dict[str, Any]) -> str:
     return f"{record['date']}, {commit}, {packages}; {record['seconds']:.0f} s in all."
 
 
-def main() -> int:
-    """Write the document."""
+def main(arguments: list[str] | None = None) -> int:
+    """Keep what is asked for, and write the documents."""
+    parser = argparse.ArgumentParser(prog="python -m eval.results", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders whose figures are kept")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        try:
+            print(keep(run, DOCS / "results"))
+        except (OSError, KeyError) as error:
+            print(f"error: {run} holds no evaluation ({error}): run `python -m eval` first", file=sys.stderr)
+            return 2
     write_text(DOCS / "results.md", document(DOCS / "results"))
+    for file in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
+        before = file.read_text(encoding="utf-8")
+        if (after := with_tables(before, DOCS / "results")) != before:
+            write_text(file, after)
     print(DOCS / "results.md")
     return 0
 

@@ -1,0 +1,57 @@
+"""The figures of runs that documents show: kept with what they were made with, and written by the command."""
+
+import json
+
+import pytest
+
+from eval import results
+from eval.measure import summarize
+from eval.tasks import ledger
+from parse import Segment
+from tests.test_measure import FIG, outcome
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with an evaluation."""
+    target = [outcome([Segment(FIG, "target", None, True)], 2.0, True, 0, 0, 10)] * 4
+    mine = [outcome([Segment(FIG, "draft", 0.9, True)])] * 4
+    rows = [summarize(name, some, target, ledger) for name, some in (("target", target), ("parse", mine))]
+    summary = {"name": "of-mine", "at_once": 1, "methods": rows, "concurrency": [{"at_once": 8, "methods": rows}]}
+    made = {"finished": "2026-01-02", "git_commit": "a" * 40, "packages": {"torch": "9"}, "hardware": "2 cores"}
+    folder = tmp_path / "run"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval/summary.json").write_text(json.dumps(summary))
+    (folder / "provenance.json").write_text(json.dumps({"stages": {"eval": {**made, "seconds": 7.0}}}))
+    return folder
+
+
+def test_a_runs_figures_are_kept_with_machine_commit_and_date(run, tmp_path):
+    file = results.keep(run, tmp_path)
+    assert file.name == "run-of-mine.json"
+    text = results.document(tmp_path)
+    assert "2026-01-02, commit aaaaaaaaaaaa, 2 cores, torch 9." in text
+    assert "4 test prompts, one request at a time:" in text
+    assert "4 test prompts, 8 requests at once:" in text
+    assert "| **PARSE** | 100.0% (51.0% to 100.0%) | +0.0 pt | 2.00x (2.00 to 2.00) | 1.000 | 0.300 s |" in text
+
+
+def test_a_document_shows_the_table_of_a_run_that_it_names(run, tmp_path):
+    results.keep(run, tmp_path)
+    text = results.with_tables("Before\n<!-- of-mine -->\nold\n<!-- end -->\nafter <!-- other --> x", tmp_path)
+    assert text.startswith("Before\n<!-- of-mine -->\n4 test prompts")
+    assert text.endswith("<!-- end -->\nafter <!-- other --> x")
+    assert "old" not in text
+    assert results.with_tables(text, tmp_path) == text
+
+
+def test_a_run_without_an_evaluation_is_refused(tmp_path, capsys):
+    assert results.main([str(tmp_path)]) == 2
+    assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_the_documents_are_as_the_command_writes_them():
+    folder = results.DOCS / "results"
+    assert (results.DOCS / "results.md").read_text() == results.document(folder)
+    for file in (results.ROOT / "README.md", *results.DOCS.glob("*.md")):
+        assert results.with_tables(file.read_text(), folder) == file.read_text()
