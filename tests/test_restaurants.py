@@ -125,6 +125,9 @@ def test_wordings_of_each_value(attribute, value, wordings):
     [
         ("A highly priced place with a low rating.", {"price": {"high"}, "rating": {"low"}}),
         ("Moderately priced and low rated.", {"price": {"middle"}, "rating": {"low"}}),
+        ("Moderately priced and highly rated.", {"price": {"middle"}, "rating": {"high"}}),
+        ("A moderately priced highly rated place.", {"price": {"middle"}, "rating": {"high"}}),
+        ("A high-end place.", {"price": {"high"}}),
         ("It has 1 out of 5 stars.", {"rating": {"low"}}),
         ("Near Café Sicilia, not far from Raja Indian Cuisine.", {"near": {"Café Sicilia", "Raja Indian Cuisine"}}),
         ("Although cheap, it is not for kids but highly rated.",
@@ -160,7 +163,7 @@ def test_a_draft_with_a_fault_is_labelled_where_it_is(tokenizer):
     labeller.engine.tokenizer = byte_level_tokenizer([RIGHT], 300)
     ids = labeller.engine.tokenizer.encode(RIGHT, add_special_tokens=False)
     row = {"prefix_ids": [], "draft_ids": ids, "ended": True, "valid": [True] * 4, "round": 0}
-    rows = with_faults(labeller, restaurants, PROMPT, row, 5)
+    rows = with_faults(labeller, PROMPT, row, 5)
     assert len({tuple(fault["draft_ids"]) for fault in rows}) > 1
     for fault in rows:
         text = labeller.engine.tokenizer.decode(fault["draft_ids"])
@@ -168,7 +171,7 @@ def test_a_draft_with_a_fault_is_labelled_where_it_is(tokenizer):
         assert not fault["valid"][-1]
         assert len(fault["valid"]) == len(fault["ends"])
         assert fault["valid"] == sorted(fault["valid"], reverse=True)
-    assert with_faults(labeller, restaurants, PROMPT, {**row, "valid": [True, False]}, 5) == []
+    assert with_faults(labeller, PROMPT, {**row, "valid": [True, False]}, 5) == []
     assert with_faults(labeller, ledger, PROMPT, row, 5) == []
 
 
@@ -206,10 +209,36 @@ def test_peoples_texts_become_right_answers_of_the_training_split(folder):
         assert "Giraffe is an Indian pub." not in answer
         assert "clowns:" not in answer
     assert list(people(rows_of(folder), 10, seed=0)) == rows[:10]
-    names = {place["name"] for prompt, _ in rows for place in read_prompt(prompt)}
-    assert len(names) > 15  # exchanged, in text and set alike
+    places = [place for prompt, _ in rows for place in read_prompt(prompt)]
+    assert len({place["name"] for place in places}) > 15  # exchanged, in text and set alike
+    assert {"English", "French", "Italian"} <= {place.get("food") for place in places}
     hub = [{"meaning_representation": given, "human_reference": text} for given, text in ROWS]
     assert list(people(hub, 10, seed=0)) == rows[:10]
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "expected"),
+    [
+        ("It is a pub.", "pub", "coffee shop", "It is a coffee shop."),
+        ("An Indian pub, and a pub near it.", "Indian", "French", "A French pub, and a pub near it."),
+        ("There is a French publican.", "French", "Italian", "There is an Italian publican."),
+        ("A publican has a pub.", "pub", "restaurant", "A publican has a restaurant."),
+        ("Its rating: a 1 out of 5.", "1 out of 5", "5 out of 5", "Its rating: a 5 out of 5."),
+    ],
+)
+def test_values_are_exchanged_with_their_articles(text, old, new, expected):
+    assert restaurants._exchanged(text, old, new) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_exchanged_in_a_text_is_exchanged_in_its_set(seed):
+    place = {"name": "Cocum", "type": "pub", "food": "Indian", "price": "less than £20", "rating": "low"}
+    text = "Cocum is an Indian pub where you pay less than £20. It has a low customer rating."
+    other, varied = restaurants._varied(place, text, random.Random(seed))
+    assert not restaurants._wrong(other, varied)
+    assert other["price"] in ("less than £20", "£20-25", "more than £30")
+    assert other["rating"] in ("low", "average", "high")
+    assert "a Indian" not in varied
 
 
 def test_rows_of_other_data_are_refused(folder, tmp_path, capsys):

@@ -40,7 +40,7 @@ VALUES = {
     "family": ("yes", "no"),
     "near": tuple(NEAR),
 }
-SHARES = {"type": 0.9, "food": 0.75, "price": 0.6, "rating": 0.6, "area": 0.75, "family": 0.7, "near": 0.75}
+SHARES = {"type": 1.0, "food": 0.75, "price": 0.6, "rating": 0.6, "area": 0.75, "family": 0.7, "near": 0.75}
 LEAST, MOST = 3, 6  # attributes of a place, beside its name
 PLACES = (3, 4, 5)  # in a prompt
 LEVELS = {  # values of which one stands for the other in a text
@@ -72,6 +72,28 @@ _EXCHANGES = [
 ]
 _LABELS = {"food": "food: ", "price": "price: ", "rating": "rating: ", "family": "for families: ", "near": "near "}
 _COLUMNS = {"eatType": "type", "priceRange": "price", "customer rating": "rating", "familyFriendly": "family"}
+_STYLES = {  # values that stand for the same levels, in the same order, in words and in numbers
+    "price": (("cheap", "moderate", "high"), ("less than £20", "£20-25", "more than £30")),
+    "rating": (("low", "average", "high"), ("1 out of 5", "3 out of 5", "5 out of 5")),
+    "area": (("riverside", "city centre"),),
+    "type": (VALUES["type"],),
+    "food": (tuple(food for food in VALUES["food"] if food != "Fast food"),),
+}
+_SPELLINGS = {  # how people spell such values, so that one can stand in the other's place
+    "price": (
+        ("cheap", "moderately priced", "expensive"),
+        ("low price range", "moderate price range", "high price range"),
+        ("cheap price range", "moderate price range", "high price range"),
+        ("less than £20", "£20-25", "more than £30"),
+    ),
+    "rating": (
+        ("low customer rating", "average customer rating", "high customer rating"),
+        ("1 out of 5", "3 out of 5", "5 out of 5"),
+    ),
+    "area": (("in the riverside area", "in the city centre"), ("on the riverside", "in the city centre")),
+    "type": (VALUES["type"],),
+    "food": _STYLES["food"],
+}
 _PARAGRAPH = re.compile(r"(\d+)\. *(.*)", re.DOTALL)
 
 
@@ -83,10 +105,17 @@ def draw_prompt(rng: random.Random, split: str) -> str:
 
 def _draw_place(rng: random.Random, split: str, name: str) -> Place:
     while True:
-        chosen = [attribute for attribute, share in SHARES.items() if rng.random() < share]
-        place = {"name": name, **{attribute: rng.choice(VALUES[attribute]) for attribute in chosen}}
-        if LEAST <= len(chosen) <= MOST and split_of(place) == split:
+        values = {attribute: rng.choice(VALUES[attribute]) for attribute in _draw_attributes(rng)}
+        place = {"name": name, **values}
+        if split_of(place) == split:
             return place
+
+
+def _draw_attributes(rng: random.Random) -> list[str]:
+    while True:
+        chosen = [attribute for attribute, share in SHARES.items() if rng.random() < share]
+        if LEAST <= len(chosen) <= MOST:
+            return chosen
 
 
 def split_of(place: Mapping[str, str]) -> str:
@@ -204,8 +233,9 @@ def _missing(place: Mapping[str, str], text: str) -> bool:
 def people(rows: Iterable[Mapping[str, str]], count: int, seed: int) -> Iterator[tuple[str, str]]:
     """Prompts, and answers made of people's descriptions, of the split "train" alone.
 
-    Descriptions that the checker calls wrong are left out. Names are exchanged for others, in the set and in the text
-    alike, so that each is seen beside all others; then the set is another one, and has to belong to the split too.
+    Descriptions that the checker calls wrong are left out. Names and values are exchanged for others, in the set and in
+    the text alike, so that each is seen beside all others and what a text says cannot be guessed from its wording. Then
+    the set is another one, and has to belong to the split too. Sets have the attributes that the prompts' sets have.
 
     Args:
         rows: `mr` and `ref`, or `meaning_representation` and `human_reference`, a person's description each.
@@ -221,11 +251,15 @@ def people(rows: Iterable[Mapping[str, str]], count: int, seed: int) -> Iterator
     if not described:
         raise ValueError("none of the rows holds a description that is right: are they those of the E2E NLG data?")
     rng = random.Random(f"people {seed}")
+    alike: dict[frozenset[str], list[tuple[Place, str]]] = {}  # by their attributes
+    for place, text in described:
+        alike.setdefault(frozenset(place), []).append((place, text))
     for _ in range(count):
         chosen: dict[str, tuple[Place, str]] = {}
         wanted = rng.choice(PLACES)
         while len(chosen) < wanted:
-            place, text = _renamed(*rng.choice(described), rng)
+            attributes = frozenset({"name", *_draw_attributes(rng)})
+            place, text = _varied(*rng.choice(alike.get(attributes, described)), rng)
             fine = _well_put(text) and not _wrong(place, text)
             if fine and place["name"] not in chosen and split_of(place) == "train":
                 chosen[place["name"]] = place, text
@@ -258,14 +292,33 @@ def _wrong(place: Place, text: str) -> bool:
     return _false(place, text) or _missing(place, text)
 
 
-def _renamed(place: Place, text: str, rng: random.Random) -> tuple[Place, str]:
-    """The same description of a place of another name, near another one, where the text spells both as they are."""
+def _varied(place: Place, text: str, rng: random.Random) -> tuple[Place, str]:
+    """The same description of another place: where the text spells names and values as they are, others stand there."""
     place = dict(place)
+    for attribute, styles in _STYLES.items():
+        style = next((style for style in styles if place.get(attribute) in style), None)
+        if style is None:
+            continue
+        before, after = style.index(place[attribute]), rng.randrange(len(style))
+        for spellings in _SPELLINGS[attribute]:
+            if len(re.findall(rf"\b{re.escape(spellings[before])}\b", text)) == 1:
+                text, place[attribute] = _exchanged(text, spellings[before], spellings[after]), style[after]
+                break
     for attribute, names in (("name", NAMES), ("near", NEAR)):
         old, new = place.get(attribute), rng.choice(names)
         if old and text.count(old) == 1 and plain(text).count(plain(old).removeprefix("the ")) == 1:
             text, place[attribute] = text.replace(old, new), new
     return place, text
+
+
+def _exchanged(text: str, old: str, new: str) -> str:
+    """The text with one word for another, behind the article that it takes."""
+
+    def fitting(match: re.Match[str]) -> str:
+        article = match["article"]
+        return new if article is None else f"{article[0]}{'n' * (new[0] in 'AEIOUaeiou')} {new}"
+
+    return re.sub(rf"(?P<article>\b[Aa]n? )?\b{re.escape(old)}\b", fitting, text)
 
 
 def rows_of(folder: Path) -> Iterator[dict[str, str]]:

@@ -134,10 +134,12 @@ _PRICE = _any(
             r"\bexpensive\b",
             r"costly",
             r"pricey",
+            r"high[ -]end\b",
             rf"(?:more|over|above|greater|higher|upwards|starting|start|from|minimum|least|exceed\w*)"
             rf"(?: than| of| at| from)? ?(?:a )?(?:price of |cost of |average of )?{_POUNDS}(?:30|thirty)\b",
             r"\b30 ?(?:\+|or more|and up|plus|and above|and over)",
-            rf"{_PRICED}(?: is| are|:)?(?: very| quite| on the| rather| a bit| pretty| somewhat| fairly)* high",
+            rf"{_PRICED}(?: is| are|:)?(?: very| quite| on the| rather| a bit| pretty| somewhat| fairly)* high"
+            r"(?!(?:ly)?[ -]*(?:customer |consumer )?rat)",
         ],
     }
 )
