@@ -24,10 +24,12 @@ from parse.__main__ import main as ask
 from tests.conftest import MODELS, adopt, launch, wait_for
 from train.__main__ import main as train
 from train.recipe import load_recipe
+from train.transfer import main as transfer
 
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/quickstart.yaml"
 KINDS = ("likelihood", "divergence")
+SPLITS = ("train", "calibration", "test")
 UNALIGNED = "stages=[answers,distill,rollouts,verifier]"
 SMALL = [
     "rollouts.train=120",
@@ -247,6 +249,35 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     shutil.rmtree(folder / "rollouts")
     assert train([RECIPE, "rollouts", *options]) == 0
     assert load_from_disk(folder / "rollouts").to_list() == interrupted
+
+
+def test_rollouts_take_up_no_training_prompt_behind_their_time(words, recipe, tmp_path, capsys):
+    """The first one always, and calibration and test before it."""
+    options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}", UNALIGNED]
+    options += [f"rollouts.{split}=4" for split in ("train", "calibration", "test")] + ["rollouts.recheck=1"]
+    adopt(load_recipe(RECIPE, options), distill=recipe.folder / "draft")
+    folder = tmp_path / "quickstart" / "rollouts"
+    assert train([RECIPE, "rollouts", *options, "rollouts.batch_size=1", "rollouts.minutes=0.001"]) == 0
+    late = json.loads((folder / "labels.json").read_text())["not_taken_up"]
+    assert 1 <= late <= 3
+    assert f"{late} prompts to learn from were not taken up" in capsys.readouterr().out
+    prompts = {split: {row["number"] for row in load_from_disk(folder) if row["split"] == split} for split in SPLITS}
+    assert [len(prompts[split]) for split in SPLITS] == [4 - late, 4, 4]
+    assert train([RECIPE, "rollouts", *options]) == 0
+    assert len({row["number"] for row in load_from_disk(folder)}) == 12
+
+
+def test_a_verifier_is_measured_on_the_drafts_of_another_run(words, recipe, capsys):
+    """On those of its own run it gets what its report says."""
+    settings = [part for word in words for part in ("--set", word)]
+    assert transfer([RECIPE, str(recipe.rollouts_folder), *settings]) == 0
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    report = json.loads((recipe.folder / "verifier" / "report.json").read_text())
+    for key, value in report["kinds"][report["chosen"]].items():
+        if key != "milliseconds_per_cut":
+            assert found[key] == found["own_threshold"][key] == pytest.approx(value), key
+    assert transfer([RECIPE, str(recipe.folder / "rollouts"), *settings]) == 2  # of its training prompts alone
+    assert "holds no drafts of calibration and test prompts" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

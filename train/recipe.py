@@ -200,7 +200,7 @@ class Fit:
     batch_size: Count = 16  # drafts, over all processes
     error_weight: Annotated[float, Range(0.001, 1000)] = 1.0  # of a draft's first invalid cut beside its valid ones
     hidden: Annotated[int, Range(1, 10**5)] = 128  # units of the head
-    dropout: Annotated[float, Range(0, 0.99)] = 0.1
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0
     weight_decay: Annotated[float, Range(0, 100)] = 0.05
     patience: Count = 6  # epochs without a better verdict on held-out prompts, after which the rest is left out
 
@@ -211,6 +211,7 @@ class ProbeSection(Fit):
 
     epochs: Count = 40
     learning_rate: Rate = 2e-3
+    dropout: Annotated[float, Range(0, 0.99)] = 0.1
     layers: Literal["auto"] | list[Annotated[int, Range(-(10**4), 10**4)]] = "auto"  # see `hidden_states`; "auto" are
     # four, spread over the depth, and of these all or the one that is better on held-out prompts
     blocks: Annotated[int, Range(0, 32)] = 2  # of attention over the states of prompt and draft, before the head

@@ -77,9 +77,6 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
             for number, row in enumerate(found)
             for drafted in row["rounds"]
         ]
-        late = sum(REFUSED in row for row in found)
-        if late and late == sum(split == "train" for split, _ in prompts):
-            raise RecipeError(f"{stage}: rollouts.minutes ({section.minutes}) are too few to label one training prompt")
         if not rows:
             raise RecipeError(
                 f"{stage}: the draft in {draft} answered none of {len(prompts)} prompts with as much as a segment: see "
@@ -90,6 +87,7 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         again |= _disagreement(again.pop("places"), rows, labels)
         if run.is_main:
             Dataset.from_list(rows).save_to_disk(folder)
+            late = sum(REFUSED in row for row in found)
             summary = {**_balance(rows), "not_taken_up": late, "labels": labels, **again, **noise}
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
             _explain(stage, summary)
