@@ -128,6 +128,7 @@ def test_wordings_of_each_value(attribute, value, wordings):
         ("Moderately priced and highly rated.", {"price": {"middle"}, "rating": {"high"}}),
         ("A moderately priced highly rated place.", {"price": {"middle"}, "rating": {"high"}}),
         ("A high-end place.", {"price": {"high"}}),
+        ("It has a low food price range, and the rating is 'average'.", {"price": {"low"}, "rating": {"middle"}}),
         ("It has 1 out of 5 stars.", {"rating": {"low"}}),
         ("Near Café Sicilia, not far from Raja Indian Cuisine.", {"near": {"Café Sicilia", "Raja Indian Cuisine"}}),
         ("Although cheap, it is not for kids but highly rated.",
@@ -229,6 +230,15 @@ def test_peoples_texts_become_right_answers_of_the_training_split(folder):
 )
 def test_values_are_exchanged_with_their_articles(text, old, new, expected):
     assert restaurants._exchanged(text, old, new) == expected
+
+
+def test_a_set_lists_its_attributes_as_its_text_states_them():
+    place = {"name": "Cocum", "type": "pub", "food": "Indian", "price": "cheap", "near": "Ranch"}
+    text = "Near Ranch you pay little at Cocum, a cheap pub. Its food is Indian."
+    assert list(restaurants._in_order(place, text)) == ["name", "near", "price", "type", "food"]
+    assert restaurants.prompt_text([restaurants._in_order(place, text)]).endswith(
+        "1. Cocum; near Ranch; price: cheap; pub; food: Indian"
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

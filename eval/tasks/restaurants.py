@@ -6,9 +6,10 @@
     answer   1. Near Café Rouge on the riverside is The Mill, a cheap coffee shop with Chinese food. It is rated highly.
              2. ...
 
-Order and wording within a paragraph are free. A paragraph is right if it names its place, states every attribute with
-its value, and states no other value, also not of an attribute that was not given; to say the same again is no fault,
-and neither is what is no attribute ("a lovely view"). `eval.tasks.wordings` reads what a text states.
+A place's attributes are listed in any order. Order and wording within a paragraph are free. A paragraph is right if it
+names its place, states every attribute with its value, and states no other value, also not of an attribute that was not
+given; to say the same again is no fault, and neither is what is no attribute ("a lovely view"). `eval.tasks.wordings`
+reads what a text states.
 
 Attributes and values are those of the E2E NLG data (Novikova, Dusek and Rieser, SIGDIAL 2017; cleaned by Dusek,
 Howcroft and Rieser, INLG 2019), of whose texts nothing is kept here. Sets of attributes are drawn by this program, and
@@ -115,6 +116,7 @@ def _draw_attributes(rng: random.Random) -> list[str]:
     while True:
         chosen = [attribute for attribute, share in SHARES.items() if rng.random() < share]
         if LEAST <= len(chosen) <= MOST:
+            rng.shuffle(chosen)
             return chosen
 
 
@@ -132,8 +134,8 @@ def prompt_text(places: Iterable[Mapping[str, str]]) -> str:
 
 
 def _line(place: Mapping[str, str]) -> str:
-    attributes = [attribute for attribute in VALUES if attribute in place]
-    return "; ".join([place["name"], *(f"{_LABELS.get(each, '')}{place[each]}" for each in attributes)])
+    attributes = [f"{_LABELS.get(each, '')}{value}" for each, value in place.items() if each != "name"]
+    return "; ".join([place["name"], *attributes])
 
 
 def read_prompt(prompt: str) -> list[Place]:
@@ -235,7 +237,8 @@ def people(rows: Iterable[Mapping[str, str]], count: int, seed: int) -> Iterator
 
     Descriptions that the checker calls wrong are left out. Names and values are exchanged for others, in the set and in
     the text alike, so that each is seen beside all others and what a text says cannot be guessed from its wording. Then
-    the set is another one, and has to belong to the split too. Sets have the attributes that the prompts' sets have.
+    the set is another one, and has to belong to the split too. Sets have the attributes that the prompts' sets have,
+    listed in the order in which the text states them: so a model learns to go through the list.
 
     Args:
         rows: `mr` and `ref`, or `meaning_representation` and `human_reference`, a person's description each.
@@ -246,7 +249,9 @@ def people(rows: Iterable[Mapping[str, str]], count: int, seed: int) -> Iterator
         ValueError: where the rows have other columns, or no description is right.
     """
     described = [
-        (place, text) for place, text in map(_described, rows) if place and _well_put(text) and not _wrong(place, text)
+        (_in_order(place, text), text)
+        for place, text in map(_described, rows)
+        if place and _well_put(text) and not _wrong(place, text)
     ]
     if not described:
         raise ValueError("none of the rows holds a description that is right: are they those of the E2E NLG data?")
@@ -279,6 +284,18 @@ def _described(row: Mapping[str, str]) -> tuple[Place | None, str]:
     known = set(place) <= {"name", *VALUES} and place.get("name") in NAMES
     fine = known and len(place) == len(pairs) and LEAST <= len(place) - 1 <= MOST
     return (place if fine else None), " ".join(text.split())
+
+
+def _in_order(place: Place, text: str) -> Place:
+    """The place with its attributes in the order in which the text states them."""
+    words, wanted = text.split(" "), _wanted(place)
+    stated_by = [stated(" ".join(words[:end])) for end in range(1, len(words) + 1)]
+
+    def first(attribute: str) -> int:
+        said = (end for end, found in enumerate(stated_by) if wanted[attribute] in found[attribute])
+        return -1 if attribute == "name" else next(said, len(words))
+
+    return {attribute: place[attribute] for attribute in sorted(place, key=first)}
 
 
 def _well_put(text: str) -> bool:

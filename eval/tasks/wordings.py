@@ -60,8 +60,9 @@ def _named(names: Sequence[str]) -> Patterns:
 
 
 def plain(text: str) -> str:
-    """Lower case, without accents, with one space between words."""
+    """Lower case, without accents and quotation marks, with one space between words."""
     letters = unicodedata.normalize("NFD", text.lower().replace("\u2019", "'").replace("\u2013", "-"))
+    letters = re.sub(r"(?<!\w)'|'(?!\w)|[\"\u201c\u201d]", "", letters)
     return " ".join("".join(letter for letter in letters if not unicodedata.combining(letter)).split())
 
 
@@ -111,7 +112,7 @@ _PRICE = _any(
             r"\bbudget\b",
             r"bargain",
             r"good value",
-            r"\blow(?:er|ly|est)?[ -]*(?:in )?(?:cost|pric)",
+            r"\blow(?:er|ly|est)?[ -]*(?:in )?(?:food )?(?:cost|pric)",
             r"\blow (?:range|end) price",
             rf"\b(?:less|lower|under|below|cheaper|maximum of|up to|no more)(?: than)? ?{_POUNDS}(?:20|twenty)\b",
             r"\b20(?: pounds)? or less",
@@ -130,7 +131,7 @@ _PRICE = _any(
             rf"{_PRICED}(?: is| are|:| of| at| in)*(?: an?| the)? ?average",
         ],
         "high": [
-            r"\b(?:high|higher|highly|upper|premium|upscale)[ -]*(?:end )?(?:in )?(?:cost|pric|range)",
+            r"\b(?:high|higher|highly|upper|premium|upscale)[ -]*(?:end )?(?:in )?(?:food )?(?:cost|pric|range)",
             r"\bexpensive\b",
             r"costly",
             r"pricey",
