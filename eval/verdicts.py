@@ -69,12 +69,10 @@ def console_table(report: dict[str, Any]) -> str:
         lines.append(f"  {name:26s}{cells}" + ("   <- saved" if name == report["chosen"] else ""))
     oracle = report["kinds"][report["chosen"]]["oracle_accepted_fraction"]
     size = f"{report['n_prompts']} test prompts, {report['n_prefixes']} prefixes"
-    lines.append(f"  on {size}; who knows the labels accepts {oracle:.1%}")
+    lines.append(f"  on {size}; an oracle that knows the labels accepts {oracle:.1%}")
     if curve := report.get("learning_curve"):
-        points = ", ".join(f"{row['acceptable']:.1%} from {row['prompts']:.0f}" for row in curve)
-        lines.append(
-            f"  the probe may accept, of held-out drafts' tokens, by the prompts that it learns from: {points}"
-        )
+        points = ", ".join(f"{row['prompts']:.0f} prompts {row['acceptable']:.1%}" for row in curve)
+        lines.append(f"  learning curve, tokens of held-out drafts that a probe may accept: {points}")
     return "\n".join(lines)
 
 
@@ -112,7 +110,7 @@ accuracy loss under {promise:.1%} by the calibration prompts; cuts count up to a
 
 
 def _curve(report: dict[str, Any]) -> str:
-    """How the probe grows with the prompts that it learns from, as a table; nothing where that was not measured."""
+    """The learning curve as a table; nothing where there is none."""
     rows = "".join(
         f"<tr><td>{row['prompts']:.0f}</td><td>{row['acceptable']:.1%}</td><td>{row['loss']:.3f}</td></tr>"
         for row in report.get("learning_curve", [])
@@ -120,10 +118,10 @@ def _curve(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     heads = ("prompts", "acceptable tokens", "loss (nats a draft)")
-    return f"""<h2>More labelled prompts?</h2><p>The probe that learns from a part of the prompts, and from all: what it
-may accept of the drafts of held-out prompts within the promise. Where the last rows differ much, more prompts would
-help (<code>rollouts.train</code>).</p><div class="wide"><table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
-{rows}</table></div>"""
+    return f"""<h2>More labelled prompts?</h2><p>Probes trained on a part of the labelled prompts, and on all of them:
+the share of held-out draft tokens that each may accept within the promise. If it still rises in the last row, more
+prompts would help (<code>rollouts.train</code>).</p><div class="wide"><table>
+<tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{rows}</table></div>"""
 
 
 def line_styles(kinds: Sequence[str]) -> dict[str, LineStyle]:

@@ -50,7 +50,11 @@ class Layout:
         return len(self.ids) == self.draft_length
 
     def suffixes(self, behind: int) -> Layout:
-        """The suffixes alone, behind so many keys of which the first are the draft's: a row without past has those."""
+        """The suffixes alone, for a pass after the text itself was read into a cache.
+
+        Args:
+            behind: how many keys that cache holds, the text's and any padding after them.
+        """
         n, skipped = self.draft_length, behind - self.draft_length - self.past
         parts = (self.ids[n:], self.positions[n:], self.limit[n:], [own + skipped for own in self.own[n:]])
         return Layout(*parts, past=behind, draft_length=0, suffix_length=self.suffix_length)

@@ -15,7 +15,7 @@ from parse.passes import drive, drive_together
 from tests.conftest import MODELS
 from train.labels import Labeller, bisecting
 from train.recipe import RecipeError, load_recipe, to_dict
-from train.rollouts import Clock, first_segment, labels_of, rolling_out
+from train.rollouts import TimeBudget, _balance, first_segment, labels_of, rolling_out
 
 QUICK = "recipes/quickstart.yaml"
 
@@ -203,12 +203,26 @@ def test_the_program_labels_no_drafts_that_are_cut_within_sentences(word):
 def test_a_clock_starts_when_it_is_asked_first(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("train.rollouts.time.monotonic", lambda: now[0])
-    clock, endless = Clock(2), Clock(None)
+    budget, endless = TimeBudget(2), TimeBudget(None)
     now[0] = 1000.0
-    assert not clock.is_over()
+    assert not budget.is_over()
     assert not endless.is_over()
     now[0] += 119
-    assert not clock.is_over()
+    assert not budget.is_over()
     now[0] += 2
-    assert clock.is_over()
+    assert budget.is_over()
     assert not endless.is_over()
+
+
+def test_what_is_counted_is_what_the_engine_meets():
+    row = {"number": 0, "split": "train", "round": 0, "met": True, "valid": [True, False]}
+    rows = [row, {**row, "met": False, "valid": [False] * 9}, {**row, "round": 1, "valid": [True]}]
+    rows += [{**row, "number": 1, "valid": [True]}, {**row, "number": 2, "split": "test", "valid": [True]}]
+    assert _balance(rows) == {
+        "prompts": {"train": 2, "test": 1},
+        "drafts": 4,
+        "drafts_made": 1,
+        "drafts_right": 2 / 3,
+        "prefixes": 5,
+        "valid_prefixes": 4,
+    }

@@ -80,6 +80,10 @@ def test_every_shipped_recipe_loads():
         ),
         ({"answers": {"server": {"url": "http://a", "key_variable": ""}}}, "give the name of an environment variable"),
         ({"answers": {"server": "http://a"}}, "answers.server must be keys and values or null, and is 'http://a'"),
+        (
+            {"eval": {"concurrency": [1, 8], "prompts": 15}},
+            "eval.concurrency has 8 requests at once, and eval.prompts is 15: give at least 16 prompts",
+        ),
         ({"verifier": {"probe": {"layers": [-1, -1]}}}, r"probe.layers is \[-1, -1\]: name one or more, each of them"),
         ({"verifier": {"probe": {"layers": [True]}}}, r"probe.layers must be int, and is True \(bool\)$"),
         ({"engine": {"horizon": "segments"}}, "engine.horizon names 'segments'; did you mean 'segment'"),

@@ -175,3 +175,11 @@ def test_the_table_of_the_console_has_a_line_for_each_kind():
     assert len(lines) == 1 + 11 + 1
     assert [line.split("   ")[0].strip() for line in lines[1:12]] == KINDS
     assert [line.split()[0] for line in lines if line.endswith("<- saved")] == ["probe"]
+
+
+def test_the_learning_curve_stands_in_the_table_and_on_the_page():
+    facts, tested = report(["probe"])
+    assert "More labelled prompts" not in html_report("a run", facts, tested)
+    facts["learning_curve"] = [{"prompts": n, "acceptable": n / 100, "loss": 1 / n} for n in (20, 80)]
+    assert console_table(facts).splitlines()[-1].endswith("may accept: 20 prompts 20.0%, 80 prompts 80.0%")
+    assert "<tr><td>80</td><td>80.0%</td><td>0.013</td></tr>" in html_report("a run", facts, tested)

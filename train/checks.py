@@ -306,11 +306,14 @@ def check_speculation(recipe: Recipe) -> None:
     """
     if "speculation" not in recipe.eval.methods:
         return
-    source = recipe.eval.speculation_draft or recipe.eval.draft
+    section = recipe.eval
+    key, source = (
+        ("speculation_draft", section.speculation_draft) if section.speculation_draft else ("draft", section.draft)
+    )
     try:
         own = AutoTokenizer.from_pretrained(tokenizer_of(source)) if source else draft_tokenizer(recipe)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"eval.speculation_draft: {source} cannot be read as a model: {error}") from error
+        raise RecipeError(f"eval.{key}: {source} cannot be read as a model: {error}") from error
     if own.get_vocab() != target_tokenizer(recipe).get_vocab():
         raise RecipeError(
             f"eval.methods has 'speculation', in which the draft proposes tokens, and those of {source or 'the draft'} "

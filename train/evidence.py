@@ -1,9 +1,9 @@
-"""The evidence that trained verifiers learn from: packed passes over labelled drafts, with their states on the disk.
+"""The evidence that trained verifiers learn from: packed passes over labelled drafts, whose states are kept on disk.
 
-A token's states are thousands of numbers, so those of ten thousand drafts fit into no memory. They stand in a file in
-float16, and tensors are views of it, which the system reads when they are used and forgets when memory is short. What
-is small is a line of JSON a draft. What stands before several drafts is kept once. A start that was killed goes on
-behind what was kept, whatever the number of processes.
+The states of thousands of drafts do not fit into memory. They are written to a file as float16, and tensors are views
+of that file: the system loads pages when they are used and drops them when memory is short. Everything else about a
+draft is one line of JSON. The states of a text that stands before several drafts are stored once. A start that was
+killed resumes after the last whole line, with any number of processes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Record = dict[str, Any]  # what the index holds of a draft
 
 
 def up_to_first_invalid(draft: Draft) -> Draft:
-    """The draft without what comes behind its first invalid cut: nobody asks there."""
+    """The draft up to and including its first invalid cut: later verdicts are never used."""
     known = known_cuts(draft.valid)
     end = draft.ends[known - 1]
     ended = draft.ended and known == len(draft.ends)
@@ -51,7 +51,7 @@ def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> 
         what: the name on the progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for other in set(folder.parent.iterdir()) - {folder}:  # of other layers
+    for other in set(folder.parent.iterdir()) - {folder}:  # evidence of other layers
         shutil.rmtree(other, ignore_errors=True)
     store = EvidenceStore(folder)
     keys = [_key(draft) for draft in drafts]
@@ -61,7 +61,7 @@ def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> 
         def keep(one: Judged) -> Judged:
             store.add(_key(one.draft), one)
             bar.update()
-            return replace(one, evidence=_without_tensors(one.evidence))  # the pass's own are let go
+            return replace(one, evidence=_without_tensors(one.evidence))  # frees the pass's tensors
 
         for _ in examine(engine, list(left.values()), then=keep):
             pass
@@ -69,16 +69,16 @@ def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> 
 
 
 class EvidenceStore:
-    """Files of states and their index: what earlier starts left is read, and one of each is written by this one."""
+    """Files of states, each with an index. Those of earlier starts are read; this start writes one pair of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.records: dict[str, tuple[Path, Record]] = {}  # by draft: the file of its states, and what is known of it
+        self.records: dict[str, tuple[Path, Record]] = {}  # by draft's key: the file of its states, and its line
         for index in sorted(folder.glob("*.jsonl")):
             self._read(index)
         self._index = folder / f"{time.time_ns()}-{PartialState().process_index}.jsonl"
         self._mapped: dict[Path, Tensor] = {}  # float16 [numbers]
         self._rows = 0
-        self._before: dict[str, Place] = {}  # where the states of what stands before drafts are
+        self._before: dict[str, Place] = {}  # by text before drafts: where its states are
 
     def __enter__(self) -> EvidenceStore:
         self._lines, self._states = self._index.open("w"), _states_of(self._index).open("wb")
@@ -89,7 +89,7 @@ class EvidenceStore:
         self._states.close()
 
     def add(self, key: str, one: Judged) -> None:
-        """Keep the evidence of a draft; its line is written when its states are."""
+        """Keep the evidence of a draft. Its line is written after its states, so that a whole line has them."""
         evidence = one.evidence
         line: Record = {"width": 0, "states": None, "context": None}
         line |= {name: getattr(evidence, name).tolist() for name in FREE}
@@ -131,7 +131,7 @@ class EvidenceStore:
         return self._mapped[path][first * width : (first + rows) * width].view(rows, width)
 
     def _read(self, index: Path) -> None:
-        """What an earlier start kept, as far as its lines and their states are whole."""
+        """Read the whole lines of an earlier start whose states are there too."""
         with contextlib.suppress(OSError):
             states = _states_of(index)
             size = states.stat().st_size

@@ -1,9 +1,9 @@
 """Fitting what gives hazards: a probe's head, or an adapter's head and LoRA, on labelled drafts.
 
 The loss is the likelihood of where each draft first goes wrong. After every epoch the verdicts on held-out prompts
-decide whether these weights are the best so far, by the end metric: what may be accepted within the promise. Where they
-have not been better for some epochs, the rest is left out. Under DDP and FSDP2 each process learns from its own share
-of the drafts, in equally many steps.
+decide whether these weights are the best so far, by what counts in the end: how much may be accepted at the promised
+accuracy. Training stops after some epochs without a gain. Under DDP and FSDP2 each process learns from its own share of
+the drafts, in equally many steps.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Fitted(Generic[M]):
     """What was fitted, and how good it is on held-out prompts."""
 
     module: M
-    acceptable: float  # the share of their drafts' tokens that may be accepted within the promise
+    acceptable: float  # the share of their drafts' tokens that may be accepted at the promised accuracy
     loss: float  # on their drafts, nats a draft
     least_loss: float  # of all epochs
     epochs: int  # until it had not been better for long
@@ -150,10 +150,10 @@ def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 
 
 def fit(
     make: Callable[[], M],
-    fitted: Sequence[Judged],
+    train_set: Sequence[Judged],
     held_out: Sequence[Judged],
     plan: Fit,
-    promise: float,
+    max_accuracy_loss: float,
     what: str,
     log: Log = lambda _: None,
     title: str = "",
@@ -162,9 +162,9 @@ def fit(
 
     Args:
         make: gives a module of the same base and shape at every call.
-        fitted: this process's share of the drafts to learn from.
+        train_set: this process's share of the drafts to learn from.
         held_out: its share of those that decide which epoch was the best.
-        promise: the accuracy that may be lost.
+        max_accuracy_loss: the accuracy that may be lost.
         what: the recipe's key of the plan, in the section `verifier`.
         log: takes the figures of every epoch.
         title: the name on the progress bar, where it is another.
@@ -173,7 +173,7 @@ def fit(
         ValueError: if there are no drafts for some process.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    sizes = gather_object([(len(fitted), len(held_out))])
+    sizes = gather_object([(len(train_set), len(held_out))])
     if min(min(size) for size in sizes) == 0:
         raise ValueError(
             f"the {what} has no labelled drafts to learn from or to be tested on (drafts and held-out drafts of each "
@@ -202,7 +202,7 @@ def fit(
         while epoch < plan.epochs and since < plan.patience:
             epoch, since = epoch + 1, since + 1
             model.train()
-            for some in _shuffled(_cycled(_by_length(fitted), share, steps)):
+            for some in _shuffled(_cycled(_by_length(train_set), share, steps)):
                 loss = loss_of(some, hazards(some))
                 if not loss.isfinite():
                     raise FloatingPointError(
@@ -221,19 +221,21 @@ def fit(
                 shares = gather_object([loss_of(held_out, found).item()])
             losses.append(sum(shares) / len(shares))
             scored = [Scored(one.draft, survival(h).tolist()) for one, h in zip(held_out, found, strict=True)]
-            score = (acceptable(gather_object(scored), promise), -losses[-1])
+            score = (acceptable(gather_object(scored), max_accuracy_loss), -losses[-1])
             log({f"{what}/held_out_acceptable": score[0], f"{what}/held_out_loss": -score[1]})
             if score > best:
                 unwrapped = accelerator.unwrap_model(model)
                 since = 0
                 best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}
+            if since == plan.patience:
+                bar.total = bar.n  # the rest is left out
             bar.set_postfix_str(f"held out: {score[0]:.1%} acceptable, best {best[0]:.1%}", refresh=False)
     return Fitted(_restored(make(), kept), best[0], -best[1], min(losses), epoch)
 
 
-def acceptable(scored: Sequence[Scored], promise: float) -> float:
+def acceptable(scored: Sequence[Scored], max_accuracy_loss: float) -> float:
     """The share of the drafts' tokens that can be accepted at the promised loss, on these very prompts."""
-    return measure(scored, empirical(scored, promise))["accepted_fraction"]
+    return measure(scored, empirical(scored, max_accuracy_loss))["accepted_fraction"]
 
 
 def _by_length(judged: Sequence[Judged]) -> list[Judged]:

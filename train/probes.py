@@ -1,4 +1,4 @@
-"""Probes: which layers they read, how they are train_set, and whether more labelled prompts would make them better."""
+"""Probes: which layers they read, how they are trained, and whether more labelled prompts would make them better."""
 
 from __future__ import annotations
 
@@ -76,12 +76,13 @@ def learning_curve(data: ProbeData, whole: Fitted[ProbeModule]) -> list[dict[str
     """What probes may accept of the held-out drafts that learn from a part of the prompts, and from all of them."""
     numbers = sorted({one.draft.number for one in data.train_set})
     counts = [int(share * len(numbers)) for share in CURVE]
-    found = []
+    results = []
     for share, count in zip(CURVE, counts, strict=True):
         if min(gather_object([count])) > 0:
-            some = [one for one in data.train_set if one.draft.number in set(numbers[:count])]
-            found.append((count, replace(data, train_set=some).fit(f"probe, {share:.0%} of the prompts")))
+            kept = set(numbers[:count])
+            part = [one for one in data.train_set if one.draft.number in kept]
+            results.append((count, replace(data, train_set=part).fit(f"probe, {share:.0%} of the prompts")))
     return [
-        {"prompts": sum(gather_object([count])), "acceptable": one.acceptable, "loss": one.loss}
-        for count, one in [*found, (len(numbers), whole)]
+        {"prompts": sum(gather_object([count])), "acceptable": fitted.acceptable, "loss": fitted.loss}
+        for count, fitted in [*results, (len(numbers), whole)]
     ]

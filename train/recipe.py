@@ -421,6 +421,11 @@ def _check(recipe: Recipe) -> None:
             )
     if "target" not in recipe.eval.methods:
         raise RecipeError("eval.methods lacks 'target': every speed-up is measured against it; add it")
+    if (most := max(recipe.eval.concurrency)) > 1 and recipe.eval.prompts < 2 * most:
+        raise RecipeError(
+            f"eval.concurrency has {most} requests at once, and eval.prompts is {recipe.eval.prompts}: give at least "
+            f"{2 * most} prompts, so that the speed-up is measured more than once"
+        )
     if not any(to_dict(recipe.data.shares).values()):
         raise RecipeError("data.shares are all 0, so that no row is in a split: give one of them 1 or more")
 

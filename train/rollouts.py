@@ -56,12 +56,12 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         engine = load_engine(recipe, draft)
         prompts = sorted(prompts_of(recipe, task, stage).prompts, key=lambda item: item[0] == "train")
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
-        clock = Clock(section.minutes)
+        budget = TimeBudget(section.minutes)
 
         def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
             split, prompt = item
             labels, rounds, asked = labels_of(recipe, task, split), list[Row](), Asked()
-            if split == "train" and clock.is_over():
+            if split == "train" and budget.is_over():
                 return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
             for sample in range(section.drafts if split == "train" else 1):
                 count = 1 if sample else section.rounds  # what is sampled the engine would not repair
@@ -94,8 +94,8 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
             run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
 
 
-class Clock:
-    """Says when some minutes are over, from the first time that it is asked."""
+class TimeBudget:
+    """Some minutes, which begin when it is first asked whether they are over."""
 
     def __init__(self, minutes: float | None) -> None:
         self._seconds, self._started = 60 * (minutes or math.inf), math.nan

@@ -1,8 +1,8 @@
 """python -m train.transfer RECIPE ROLLOUTS ...: a run's verifier on the labelled drafts of other models.
 
-A threshold's promise holds for drafts of the kind that it was calibrated on. How far it travels is measured here: the
-verifier of the recipe's run, at its own threshold, on the test prompts of other runs' `rollouts`, each beside the
-threshold that these drafts' own calibration would give.
+A threshold keeps its promise for drafts like those that it was calibrated on. This command measures what happens with
+others: it applies the verifier of the recipe's run to the test prompts of other runs' `rollouts`, at the verifier's own
+threshold and at one calibrated for those drafts.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def _rollouts(folder: Path) -> Any:
     return rows
 
 
+def _columns(figures: dict[str, float]) -> str:
+    return f"{figures['accepted_fraction']:>10.1%}{figures['accuracy_loss']:>15.2%}"
+
+
 def _main(options: argparse.Namespace) -> int:
     from eval.judged import measure
     from train.calibration import thresholds
@@ -56,29 +60,28 @@ def _main(options: argparse.Namespace) -> int:
     _, folder = recipe.evaluated
     engine = load_engine(recipe, None, folder)
     verifier, section, promise = engine.need_verifier(), recipe.engine, recipe.verifier.max_accuracy_loss
-    found: dict[str, Any] = {}
-    for place in options.rollouts:
-        drafts = labelled(_rollouts(place), promise)
+    results: dict[str, Any] = {}
+    for rollouts in options.rollouts:
+        drafts = labelled(_rollouts(rollouts), promise)
         if not drafts["calibration"] or not drafts["test"]:
             raise RecipeError(
-                f"{place} holds no drafts of calibration and test prompts: name the rollouts of a verifier"
+                f"{rollouts} holds no drafts of calibration and test prompts: name the rollouts of a verifier"
             )
         drafts["held_out"] = []
         scores = score_all(engine, {verifier.kind: verifier}, drafts)[verifier.kind]
-        own = thresholds(scores["calibration"], promise, section.handback)[section.policy]
-        figures = {
-            name: measure(scores["test"], at, section.policy)
-            for name, at in (("here", own), ("there", verifier.threshold))
-        }
-        found[str(place)] = figures["there"] | {"own_threshold": figures["here"]}
-        there = figures["there"]
+        threshold = thresholds(scores["calibration"], promise, section.handback)[section.policy]
+        transferred = measure(scores["test"], verifier.threshold, section.policy)
+        recalibrated = measure(scores["test"], threshold, section.policy)
+        results[str(rollouts)] = transferred | {"recalibrated": recalibrated}
         print(
-            f"{place}: AUC {there['auc']:.3f}; at the verifier's own threshold {there['accepted_fraction']:.1%} of the "
-            f"tokens are accepted (who knows the labels: {there['oracle_accepted_fraction']:.1%}), "
-            f"{there['accuracy_loss']:.2%} of the prompts lost, {promise:.2%} promised; calibrated on these drafts: "
-            f"{figures['here']['accepted_fraction']:.1%}, {figures['here']['accuracy_loss']:.2%}"
+            f"{rollouts}: AUC {transferred['auc']:.3f}\n"
+            f"  {'':34s}{'accepted':>10s}{'accuracy lost':>15s}\n"
+            f"  {'the verifier as it is':34s}{_columns(transferred)}\n"
+            f"  {'with a threshold for these drafts':34s}{_columns(recalibrated)}\n"
+            f"  an oracle that knows the labels accepts {transferred['oracle_accepted_fraction']:.1%}; "
+            f"{promise:.2%} may be lost"
         )
-    print(json.dumps(found))
+    print(json.dumps(results))
     return 0
 
 

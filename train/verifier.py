@@ -169,27 +169,27 @@ def train_kinds(
     folder = kept / "evidence" / of_values([layers, attentive])[:12]
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
-    fitted, held_out = (
+    train_set, held_out = (
         gather(engine, [up_to_first_invalid(draft) for draft in some], folder, f"evidence, {split.replace('_', ' ')}")
         for split, some in usable.items()
     )
     kinds: dict[str, Verifier] = {}
     curve: list[dict[str, float]] = []
     if "probe" in wanted:
-        data = ProbeData(fitted, held_out, layers, section.probe, promise)
+        data = ProbeData(train_set, held_out, layers, section.probe, promise)
         if section.probe.layers == "auto":
             data = choose_layers(data)
         found = data.fit(log=log)
         kinds["probe"] = Probe(found.module.head.to(engine.target.device), data.layers)
         curve = learning_curve(data, found)
     if "adapter" in wanted:
-        kinds["adapter"] = train_adapter(engine, fitted, held_out, section.adapter, promise, log)
+        kinds["adapter"] = train_adapter(engine, train_set, held_out, section.adapter, promise, log)
     return Trained(kinds, curve)
 
 
 def train_adapter(
     engine: Engine,
-    fitted: Sequence[Judged],
+    train_set: Sequence[Judged],
     held_out: Sequence[Judged],
     section: AdapterSection,
     promise: float,
@@ -203,7 +203,7 @@ def train_adapter(
         adapted = adapt(engine.target, suffix, section.rank, section.layers)
         return AdapterModule(adapted, engine.target, head.to(engine.target.device), suffix)
 
-    module = fit(make, fitted, held_out, section, promise, "adapter", log).module
+    module = fit(make, train_set, held_out, section, promise, "adapter", log).module
     return Adapter(module.adapted, module.head, suffix)
 
 

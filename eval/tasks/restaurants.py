@@ -92,7 +92,7 @@ _SPELLINGS = {  # how people spell such values, so that one can stand in the oth
         ("1 out of 5", "3 out of 5", "5 out of 5"),
     ),
     "area": (("in the riverside area", "in the city centre"), ("on the riverside", "in the city centre")),
-    "type": (VALUES["type"],),
+    "type": _STYLES["type"],
     "food": _STYLES["food"],
 }
 _PARAGRAPH = re.compile(r"(\d+)\. *(.*)", re.DOTALL)
@@ -329,7 +329,7 @@ def _varied(place: Place, text: str, rng: random.Random) -> tuple[Place, str]:
 
 
 def _exchanged(text: str, old: str, new: str) -> str:
-    """The text with one word for another, behind the article that it takes."""
+    """The text with one word for another, after the article that it takes."""
 
     def fitting(match: re.Match[str]) -> str:
         article = match["article"]

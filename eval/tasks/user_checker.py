@@ -61,7 +61,9 @@ def load_checker(name: str, references: bool) -> UserChecker:
     module = _import(name, module_name)
     functions = {key: value for key, value in vars(module).items() if callable(value) and not inspect.isclass(value)}
     if function_name not in functions:
-        own = ", ".join(key for key, value in functions.items() if inspect.getmodule(value) is module)
+        own = ", ".join(
+            key for key, value in functions.items() if inspect.getmodule(value) is module and not key.startswith("_")
+        )
         raise ValueError(f"data.check={name}: {module_name} has no function {function_name!r}; it has: {own or 'none'}")
     takes = ("prompt", "answer", "reference") if references else ("prompt", "answer")
     _check_takes(name, function_name, functions[function_name], takes)
