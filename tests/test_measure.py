@@ -1,6 +1,7 @@
 """Metrics, and the report that shows them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,3 +129,13 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
         assert [one.generation.token_ids for one in together[name]] == [one.generation.token_ids for one in some]
     assert calls == [(2, 2), (2, 2), (2, 2), (3, 2), (2, 2), (3, 2)]  # warm-up, and five blocks
     assert len({one.seconds for one in together["draft"]}) == 5
+
+
+def test_requests_that_were_timed_together_count_as_one_measurement():
+    """Else ten equal numbers would make an interval of no width out of two turns."""
+    target, mine = (
+        [replace(outcome([Segment(FIG, "draft", 0.9, True)], s[n // 5]), turn=n // 5) for n in range(10)]
+        for s in ((2.0, 2.0), (1.0, 2.0))
+    )
+    low, high = summarize("parse", mine, target, ledger)["speedup_ci95"]
+    assert (low, high) == (1.0, 2.0)  # of one turn or the other
