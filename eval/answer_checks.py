@@ -138,7 +138,18 @@ def _spelled(text: str) -> str:
     text = regex.sub(r"[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^" + _nfkc(m[0]).replace("\u2212", "-"), text)
     text = regex.sub(r"(?<=\d)[₀-₉]+", r"_\g<0>", text)  # NFKC alone makes 11/2 of 1½, and 102 of 10² and 10₂
     text = regex.sub(r"[\p{Cf}\uFE0E\uFE0F]+", "", _nfkc(text).replace("\u2044", "/"))
-    return regex.sub(r"\p{Nd}", lambda m: str(unicodedata.decimal(m[0])), text)
+    return regex.sub(r"\p{Nd}", lambda m: _digit(m[0]), text)
+
+
+def _digit(character: str) -> str:
+    """A decimal digit as 0 to 9; of a Unicode that is newer than Python's too, where ten follow each other."""
+    value = unicodedata.decimal(character, None)
+    if value is None:
+        first = ord(character)
+        while regex.match(r"\p{Nd}", chr(first - 1)):
+            first -= 1
+        value = (ord(character) - first) % 10
+    return str(value)
 
 
 def _nfkc(text: str) -> str:
