@@ -262,23 +262,24 @@ def test_the_promised_loss_is_more_than_one_held_out_prompt_where_there_are_enou
     assert held_out_every(1, 0.01) == 3
 
 
-def test_held_out_are_prompts_of_training_with_the_drafts_that_the_engine_meets():
+@pytest.mark.parametrize(("prompts", "aside"), [(30, 10), (4, 2), (2, 1)])
+def test_held_out_are_prompts_of_training_with_the_drafts_that_the_engine_meets(prompts, aside):
     """Sampled drafts, and those with a fault, are learnt from; of prompts that decide, none is learnt from."""
     row = {"prompt_ids": [1], "prefix_ids": [], "draft_ids": [2], "ends": [1], "ended": True, "valid": [True]}
     row |= {"target_right": True, "round": 0}
     rows = [
         {**row, "split": split, "number": number, "met": met}
-        for number, split in enumerate(["calibration"] * 2 + ["test"] * 2 + ["train"] * 30)
+        for number, split in enumerate(["calibration"] * 2 + ["test"] * 2 + ["train"] * prompts)
         for met in ((True, False) if split == "train" else (True,))
     ]
     drafts = labelled(Dataset.from_list(rows), 0.01)
     assert [len(drafts[split]) for split in ("calibration", "test")] == [2, 2]
     held_out, learnt = ({one.number for one in drafts[split]} for split in ("held_out", "train"))
-    assert len(held_out) == 10
-    assert held_out | learnt == set(range(4, 34))
+    assert len(held_out) == aside
+    assert held_out | learnt == set(range(4, 4 + prompts))
     assert not held_out & learnt
     assert all(one.met for one in drafts["held_out"])
-    assert sum(not one.met for one in drafts["train"]) == 20
+    assert sum(not one.met for one in drafts["train"]) == prompts - aside
 
 
 def test_a_head_reads_each_layer_at_its_own_scale():

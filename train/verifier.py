@@ -111,14 +111,13 @@ def labelled(rollouts: Dataset, promise: float) -> dict[str, list[Draft]]:
     """
     state = PartialState()
     drafts: dict[str, list[Draft]] = {"train": [], "held_out": [], "calibration": [], "test": []}
-    prompts = len(
-        {number for number, split in zip(rollouts["number"], rollouts["split"], strict=True) if split == "train"}
-    )
-    every = held_out_every(prompts, promise)
+    numbers = sorted({row["number"] for row in rollouts.select_columns(["number", "split"]) if row["split"] == "train"})
+    own = [number for number in numbers if number % state.num_processes == state.process_index]
+    set_aside = {*own[:: held_out_every(len(numbers), promise)]}
     for row in rollouts:
         if row["number"] % state.num_processes != state.process_index:
             continue
-        held_out = row["split"] == "train" and row["number"] // state.num_processes % every == 0
+        held_out = row["number"] in set_aside
         if held_out and not row["met"]:
             continue
         drafts["held_out" if held_out else row["split"]].append(
