@@ -262,3 +262,20 @@ def test_rows_of_other_data_are_refused(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main([str(out), "--data", str(tmp_path / "empty")]) == 2
     assert "none of the rows holds a description that is right" in capsys.readouterr().err
+
+
+def test_attributes_are_listed_as_people_state_them():
+    """Where a place lies comes first or behind its type, what else is before it stands beside it; nothing is lost."""
+    rng = random.Random(3)
+    places = [place for _ in range(300) for place in restaurants.read_prompt(restaurants.draw_prompt(rng, "train"))]
+    orders = [list(place)[1:] for place in places]  # without the name
+    before = [order[: order.index("type")] for order in orders]
+    assert all(
+        len(order) == len(set(order)) and restaurants.LEAST <= len(order) <= restaurants.MOST for order in orders
+    )
+    for attribute, share in restaurants.BEFORE.items():
+        listed = [attribute in some for some, order in zip(before, orders, strict=True) if attribute in order]
+        assert sum(listed) / len(listed) == pytest.approx(share, abs=0.08)
+    located = [[each in ("area", "near") for each in some] for some in before]
+    assert all(some == sorted(some, reverse=True) for some in located)
+    assert len({tuple(order) for order in orders}) > 200

@@ -6,10 +6,10 @@
     answer   1. Near Café Rouge on the riverside is The Mill, a cheap coffee shop with Chinese food. It is rated highly.
              2. ...
 
-A place's attributes are listed in any order. Order and wording within a paragraph are free. A paragraph is right if it
-names its place, states every attribute with its value, and states no other value, also not of an attribute that was not
-given; to say the same again is no fault, and neither is what is no attribute ("a lovely view"). `eval.tasks.wordings`
-reads what a text states.
+A place's attributes are listed in an order in which people might state them. Order and wording within a paragraph are
+free. A paragraph is right if it names its place, states every attribute with its value, and states no other value, also
+not of an attribute that was not given; to say the same again is no fault, and neither is what is no attribute ("a
+lovely view"). `eval.tasks.wordings` reads what a text states.
 
 Attributes and values are those of the E2E NLG data (Novikova, Dusek and Rieser, SIGDIAL 2017; cleaned by Dusek,
 Howcroft and Rieser, INLG 2019), of whose texts nothing is kept here. Sets of attributes are drawn by this program, and
@@ -44,6 +44,8 @@ VALUES = {
 SHARES = {"type": 1.0, "food": 0.75, "price": 0.6, "rating": 0.6, "area": 0.75, "family": 0.7, "near": 0.75}
 LEAST, MOST = 3, 6  # attributes of a place, beside its name
 PLACES = (3, 4, 5)  # in a prompt
+# how often an attribute is listed before the type: about as often as people state it there
+BEFORE = {"food": 0.35, "price": 0.35, "rating": 0.2, "area": 0.2, "family": 0.4, "near": 0.2}
 LEVELS = {  # values of which one stands for the other in a text
     "price": {"cheap": "low", "less than £20": "low", "moderate": "middle", "£20-25": "middle"}
     | {"high": "high", "more than £30": "high"},
@@ -106,7 +108,7 @@ def draw_prompt(rng: random.Random, split: str) -> str:
 
 def _draw_place(rng: random.Random, split: str, name: str) -> Place:
     while True:
-        values = {attribute: rng.choice(VALUES[attribute]) for attribute in _draw_attributes(rng)}
+        values = {attribute: rng.choice(VALUES[attribute]) for attribute in _listed(_draw_attributes(rng), rng)}
         place = {"name": name, **values}
         if split_of(place) == split:
             return place
@@ -116,8 +118,15 @@ def _draw_attributes(rng: random.Random) -> list[str]:
     while True:
         chosen = [attribute for attribute, share in SHARES.items() if rng.random() < share]
         if LEAST <= len(chosen) <= MOST:
-            rng.shuffle(chosen)
             return chosen
+
+
+def _listed(attributes: list[str], rng: random.Random) -> list[str]:
+    """The attributes in an order in which a person might state them: "Near the Crown", "a cheap", "pub", the others."""
+    rng.shuffle(attributes)
+    before = [each for each in attributes if rng.random() < BEFORE.get(each, 0)]
+    places_first = sorted(before, key=lambda each: each not in ("area", "near"))
+    return [*places_first, "type", *(each for each in attributes if each not in (*before, "type"))]
 
 
 def split_of(place: Mapping[str, str]) -> str:
