@@ -1,3 +1,3 @@
 """The end-to-end evaluation: methods, metrics and the report."""
 
-import train  # noqa: F401  checks that `parse` is this project's package
+import recipes  # noqa: F401  checks that `parse` is this project's package

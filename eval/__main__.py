@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.command import run_command
+from recipes.command import run_command
 
 if TYPE_CHECKING:
     from parse import Engine
-    from train.recipe import Recipe
+    from recipes.schema import Recipe
 
 LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
 
@@ -28,12 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace, folders: list[Path]) -> int:
-    from train.progress import quieten
+    from recipes.progress import quieten
 
     quieten()
-    from train.checks import check_models, check_prompts, check_speculation
-    from train.recipe import RecipeError, load_recipe
-    from train.run import Run
+    from eval.checks import check_models, check_prompts, check_speculation
+    from eval.tasks import content_of_task
+    from recipes.run import Run
+    from recipes.schema import RecipeError, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_models(recipe)
@@ -47,7 +48,7 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
                 "as eval.draft and eval.verifier"
             )
     folders.append(recipe.folder)
-    with Run(recipe) as run:
+    with Run(recipe, content_of_task) as run:
         run.check_outputs()
         if not recipe.eval.verifier and not run.is_done("verifier"):
             run.say(f"note: the verifier in {run.path('verifier')} was made with another recipe, data or models")
@@ -65,15 +66,15 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
 
     from eval.measure import summarize
     from eval.methods import compare, compile_in_two, settings_of
+    from eval.prompts import prompts_of
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table, requests
     from eval.tasks import load_task
     from parse.prompts import opens_thinking
-    from train.files import write_text
-    from train.machine import hardware
-    from train.models import load_engine
-    from train.prompts import prompts_of
-    from train.recipe import RecipeError, to_dict
+    from recipes.files import write_text
+    from recipes.machine import hardware
+    from recipes.pair import load_engine
+    from recipes.schema import RecipeError, to_dict
 
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)

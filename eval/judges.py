@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from eval.generation import going_on
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine
@@ -15,8 +16,7 @@ from parse.passes import Steps
 from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.text import encode_text, text_of
 from parse.verifiers import Prompt as Verdict
-from train.generation import going_on
-from train.recipe import Recipe, RecipeError
+from recipes.schema import Recipe, RecipeError
 
 TEMPERATURE = 0.7  # at which the target is sampled, where more than its greedy way on is asked for
 QUESTION = (

@@ -22,9 +22,9 @@ from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine, Generation
 from parse.passes import Steps, drive_together
 from parse.prompts import opens_thinking
-from train.models import load_engine
-from train.progress import progress_bar, quieten
-from train.recipe import Recipe
+from recipes.pair import load_engine
+from recipes.progress import progress_bar, quieten
+from recipes.schema import Recipe
 
 JUDGED_AT_ONCE = 16
 BLOCK = 4  # prompts for each request at once: after so many the next method has its turn

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from eval.judged import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
+from eval.generation import write_all
 from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows
+from eval.verifier_metrics import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
 from parse import Engine
 from parse.passes import Reader
 from parse.prompts import opens_thinking
 from parse.segments import cut
 from parse.text import text_of
-from train.generation import write_all
-from train.progress import progress_bar
+from recipes.progress import progress_bar
 
 
 def judge_drafts(

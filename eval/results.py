@@ -17,8 +17,8 @@ from typing import Any
 
 from eval.bench.tables import Table, gpu_tables, markdown_table
 from eval.report import requests
-from eval.verdicts import COLUMNS
-from train.files import write_text
+from eval.verifier_report import COLUMNS
+from recipes.files import write_text
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from eval.bench.models import load_smollm2
+from eval.tasks import content_of_task
 from parse.trained import SEGMENT_EVIDENCE, Adapter, HazardHead, adapt, tokenizer_hash
-from train.lessons import make_tokenizer
-from train.recipe import Recipe
-from train.run import Run
+from recipes.demo.corpus import make_tokenizer
+from recipes.run import Run
+from recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +136,7 @@ def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def adopt(recipe: Recipe, **found: Path | Dataset) -> None:
     """Make a run whose stages wrote what is found elsewhere: folders, or data sets."""
-    with Run(recipe) as run:
+    with open_run(recipe) as run:
         for stage, content in found.items():
             with run.stage(stage) as folder:
                 if isinstance(content, Path):
@@ -174,3 +175,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
         assert process.poll() is None, process.stdout.read()
         assert time.time() - started < seconds
         time.sleep(0.2)
+
+
+def open_run(recipe):
+    return Run(recipe, content_of_task)

@@ -8,10 +8,10 @@ import pytest
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
+from recipes.schema import load_recipe
 from tests.conftest import MODELS
 from train.__main__ import main as train
 from train.answers import Encoding
-from train.recipe import load_recipe
 from train.server import Answered
 
 PROMPTS = [

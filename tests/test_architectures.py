@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from eval.bench.instruments import endless
+from eval.bench.fakes import endless
 from parse import Engine
 from parse.decode import Context
 from parse.layout import pack

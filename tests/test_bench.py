@@ -11,9 +11,9 @@ import torch
 
 from eval.bench import __main__ as command
 from eval.bench import engine as bench
-from eval.bench import instruments
+from eval.bench import fakes as instruments
 from eval.bench.engine import PROMPT
-from eval.bench.instruments import Scripted, ScriptedEngine, agreeing, endless, stopwatch, two_devices
+from eval.bench.fakes import Scripted, ScriptedEngine, agreeing, endless, stopwatch, two_devices
 
 
 @pytest.mark.slow

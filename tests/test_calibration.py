@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.judged import Draft, Scored, accuracy_loss, keeps, known_cuts, measure, reliability, valid_cuts
+from eval.verifier_metrics import Draft, Scored, accuracy_loss, keeps, known_cuts, measure, reliability, valid_cuts
 from train.calibration import NEVER, calibrate, empirical, prompts_needed, smallest, thresholds
-from train.hazards import survival_loss
+from train.verifier_training import survival_loss
 
 
 def scored(confidences, valid, number=0, round=0, target_right=True):

@@ -19,26 +19,18 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from eval.checks import check_models, check_prompts, check_speculation
+from eval.prompts import Fitting, prompts_of
 from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
 from parse.models import load_model
 from parse.prompts import encode_prompt
 from parse.verifiers import Prompt
+from recipes.digests import Digests
+from recipes.schema import RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS, random_model
 from train.__main__ import main as train
-from train.checks import (
-    check_all,
-    check_disk,
-    check_launch,
-    check_methods,
-    check_models,
-    check_prompts,
-    check_speculation,
-    size_of,
-)
-from train.digests import Digests
-from train.prompts import Fitting, prompts_of
-from train.recipe import RecipeError, load_recipe, to_dict
+from train.checks import check_all, check_disk, check_launch, check_methods, size_of
 
 QUICK = "recipes/quickstart.yaml"
 EVERY = ("answers", "distill", "rollouts", "align", "verifier")

@@ -22,8 +22,8 @@ from parse.__main__ import _message, main, transcript
 from parse.models import load_model
 from parse.trained import save
 from parse.verifiers import Likelihood
+from recipes.schema import load_recipe, to_dict
 from tests.conftest import MODELS, ROOT, adopt, facts_of
-from train.recipe import load_recipe, to_dict
 
 RESULT = Generation(
     "a c",

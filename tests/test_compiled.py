@@ -16,12 +16,12 @@ from parse.decode import Context
 from parse.layout import pack
 from parse.passes import Pass, Reader
 from parse.verifiers import Likelihood, Prompt
+from recipes.pair import load_engine
+from recipes.schema import load_recipe
 from tests.conftest import random_model
 from tests.test_architectures import ARCHITECTURES, make
 from tests.test_batch import PROMPTS, assert_same_answers
 from tests.test_cache import assert_same_cache
-from train.models import load_engine
-from train.recipe import load_recipe
 
 KINDS = {"llama", "gemma 3", "gpt-2", "deepseek v3"}  # so different from each other that the others can wait
 MIXED = {"qwen2, windows in some layers", "gemma 2", "gemma 3", "deepseek v3", "gpt-oss"}  # layers of two kinds

@@ -11,9 +11,9 @@ from eval.methods import compare
 from eval.tasks import draw_prompts, ledger
 from eval.tasks.rows import Rows
 from parse import Engine
+from recipes.schema import Data, load_recipe, to_dict
 from tests.conftest import MODELS
 from train.__main__ import main as train
-from train.recipe import Data, load_recipe, to_dict
 
 RECIPE = "recipes/custom_domain.yaml"
 

@@ -16,21 +16,20 @@ from trl import SFTTrainer
 
 import train.align
 import train.distill
+from eval.checks import check_models
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
 from parse.models import load_model
 from parse.prompts import encode_prompt
-from tests.conftest import MODELS, adopt, launch, random_model
+from recipes.pair import _texts, first_draft, with_layers
+from recipes.schema import RecipeError, load_recipe
+from recipes.vocabulary import byte_level_tokenizer
+from tests.conftest import MODELS, adopt, launch, open_run, random_model
 from train.answers import Encoding
-from train.checks import check_models
 from train.logits import collate, divergence, likely_tokens, unpack
-from train.models import _texts, first_draft, with_layers
-from train.recipe import RecipeError, load_recipe
-from train.run import Run
 from train.server import Answered
 from train.trainers import AnswerTrainer, Guarded
 from train.trial import try_distill
-from train.vocabulary import byte_level_tokenizer
 
 QUICK = "recipes/quickstart.yaml"
 PROMPTS = draw_prompts(ledger, "train", 12, seed=5)
@@ -64,7 +63,7 @@ def begin(tmp_path):
 def finished(stage, recipe):
     """The folder that a stage writes."""
     torch.manual_seed(recipe.seed)
-    with Run(recipe) as run:
+    with open_run(recipe) as run:
         importlib.import_module(f"train.{stage}").run(recipe, run)
         return run.path(stage)
 

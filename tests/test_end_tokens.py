@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from eval.checks import check_models, check_prompts
 from parse import Engine
 from parse.models import load_model, warn_of_unheeded
 from parse.passes import drive
 from parse.prompts import end_of_answer
 from parse.text import eos_ids
 from parse.verifiers import Divergence, Likelihood, token_divergence, token_evidence
+from recipes.pair import draft_tokenizer, first_draft
+from recipes.schema import RecipeError, load_recipe
 from tests.conftest import MODELS, random_model
 from tests.test_engine import PROMPT
 from train.__main__ import main as train
-from train.checks import check_models, check_prompts
-from train.models import draft_tokenizer, first_draft
-from train.recipe import RecipeError, load_recipe
 
 QUESTION = "What is the capital of France? Answer briefly."
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from eval.bench.instruments import endless
+from eval.bench.fakes import endless
 from parse import Engine
 from parse.answer import accept
 from parse.decode import Sampling

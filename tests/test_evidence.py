@@ -2,7 +2,7 @@
 
 import torch
 
-from eval.judged import Draft, examine
+from eval.verifier_metrics import Draft, examine
 from parse import Engine
 from parse.verifiers import Likelihood
 from train.evidence import gather

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.generation import FAILED, TooManyFailed, finish_all, going_on, in_threads, together, write_all
 from parse.decode import Context
 from parse.passes import Reader
-from train.generation import FAILED, TooManyFailed, finish_all, going_on, in_threads, together, write_all
-from train.recipe import RecipeError
+from recipes.schema import RecipeError
 
 
 def making(made, fatal=None):

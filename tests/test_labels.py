@@ -12,9 +12,9 @@ from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
 from parse.decode import Context
 from parse.passes import drive, drive_together
+from recipes.schema import RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS
 from train.labels import Labeller, bisecting
-from train.recipe import RecipeError, load_recipe, to_dict
 from train.rollouts import TimeBudget, _balance, first_segment, labels_of, rolling_out
 
 QUICK = "recipes/quickstart.yaml"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.tasks import draw_prompts, ledger, load_task
-from train.lessons import FACTS, IGNORE, Lessons
+from recipes.demo.corpus import FACTS, IGNORE, Lessons
 
 seeds = st.integers(0, 10**6)
 CLOSERS = [closing.split()[0] for closing in ledger.CLOSINGS]

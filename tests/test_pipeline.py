@@ -15,15 +15,15 @@ from filelock import FileLock
 from safetensors import safe_open
 
 from eval.__main__ import main as evaluate
-from eval.judged import measure, score, untrained_kinds
 from eval.methods import Outcome, compare, settings_of
 from eval.properties import foreign_accuracy, judge_drafts, measure_pair
 from eval.tasks import draw_prompts, ledger
+from eval.verifier_metrics import measure, score, untrained_kinds
 from parse import Engine
 from parse.__main__ import main as ask
+from recipes.schema import load_recipe
 from tests.conftest import MODELS, adopt, launch, wait_for
 from train.__main__ import main as train
-from train.recipe import load_recipe
 from train.transfer import main as transfer
 
 pytestmark = pytest.mark.slow

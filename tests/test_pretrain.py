@@ -9,13 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parse.models import load_model
 from parse.verifiers import Prompt
+from recipes.demo import verdicts as judging
+from recipes.demo.corpus import IGNORE, LessonBook, Lessons, Phase
+from recipes.demo.pretrain import _telling, _train
+from recipes.demo.verdicts import WRONG_WEIGHT, Judging, Packed, next_words, read, telling_loss, verdict_loss
+from recipes.schema import load_recipe, to_dict
 from tests.conftest import random_model
-from train import judging
 from train.__main__ import main
-from train.judging import WRONG_WEIGHT, Judging, Packed, next_words, read, telling_loss, verdict_loss
-from train.lessons import IGNORE, LessonBook, Lessons, Phase
-from train.pretrain import _telling, _train
-from train.recipe import load_recipe, to_dict
 
 
 def target_section(**changes):

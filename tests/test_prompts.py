@@ -28,9 +28,9 @@ from parse.prompts import (
 )
 from parse.text import encode_continuation, text_of
 from parse.verifiers import Prompt
+from recipes.schema import load_recipe
 from tests.conftest import MODELS
 from train.answers import Encoding
-from train.recipe import load_recipe
 from train.server import Answered
 
 # of Qwen3's shape: past thoughts are left out, `enable_thinking` closes the thought at once

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.bench.instruments import endless
+from eval.bench.fakes import endless
 from parse import Engine
 from parse.answer import Answer
 from parse.decode import Sampling

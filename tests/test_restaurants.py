@@ -12,11 +12,11 @@ from eval.tasks import ledger, restaurants
 from eval.tasks.restaurants import check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
 from eval.tasks.wordings import NAMES, NEAR, stated
 from parse import Engine
+from recipes.vocabulary import byte_level_tokenizer
 from tests.conftest import random_model
 from train.labels import Labeller
 from train.people import main
 from train.rollouts import with_faults
-from train.vocabulary import byte_level_tokenizer
 
 MILL = {"name": "The Mill", "type": "coffee shop", "food": "Chinese", "price": "cheap", "rating": "5 out of 5"}
 MILL |= {"area": "riverside", "near": "Café Rouge"}

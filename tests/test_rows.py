@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from eval.tasks import draw_prompts, load_task
 from eval.tasks.rows import Rows, key_of, load_rows
-from train.recipe import Data, to_dict
+from recipes.schema import Data, to_dict
 
 SETTINGS = to_dict(Data())
 ROW = {"prompt": "What is the capital of Peru?", "reference": "Lima"}

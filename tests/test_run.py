@@ -8,11 +8,12 @@ import time
 import pytest
 import yaml
 
+from recipes.files import write_text
+from recipes.progress import progress_bar
+from recipes.run import KEPT
+from recipes.schema import load_recipe
+from tests.conftest import open_run
 from train.__main__ import main
-from train.files import write_text
-from train.progress import progress_bar
-from train.recipe import load_recipe
-from train.run import KEPT, Run
 
 
 @pytest.fixture
@@ -29,10 +30,10 @@ def finish(run, stage, text="done"):
 
 
 def test_a_finished_stage_is_skipped_and_recorded(recipe_of):
-    run = Run(recipe_of())
+    run = open_run(recipe_of())
     assert not run.is_done("answers")
     finish(run, "answers")
-    assert Run(recipe_of()).is_done("answers")
+    assert open_run(recipe_of()).is_done("answers")
     record = json.loads((run.folder / "provenance.json").read_text())
     assert record["stages"]["answers"]["seconds"] >= 0
     assert {"argv", "git_commit", "packages", "hardware", "python", "recipe"} <= set(record["stages"]["answers"])
@@ -40,30 +41,30 @@ def test_a_finished_stage_is_skipped_and_recorded(recipe_of):
 
 
 def test_a_changed_section_runs_its_stage_and_those_behind_it(recipe_of):
-    run = Run(recipe_of())
+    run = open_run(recipe_of())
     for stage in ("answers", "distill", "rollouts", "verifier"):
         finish(run, stage)
-    changed = Run(recipe_of("rollouts.train=11"))
+    changed = open_run(recipe_of("rollouts.train=11"))
     assert [changed.is_done(s) for s in ("answers", "distill", "rollouts", "verifier")] == [
         True,
         True,
         False,
         False,
     ]
-    assert not Run(recipe_of("seed=5")).is_done("answers")
-    assert Run(recipe_of("engine.handback=never")).is_done("rollouts")
-    assert not Run(recipe_of("engine.handback=never")).is_done("verifier")  # its threshold is for other drafts
-    assert Run(recipe_of("eval.prompts=7")).is_done("verifier")
-    assert not Run(recipe_of("align.prompts=7")).is_done("rollouts")  # they are of the prompts that give pairs
-    plain = Run(recipe_of("stages=[answers,distill,rollouts,verifier]"))
+    assert not open_run(recipe_of("seed=5")).is_done("answers")
+    assert open_run(recipe_of("engine.handback=never")).is_done("rollouts")
+    assert not open_run(recipe_of("engine.handback=never")).is_done("verifier")  # its threshold is for other drafts
+    assert open_run(recipe_of("eval.prompts=7")).is_done("verifier")
+    assert not open_run(recipe_of("align.prompts=7")).is_done("rollouts")  # they are of the prompts that give pairs
+    plain = open_run(recipe_of("stages=[answers,distill,rollouts,verifier]"))
     assert plain.is_done("distill")
     assert not plain.is_done("rollouts")
     finish(plain, "rollouts")
-    assert Run(recipe_of("stages=[answers,distill,rollouts,verifier]", "align.prompts=7")).is_done("rollouts")
+    assert open_run(recipe_of("stages=[answers,distill,rollouts,verifier]", "align.prompts=7")).is_done("rollouts")
 
 
 def test_a_killed_stage_leaves_the_old_one_whole(recipe_of):
-    run = Run(recipe_of())
+    run = open_run(recipe_of())
     finish(run, "answers", "old")
 
     def killed():
@@ -88,16 +89,16 @@ def test_a_killed_stage_keeps_what_it_kept_for_the_same_recipe(recipe_of):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        killed(Run(recipe_of()))
-    with Run(recipe_of()).stage("answers") as folder:
+        killed(open_run(recipe_of()))
+    with open_run(recipe_of()).stage("answers") as folder:
         assert (folder / KEPT / "rows").read_text() == "some"
         assert not (folder / "file").exists()
     with pytest.raises(KeyboardInterrupt):
-        killed(Run(recipe_of()))
-    other = Run(recipe_of("seed=3", "answers.prompts=7", "answers.batch_size=2"))
+        killed(open_run(recipe_of()))
+    other = open_run(recipe_of("seed=3", "answers.prompts=7", "answers.batch_size=2"))
     with pytest.raises(KeyboardInterrupt):  # its rows are kept by their prompts, whatever others are drawn
         killed(other, "some")
-    with Run(recipe_of("engine.max_new_tokens=9")).stage("answers") as folder:
+    with open_run(recipe_of("engine.max_new_tokens=9")).stage("answers") as folder:
         assert not (folder / KEPT / "rows").exists()
 
 
@@ -114,7 +115,7 @@ def test_a_second_start_on_the_same_folder_is_refused(recipe_of, capsys):
     assert "is in use by another start: wait for it to end" in capsys.readouterr().err
     other.kill()
     other.communicate()
-    with Run(recipe) as run:
+    with open_run(recipe) as run:
         assert run.folder == recipe.folder
 
 
@@ -128,7 +129,7 @@ def test_a_stop_by_the_user_says_what_is_kept(recipe_of, monkeypatch, capsys):
     recipe = recipe_of()
     assert main(["recipes/quickstart.yaml", "answers", f"runs={recipe.runs}"]) == 130
     assert capsys.readouterr().err == "stopped: what is finished is kept, and the same command continues from there\n"
-    with Run(recipe) as run, run.stage("answers") as folder:  # nothing holds the folder any more
+    with open_run(recipe) as run, run.stage("answers") as folder:  # nothing holds the folder any more
         assert (folder / KEPT / "rows").read_text() == "some"
 
 
@@ -136,7 +137,7 @@ def test_all_stages_log_to_one_run_without_a_network(recipe_of):
     """The real package, offline; started twice, as stages that are run by themselves are."""
     recipe = recipe_of("logging.wandb=offline", "logging.name=mine")
     for stage in ("answers", "rollouts"):
-        with Run(recipe) as run:
+        with open_run(recipe) as run:
             run.log(stage, {"right": 0.5})
         time.sleep(1.1)  # the library names its folders by the second
     runs = sorted((recipe.folder / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -151,7 +152,7 @@ def test_secrets_are_not_written_down(recipe_of, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["train", "distill.trainer.hub_token=hf_abcdefghijklmnopqrstuvwx", "eval.prompts=3"]
     )
-    run = Run(
+    run = open_run(
         recipe_of(
             "distill.trainer.hub_token=plain", "distill.trainer.eos_token=<|end|>", "name=hf_0123456789abcdefghijklmn"
         )

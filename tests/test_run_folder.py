@@ -14,13 +14,13 @@ import torch
 from datasets import Dataset, load_from_disk
 from safetensors import SafetensorError
 
-from tests.conftest import MODELS, wait_for
+from recipes.command import advice_for
+from recipes.digests import Digests
+from recipes.run import KEPT
+from recipes.schema import RecipeError, load_recipe
+from recipes.secrets import without_secrets
+from tests.conftest import MODELS, open_run, wait_for
 from train.__main__ import main as train
-from train.command import advice_for
-from train.digests import Digests
-from train.recipe import RecipeError, load_recipe
-from train.run import KEPT, Run
-from train.secrets import without_secrets
 
 QUICK = "recipes/quickstart.yaml"
 LISTS = [
@@ -56,7 +56,7 @@ def finish(run, *stages):
 
 
 def done(words, *more):
-    run = Run(load_recipe(QUICK, [*words, *more]))
+    run = open_run(load_recipe(QUICK, [*words, *more]))
     return [stage for stage in ("answers", "distill", "rollouts", "verifier") if run.is_done(stage)]
 
 
@@ -78,7 +78,7 @@ ALL = ["answers", "distill", "rollouts", "verifier"]
     ],
 )
 def test_data_and_models_are_known_by_content(copied, tmp_path, change, left):
-    finish(Run(load_recipe(QUICK, copied)), *ALL)
+    finish(open_run(load_recipe(QUICK, copied)), *ALL)
     assert done(copied) == ALL
     rows, target = tmp_path / "rows.jsonl", tmp_path / "target"
     text = rows.read_text()
@@ -118,12 +118,12 @@ def test_data_and_models_are_known_by_content(copied, tmp_path, change, left):
     ],
 )
 def test_settings_count_where_a_stage_depends_on_them(copied, word, left):
-    finish(Run(load_recipe(QUICK, copied)), *ALL)
+    finish(open_run(load_recipe(QUICK, copied)), *ALL)
     assert done(copied, word) == left
 
 
 def test_another_outcome_of_an_earlier_stage_runs_the_later_ones(copied):
-    run = Run(load_recipe(QUICK, copied))
+    run = open_run(load_recipe(QUICK, copied))
     finish(run, *ALL)
     shutil.rmtree(run.path("answers"))
     finish(run, "answers")  # the same once more
@@ -137,7 +137,7 @@ def test_another_outcome_of_an_earlier_stage_runs_the_later_ones(copied):
 def test_a_stage_whose_inputs_are_not_there_is_refused(copied, capsys):
     assert train([QUICK, "distill", *copied]) == 2
     assert "the stage 'distill' reads what 'answers' writes, and that has not run" in capsys.readouterr().err
-    finish(Run(load_recipe(QUICK, copied)), "answers", "distill")
+    finish(open_run(load_recipe(QUICK, copied)), "answers", "distill")
     assert train([QUICK, "distill", *copied, "answers.prompts=3"]) == 2
     assert "reads what 'answers' writes" in capsys.readouterr().err
 
@@ -146,7 +146,7 @@ def test_another_server_or_batch_keeps_what_is_answered(copied):
     """As the advice says: lower the batch size, mend the server's address; what is answered is kept."""
 
     def killed(*words):
-        with Run(load_recipe(QUICK, [*copied, *words])).stage("answers") as folder:
+        with open_run(load_recipe(QUICK, [*copied, *words])).stage("answers") as folder:
             seen = (folder / KEPT / "rows").exists()
             (folder / KEPT / "rows").write_text("some")
             raise KeyboardInterrupt(seen)
@@ -191,11 +191,11 @@ def test_rows_are_kept_by_their_prompts(copied, tmp_path):
 
 
 def test_every_stage_leaves_a_record_that_stays(copied, monkeypatch):
-    finish(Run(load_recipe(QUICK, copied)), "answers", "distill")
+    finish(open_run(load_recipe(QUICK, copied)), "answers", "distill")
     monkeypatch.setattr(sys, "argv", ["train", QUICK, "answers.prompts=7"])
-    finish(Run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
+    finish(open_run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
     monkeypatch.setattr(sys, "argv", ["eval", QUICK, "eval.prompts=5"])
-    run = Run(load_recipe(QUICK, [*copied, "eval.prompts=5"]))
+    run = open_run(load_recipe(QUICK, [*copied, "eval.prompts=5"]))
     run.record("eval", 3.0, {"methods": []})
     record = json.loads((run.folder / "provenance.json").read_text())
     assert [old["stage"] for old in record["history"]] == ["answers"]
@@ -215,31 +215,31 @@ def test_what_is_not_the_runs_own_is_not_deleted(copied, tmp_path):
     (folder / "answers").mkdir(parents=True)
     (folder / "answers" / "thesis.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds answers and no provenance.json, so it is not a run's folder"):
-        Run(load_recipe(QUICK, copied))
+        open_run(load_recipe(QUICK, copied))
     assert (folder / "answers" / "thesis.txt").read_text() == "mine"
     shutil.rmtree(folder)
-    run = Run(load_recipe(QUICK, copied))
+    run = open_run(load_recipe(QUICK, copied))
     finish(run, "answers")
     (folder / "answers" / "thesis.txt").write_text("mine")
     assert done(copied) == ["answers"]  # it disturbs nobody, until the folder is to be written anew
     with pytest.raises(RecipeError, match=r"holds thesis.txt, which no stage of this run wrote"):
-        finish(Run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
+        finish(open_run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
     (folder / "distill").write_text("a file")
     assert (folder / "answers" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("at", ["train.files.Path.rename", "train.run.Run.record", "train.run.shutil.rmtree"])
+@pytest.mark.parametrize("at", ["recipes.files.Path.rename", "recipes.run.Run.record", "recipes.run.shutil.rmtree"])
 @pytest.mark.parametrize("before", [False, True])
 def test_killed_while_a_stage_takes_its_place_nothing_is_lost(copied, monkeypatch, at, before):
     """Neither what was there before nor what the stage has made; and the next start does not refuse its own files."""
     if before:
-        finish(Run(load_recipe(QUICK, copied)), "answers")
+        finish(open_run(load_recipe(QUICK, copied)), "answers")
     words = [*copied, "engine.max_new_tokens=50"]
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    run = Run(load_recipe(QUICK, words))
+    run = open_run(load_recipe(QUICK, words))
 
     def kill_at_the_end():
         with run.stage("answers") as folder:
@@ -251,7 +251,7 @@ def test_killed_while_a_stage_takes_its_place_nothing_is_lost(copied, monkeypatc
         kill_at_the_end()
     monkeypatch.undo()
     run._held.release()
-    run = Run(load_recipe(QUICK, words))
+    run = open_run(load_recipe(QUICK, words))
     if not run.is_done("answers"):
         with run.stage("answers") as folder:
             assert (folder / KEPT / "rows").read_text() == "some"
@@ -274,11 +274,11 @@ def test_killed_before_its_record_a_stage_is_the_runs_own_for_another_recipe_too
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.run.Run.record", killed)
+        patch.setattr("recipes.run.Run.record", killed)
         with pytest.raises(KeyboardInterrupt):
-            finish(Run(load_recipe(QUICK, copied)), "answers")
+            finish(open_run(load_recipe(QUICK, copied)), "answers")
     words = [*copied, "engine.max_new_tokens=50"]
-    finish(Run(load_recipe(QUICK, words)), "answers")
+    finish(open_run(load_recipe(QUICK, words)), "answers")
     assert done(words) == ["answers"]
 
 
@@ -286,25 +286,25 @@ def test_killed_as_it_begins_a_run_begins_again(copied, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    for step in ("train.run.Run._lock", "train.run.write_text", "train.run.Run._write_recipe"):
+    for step in ("recipes.run.Run._lock", "recipes.run.write_text", "recipes.run.Run._write_recipe"):
         with monkeypatch.context() as patch:
             patch.setattr(step, killed)
             with pytest.raises(KeyboardInterrupt):
-                Run(load_recipe(QUICK, copied))
-    assert not Run(load_recipe(QUICK, copied)).is_done("answers")
+                open_run(load_recipe(QUICK, copied))
+    assert not open_run(load_recipe(QUICK, copied)).is_done("answers")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"stages": []}', '{"stages": {"answers": 3}}', "\xff"])
 def test_a_damaged_record_is_named(copied, content):
-    run = Run(load_recipe(QUICK, copied))
+    run = open_run(load_recipe(QUICK, copied))
     (run.folder / "provenance.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(RecipeError, match="provenance.json is damaged .* restore it, or move the folder"):
-        Run(load_recipe(QUICK, copied))
+        open_run(load_recipe(QUICK, copied))
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "missing", "folder empty", "state.json", "changed"])
 def test_damage_to_what_a_stage_wrote_is_found_before_it_is_used(copied, damage, capsys):
-    run = Run(load_recipe(QUICK, copied))
+    run = open_run(load_recipe(QUICK, copied))
     finish(run, "answers")
     arrow = next(run.path("answers").glob("*.arrow"))
     data = arrow.read_bytes()
@@ -323,13 +323,13 @@ def test_damage_to_what_a_stage_wrote_is_found_before_it_is_used(copied, damage,
     assert "delete the folder" in said
     assert "the stage runs again" in said
     with pytest.raises(RecipeError, match="is damaged|is missing"):
-        Run(load_recipe(QUICK, copied)).check_outputs()
+        open_run(load_recipe(QUICK, copied)).check_outputs()
     shutil.rmtree(run.path("answers"))  # as it says
     assert done(copied) == []
 
 
 def test_files_have_the_rights_that_the_umask_allows(copied):
-    run, before = Run(load_recipe(QUICK, copied)), os.umask(0o027)
+    run, before = open_run(load_recipe(QUICK, copied)), os.umask(0o027)
     try:
         with run.stage("answers") as folder:
             (folder / "weights").touch(mode=0o600)  # as some libraries write them
@@ -340,7 +340,7 @@ def test_files_have_the_rights_that_the_umask_allows(copied):
 
 
 def test_large_files_are_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.digests.LARGE", 4)
+    monkeypatch.setattr("recipes.digests.LARGE", 4)
     file = tmp_path / "weights"
     file.write_bytes(b"12345678")
     first = Digests(tmp_path / "index").of_file(file)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train.strict import dump, parse
+from recipes.strict import dump, parse
 
 PLAIN = (
     st.none()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from eval.bench.instruments import endless
+from eval.bench.fakes import endless
 from parse import Engine
 from parse.text import encode_text, text_behind, text_of
 from parse.verifiers import Likelihood

@@ -9,7 +9,8 @@ import pytest
 from eval.judges import Checked
 from eval.tasks import content_of_task
 from eval.tasks.rows import Rows
-from train.recipe import Data, RecipeError, load_recipe, to_dict
+from recipes.schema import Data, RecipeError, load_recipe, to_dict
+from tests.conftest import ROOT
 from train.rollouts import labels_of
 
 NUMBERS = count()  # of modules: each is imported once
@@ -80,10 +81,12 @@ def test_a_checker_that_knows_the_first_wrong_sentence_gives_labels_that_cost_no
 
 def test_another_checker_is_another_task(written, tmp_path):
     name = written(PLAIN)
-    task = rows(f"{name}:check")
-    before = content_of_task(task, to_dict(task_data(name)))
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {word}"}}\n' for word in "abcdefghij"))
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"task={prompts}", f"data.check={name}:check"])
+    before = content_of_task(recipe)
     (tmp_path / f"{name}.py").write_text(PLAIN + "# stricter\n")
-    assert content_of_task(task, to_dict(task_data(name))) != before
+    assert content_of_task(recipe) != before
 
 
 def task_data(name):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from eval.judged import Draft, examine
+from eval.verifier_metrics import Draft, examine
 from parse import Engine
 from parse.passes import drive
 from parse.trained import AttentiveHead, HazardHead, Probe, fingerprint, load, save, token_inputs

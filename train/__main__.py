@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.command import run_command
+from recipes.command import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,11 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace, folders: list[Path]) -> int:
-    from train.progress import quieten
+    from recipes.progress import quieten
 
     quieten()
+    from recipes.schema import STAGES, RecipeError, load_recipe
     from train.checks import check_all
-    from train.recipe import STAGES, RecipeError, load_recipe
 
     stages = [word for word in options.rest if "=" not in word]
     recipe = load_recipe(options.recipe, [word for word in options.rest if "=" in word])
@@ -44,7 +44,7 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
 
 def _in_order(recipe, stages) -> list[str]:  # type: ignore[no-untyped-def]
     """The stages to run; where the draft is aligned, "relabel" comes in front of the verifier by itself."""
-    from train.recipe import STAGES, RecipeError
+    from recipes.schema import STAGES, RecipeError
 
     wanted = {*(stages or recipe.stages)}
     for stage in ("align", "relabel"):
@@ -68,9 +68,10 @@ def _run(recipe, chosen, need: int) -> None:  # type: ignore[no-untyped-def]
 
     from transformers import set_seed
 
-    from train.run import Run
+    from eval.tasks import content_of_task
+    from recipes.run import Run
 
-    with Run(recipe) as run:
+    with Run(recipe, content_of_task) as run:
         for stage in chosen:
             if stage != "pretrain":
                 run.check_inputs(stage, others=chosen)
@@ -82,7 +83,9 @@ def _run(recipe, chosen, need: int) -> None:  # type: ignore[no-untyped-def]
                 continue
             started = time.time()
             set_seed(recipe.seed)
-            importlib.import_module(f"train.{stage}").run(recipe, run)
+            importlib.import_module("recipes.demo.pretrain" if stage == "pretrain" else f"train.{stage}").run(
+                recipe, run
+            )
             run.forget_models()
             run.say(f"{stage}: {time.time() - started:.0f} s")
 

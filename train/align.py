@@ -17,11 +17,11 @@ from trl import DistillationConfig, DPOConfig, DPOTrainer
 
 from parse import Engine
 from parse.models import load_model
+from recipes.pair import load_engine, target_tokenizer, whole_weights
+from recipes.run import Run
+from recipes.schema import Recipe, RecipeError
 from train.distill import prompts
-from train.models import load_engine, target_tokenizer, whole_weights
-from train.recipe import Recipe, RecipeError
 from train.rollouts import first_segment
-from train.run import Run
 from train.trainers import OnPolicyTrainer, arguments, checkpoints, lora_config, same_vocabulary, train, training_kind
 
 

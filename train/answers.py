@@ -12,17 +12,17 @@ from typing import Any
 
 from datasets import Dataset
 
+from eval.generation import Row, Work, finish_all, going_on, in_threads, together
+from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse.passes import Steps
 from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.text import encode_continuation, text_of
-from train.files import write_text
-from train.generation import Row, Work, finish_all, going_on, in_threads, together
-from train.models import learnt_end, load_engine, target_tokenizer
-from train.prompts import prompts_of
-from train.recipe import Recipe, RecipeError, to_dict
-from train.run import KEPT, Run
+from recipes.files import write_text
+from recipes.pair import learnt_end, load_engine, target_tokenizer
+from recipes.run import KEPT, Run
+from recipes.schema import Recipe, RecipeError, to_dict
 from train.server import Answered, Client
 
 

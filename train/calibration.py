@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from eval.judged import Scored, keeps, loses, valid_cuts
+from eval.verifier_metrics import Scored, keeps, loses, valid_cuts
 
 NEVER = 1.01  # a threshold that no confidence reaches: accept nothing
 FREE = 0.002  # of the rightly accepted tokens that a safer threshold may cost

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import str_to_bool
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.quantizers import AutoHfQuantizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from eval.judges import labeller_of
-from eval.tasks import load_task
-from eval.tasks.rows import Prompt, Rows
-from parse.models import (
-    FINDING,
-    HUB_ID,
-    base_of,
-    check_architecture,
-    check_options,
-    check_weights,
-    finding,
-    tokenizer_of,
-    whole_model,
-)
-from parse.prompts import as_messages, encode_prompt, render
-from parse.text import encode_text, text_of
-from parse.trained import suffix_of
-from parse.verifiers import Prompt as Verdict
+from eval.checks import check_models, check_prompts
+from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
+from recipes.schema import Recipe, RecipeError, hidden_states
 from train.evidence import BYTES
-from train.models import draft_tokenizer, empty_draft, target_config, target_tokenizer
-from train.prompts import plan, prompts_of
-from train.recipe import Recipe, RecipeError, adapted_layers, hidden_states, to_dict
 
-OTHER_THINKING = ("[THINK]", "<|channel|>", "<thinking>", "<reasoning>")  # tags that are not read, as <think> is
 SAVED = 4  # bytes a weight of the draft, in its folder
 CHECKPOINT = 12  # bytes a trained weight: itself and AdamW's two moments; the old one stands until the new is whole
 REPAIRED = 3  # texts a prompt before which drafts stand: itself, and what was repaired
@@ -75,8 +53,8 @@ def check_launch(stages: Sequence[str]) -> None:
 
 def check_pretrain(recipe: Recipe) -> None:
     """Refuse models that cannot be made: their architectures, and what of them learns to judge."""
-    from train.judging import check
-    from train.lessons import make_tokenizer
+    from recipes.demo.corpus import make_tokenizer
+    from recipes.demo.verdicts import check
 
     vocabulary = len(make_tokenizer())
     for name, section in recipe.pretrain.items():
@@ -130,68 +108,6 @@ def _check_gold(recipe: Recipe) -> None:
             )
 
 
-def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Refuse prompts that do not fit or that the target's tokenizer cannot read, and splits without any."""
-    try:
-        task = load_task(recipe.task, to_dict(recipe.data))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"task: {error}") from error
-    if recipe.data.check == "math" and isinstance(task, Rows) and task.checks:
-        try:
-            import math_verify  # noqa: F401
-        except ImportError as error:
-            raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
-    if labeller_of(recipe, task) == "agreement" and {"rollouts", "relabel", "eval"} & set(stages):
-        check_asking(recipe, "rollouts.labeller")
-    if isinstance(task, Rows) and task.duplicates:
-        print(f"task: {task.duplicates} rows of {recipe.task} hold a prompt of an earlier row and are left out")
-    tokenizer = target_tokenizer(recipe)
-    if other := [tag for tag in OTHER_THINKING if tag in str(tokenizer.chat_template)]:
-        print(f"note: the target's chat template has {other[0]}, and what stands there counts as a part of the answer")
-    for stage in dict.fromkeys(stage for stage in stages if plan(recipe, stage)[0]):
-        chosen = prompts_of(recipe, task, stage)
-        prompts = [prompt for _, prompt in chosen.prompts]
-        for remark in chosen.remarks:
-            print(remark)
-        for prompt in prompts:
-            _check_words(recipe, prompt, tokenizer)
-        _check_reading(recipe, prompts[0], tokenizer)
-
-
-def _check_words(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
-    """Refuse a prompt with words that the target's tokenizer does not know."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return  # where one token is all of them (Granite, OLMo 2), it stands in templates, and no word is unknown
-    ids = encode_prompt(prompt, tokenizer)
-    if unknown in ids:
-        raise RecipeError(
-            f"task: the tokenizer of {recipe.target} does not know words of the prompt {prompt!r:.200}: it reads "
-            f"{text_of(ids, tokenizer)!r:.200}. Take a target whose tokenizer covers these prompts"
-        )
-
-
-def _check_reading(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
-    """A prompt that comes back from its tokens as another text is not what the target will read."""
-    text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
-    words = as_messages(prompt)[-1]["content"]
-    if _letters(words) not in _letters(text):
-        raise RecipeError(
-            f"task: the target's chat template leaves out words of a prompt: of {words!r:.200} it makes {text!r:.200}"
-        )
-    back = text_of(encode_text(text, tokenizer), tokenizer)
-    if _letters(back) != _letters(text):
-        raise RecipeError(
-            f"task: a prompt comes back from the tokens of {recipe.target} as another text, {back!r:.200} instead of "
-            f"{text!r:.200}: its tokenizer does not suit these prompts"
-        )
-
-
-def _letters(text: str) -> str:
-    """A text without what tokenizers may change of it: spaces, and which of several ways spells a character."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
-
-
 def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
     """Refuse a run that the disk has no room for.
 
@@ -240,91 +156,3 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
 def size_of(count: int) -> str:
     """A number of bytes, as people read it."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def check_models(recipe: Recipe) -> None:
-    """Refuse models that are not there or that the engine cannot run, from their configurations.
-
-    Raises:
-        RecipeError: naming the key, the model and the remedy.
-    """
-    for key, options in ("target", recipe.engine.target_options), ("draft", recipe.engine.draft_options):
-        if found := ", ".join(sorted(FINDING & options.keys())):
-            raise RecipeError(
-                f"engine.{key}_options holds {found}, and the stages read the {key}'s configuration and tokenizer from "
-                "where it is named: download what you mean into a folder, and name the folder"
-            )
-    models = {"target": recipe.target} | ({"draft": recipe.draft} if isinstance(recipe.draft, str) else {})
-    options = {"target": recipe.engine.target_options, "draft": recipe.engine.draft_options}
-    for key, source in models.items():
-        if not Path(source).is_dir() and not HUB_ID.fullmatch(source):
-            raise RecipeError(
-                f"{key}: {source} is not a folder here; give the folder of a model, or a hub id such as org/name"
-            )
-        try:
-            config = AutoConfig.from_pretrained(base_of(source), **finding(options[key]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecipeError(f"{key}: {source} cannot be read as a model: {error}") from error
-        try:
-            check_architecture(config)
-            check_options(options[key], config)
-            if wanted := options[key].get("quantization_config"):
-                AutoHfQuantizer.from_config(wanted).validate_environment(device_map=options[key].get("device_map"))
-        except Exception as error:  # a quantiser says in its own way what it lacks
-            raise RecipeError(f"{key}: {error}") from error
-    for key, source in models.items():
-        try:
-            check_weights(source)
-            check_weights(base := base_of(source))
-            if Path(base).is_dir():
-                whole_model(base, device_map="meta", **finding(options[key]))
-            AutoTokenizer.from_pretrained(tokenizer_of(source), **finding(options[key]))
-        except Exception as error:  # whatever a library raises for files that it cannot read
-            raise RecipeError(f"{key}: {source} cannot be loaded: {error}") from error
-    draft_tokenizer(recipe)
-    with torch.device("meta"):
-        empty_draft(recipe)
-    if recipe.verifier.kind == "prompt":
-        check_asking(recipe, "verifier.kind")
-    if recipe.rollouts.labeller == "agreement":
-        check_asking(recipe, "rollouts.labeller")
-    depth = target_config(recipe).num_hidden_layers
-    hidden_states(recipe.verifier.probe.layers, depth)
-    adapted_layers(recipe.verifier.adapter.layers, depth)
-    if recipe.verifier.kind in ("best", "adapter"):
-        try:
-            suffix_of(target_tokenizer(recipe), recipe.verifier.adapter.suffix)
-        except ValueError as error:
-            raise RecipeError(f"verifier.kind: {error}") from error
-
-
-def check_speculation(recipe: Recipe) -> None:
-    """Refuse lossless speculation by a draft without the target's tokens.
-
-    Raises:
-        RecipeError: with the remedy.
-    """
-    if "speculation" not in recipe.eval.methods:
-        return
-    section = recipe.eval
-    key, source = (
-        ("speculation_draft", section.speculation_draft) if section.speculation_draft else ("draft", section.draft)
-    )
-    try:
-        own = AutoTokenizer.from_pretrained(tokenizer_of(source)) if source else draft_tokenizer(recipe)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"eval.{key}: {source} cannot be read as a model: {error}") from error
-    if own.get_vocab() != target_tokenizer(recipe).get_vocab():
-        raise RecipeError(
-            f"eval.methods has 'speculation', in which the draft proposes tokens, and those of {source or 'the draft'} "
-            f"are not the target's: name a draft with tokens of {recipe.target} as eval.speculation_draft, or leave "
-            "the method out"
-        )
-
-
-def check_asking(recipe: Recipe, key: str) -> None:
-    """Raise RecipeError for a target that cannot be asked in words."""
-    try:
-        Verdict.of(target_tokenizer(recipe))
-    except ValueError as error:
-        raise RecipeError(f"{key} asks the target in words: {error}") from error

@@ -23,10 +23,10 @@ from trl import DistillationConfig, SFTConfig
 from parse.models import Messages, context_length, load_model
 from parse.prompts import as_messages, encode_for_draft, encode_prompt, render
 from parse.text import encode_continuation, encode_text
+from recipes.pair import first_draft, target_tokenizer, whole_weights
+from recipes.run import KEPT, Run
+from recipes.schema import Recipe, RecipeError
 from train.logits import LogitsTrainer, likely_tokens
-from train.models import first_draft, target_tokenizer, whole_weights
-from train.recipe import Recipe, RecipeError
-from train.run import KEPT, Run
 from train.trainers import (
     AnswerTrainer,
     OnPolicyTrainer,

@@ -21,12 +21,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from eval.judged import Draft, Judged, examine, known_cuts
+from eval.verifier_metrics import Draft, Judged, examine, known_cuts
 from parse import Engine
 from parse.trained import LARGEST
 from parse.verifiers import Evidence
-from train.digests import of_values
-from train.progress import progress_bar
+from recipes.digests import of_values
+from recipes.progress import progress_bar
 
 BYTES = 2  # a number of a state
 FREE = ("log_prob", "entropy", "margin")  # of each token, nats

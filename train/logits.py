@@ -19,10 +19,10 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from eval.generation import Row, finish_all, together
 from parse.decode import Context
 from parse.passes import Pass, Reader, Steps
 from parse.text import eos_ids
-from train.generation import Row, finish_all, together
 
 AT_ONCE = 8  # answers read together
 BYTES = 6  # of a kept token

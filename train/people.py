@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from eval.tasks.restaurants import people, rows_of
-from train.files import write_text
-from train.progress import progress_bar
+from recipes.files import write_text
+from recipes.progress import progress_bar
 
 HUB = "tuetschek/e2e_nlg_cleaned"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from eval.judged import Judged
+from eval.verifier_metrics import Judged
 from parse.trained import TOKEN_EVIDENCE, AttentiveHead, HazardHead
-from train.hazards import Fitted, Log, ProbeModule, fit
-from train.recipe import ProbeSection
+from recipes.schema import ProbeSection
+from train.verifier_training import Fitted, Log, ProbeModule, fit
 
 CURVE = (0.25, 0.5)  # of the prompts to learn from, on which it is measured whether more of them would help
 TRIAL = 0.2  # of the epochs, by which layers are chosen

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from train.recipe import Recipe
+from recipes.run import Run
+from recipes.schema import Recipe
 from train.rollouts import write_rollouts
-from train.run import Run
 
 
 def run(recipe: Recipe, run: Run) -> None:

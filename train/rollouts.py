@@ -17,7 +17,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from eval.generation import REFUSED, Row, finish_all, together
 from eval.judges import TEMPERATURE, Agreement, Checked, controls, labeller_of
+from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows
 from parse import Engine
@@ -27,13 +29,11 @@ from parse.passes import Steps, drive_together
 from parse.prompts import opens_thinking
 from parse.segments import cut, ends_segment
 from parse.text import encode_continuation, text_of
-from train.files import write_text
-from train.generation import REFUSED, Row, finish_all, together
+from recipes.files import write_text
+from recipes.pair import load_engine
+from recipes.run import KEPT, Run
+from recipes.schema import Recipe, RecipeError, to_dict
 from train.labels import Asked, Drafted, FirstWrong, Labeller
-from train.models import load_engine
-from train.prompts import prompts_of
-from train.recipe import Recipe, RecipeError, to_dict
-from train.run import KEPT, Run
 
 SAMPLED = 2  # ways on by which a label is asked again
 CONTROLS = 24  # prompts whose answers measure the noise of agreement

@@ -9,7 +9,7 @@ from typing import Any, cast
 import openai
 
 from eval.tasks.rows import Prompt
-from train.recipe import RecipeError, Server
+from recipes.schema import RecipeError, Server
 
 REFUSED_PROMPT = (400, 413, 422)  # as this prompt will be at every try
 REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)  # as every request will be
@@ -23,7 +23,7 @@ class Answered:
     ended: bool
     thinking: str | None = None  # where a server hands it over apart
     error: str | None = None  # the server will never answer this prompt
-    failed: str | None = None  # this try came to nothing, see `train.generation.FAILED`
+    failed: str | None = None  # this try came to nothing, see `eval.generation.FAILED`
     ids: list[int] | None = None  # the target's own tokens, where they are known
 
 

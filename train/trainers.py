@@ -26,11 +26,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DistillationTrainer, SFTTrainer
 
-from train.digests import Digests
-from train.files import write_text
-from train.progress import progress_bar
-from train.recipe import Recipe, RecipeError
-from train.run import KEPT, Run
+from recipes.digests import Digests
+from recipes.files import write_text
+from recipes.progress import progress_bar
+from recipes.run import KEPT, Run
+from recipes.schema import Recipe, RecipeError
 
 # numbers of a trainer: their kind, what they are at least, and that in words
 OURS = {

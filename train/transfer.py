@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.command import run_command
+from recipes.command import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def _rollouts(folder: Path) -> Any:
     """
     from datasets import load_from_disk
 
-    from train.recipe import RecipeError
+    from recipes.schema import RecipeError
 
     try:
         rows = load_from_disk(folder)
@@ -50,10 +50,10 @@ def _columns(figures: dict[str, float]) -> str:
 
 
 def _main(options: argparse.Namespace) -> int:
-    from eval.judged import measure
+    from eval.verifier_metrics import measure
+    from recipes.pair import load_engine
+    from recipes.schema import RecipeError, load_recipe
     from train.calibration import thresholds
-    from train.models import load_engine
-    from train.recipe import RecipeError, load_recipe
     from train.verifier import labelled, score_all
 
     recipe = load_recipe(options.recipe, options.overrides)

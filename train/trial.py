@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from parse.models import check_mergeable
+from recipes.pair import draft_tokenizer, empty_draft, whole_weights
+from recipes.schema import Recipe, RecipeError
 from train import align, distill
 from train.logits import LogitsTrainer, packed
-from train.models import draft_tokenizer, empty_draft, whole_weights
-from train.recipe import Recipe, RecipeError
 from train.trainers import OnPolicyTrainer, lora_config
 
 WORDS = "a b"  # the row's

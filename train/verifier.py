@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 
-from eval.judged import (
+from eval.verifier_metrics import (
     Draft,
     Judged,
     Scored,
@@ -30,7 +30,7 @@ from eval.judged import (
     score,
     untrained_kinds,
 )
-from eval.verdicts import console_table, html_report
+from eval.verifier_report import console_table, html_report
 from parse import Engine
 from parse.trained import (
     SEGMENT_EVIDENCE,
@@ -43,16 +43,16 @@ from parse.trained import (
     tokenizer_hash,
 )
 from parse.verifiers import Likelihood, Verifier
+from recipes.digests import of_values
+from recipes.files import write_text
+from recipes.pair import load_engine
+from recipes.progress import progress_bar
+from recipes.run import KEPT, Run
+from recipes.schema import AdapterSection, Recipe, hidden_states
 from train.calibration import NEVER, prompts_needed, thresholds
-from train.digests import of_values
 from train.evidence import gather, up_to_first_invalid
-from train.files import write_text
-from train.hazards import AdapterModule, Log, acceptable, fit
-from train.models import load_engine
 from train.probes import ProbeData, choose_layers, learning_curve
-from train.progress import progress_bar
-from train.recipe import AdapterSection, Recipe, hidden_states
-from train.run import KEPT, Run
+from train.verifier_training import AdapterModule, Log, acceptable, fit
 
 HELD_OUT = (1 / 6, 1 / 3)  # of the training prompts, at least and at most, decide on epochs, layers and kinds
 FEWEST = 2  # of them to make up the promised loss, where there are enough

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from train.machine import hardware
-from train.progress import quieten
+from recipes.machine import hardware
+from recipes.progress import quieten
 
 
 def main(arguments: list[str] | None = None) -> int:

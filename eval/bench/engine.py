@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.bench.instruments import MODELS_LABEL, Scripted, ScriptedEngine, endless, stopwatch, take_turns, two_devices
+from eval.bench.fakes import MODELS_LABEL, Scripted, ScriptedEngine, endless, stopwatch, take_turns, two_devices
 from eval.bench.models import load_pair, load_smollm2
 from parse import Engine
 from parse.decode import Context
 from parse.layout import pack
 from parse.passes import Pass, Reader
-from train.models import with_layers
-from train.progress import progress_bar
+from recipes.pair import with_layers
+from recipes.progress import progress_bar
 
 PROMPT_TOKENS = 64
 SHAPES = ((128, 8), (256, 16))  # draft tokens N, cuts K

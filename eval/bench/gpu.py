@@ -28,8 +28,8 @@ import torch
 from eval.bench.parts import PARTS, Part
 from eval.bench.shared import FULL, TINY, Bench, Rows
 from eval.bench.tables import gpu_tables, text_table
-from train.files import write_text
-from train.machine import environment
+from recipes.files import write_text
+from recipes.machine import environment
 
 LIMIT = 540.0  # seconds, for all parts
 AGAIN = 5.0  # seconds after which a part that went on all the same is told again that its time is over

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eval.bench.engine import pass_ways, some_prompts
-from eval.bench.instruments import (
+from eval.bench.fakes import (
     MODELS_LABEL,
     Scripted,
     agreeing,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from eval.bench.instruments import Scripted, ScriptedEngine
+from eval.bench.fakes import Scripted, ScriptedEngine
 from eval.bench.models import EMBEDDED
 from parse.compiled import Compiled
 from parse.passes import Reader

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from eval.tasks import ledger, restaurants
 from eval.tasks.rows import Prompt, Rows, load_rows
+from recipes.schema import Recipe, to_dict
 
 
 class Task(Protocol):
@@ -74,12 +75,10 @@ def draw_prompts(task: Task | Rows, split: str, count: int, seed: int) -> list[P
     return list(prompts)
 
 
-def content_of_task(task: Task | Rows, data: Mapping[str, Any]) -> str:
-    """The digest of what a task asks and how it checks answers: of its rows, or of its program.
-
-    Args:
-        data: the recipe's section `data`.
-    """
+def content_of_task(recipe: Recipe) -> str:
+    """The digest of what a recipe's task asks and how it checks answers: of its rows, or of its program."""
+    data = to_dict(recipe.data)
+    task = load_task(recipe.task, data)
     if isinstance(task, Rows):
         content = json.dumps([data["check"], task.prompts, task.references], sort_keys=True).encode()
         if task.checker and task.checker.file:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from eval.tasks import TASKS, draw_prompts, load_task
-from train.files import write_text
+from recipes.files import write_text
 
 SHARES = {"answers": 0.4, "train": 0.3, "calibration": 0.2, "test": 0.1}
 

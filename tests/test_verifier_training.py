@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from eval.judged import Draft, Judged, Scored, examine, measure
 from eval.tasks import draw_prompts, ledger
+from eval.verifier_metrics import Draft, Judged, Scored, examine, measure
 from parse import Engine
 from parse.linear import FEW
 from parse.passes import drive
@@ -30,13 +30,13 @@ from parse.trained import (
     tokenizer_hash,
 )
 from parse.verifiers import Evidence, Likelihood, Prompt
+from recipes.schema import AdapterSection, ProbeSection
 from tests.conftest import MODELS, facts_of, random_adapter, random_model
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.evidence import gather, up_to_first_invalid
-from train.hazards import AdapterModule, ProbeModule, fit
 from train.probes import ProbeData, choose_layers, learning_curve
-from train.recipe import AdapterSection, ProbeSection
 from train.verifier import choose, held_out_every, labelled, train_adapter
+from train.verifier_training import AdapterModule, ProbeModule, fit
 
 
 def test_segment_evidence_is_of_the_segment_and_so_far():
@@ -208,9 +208,9 @@ def test_the_best_epoch_is_kept_by_what_may_be_accepted(monkeypatch):
         seen.append(modules[0].head.body[0].weight.detach().clone())
         return next(script)
 
-    monkeypatch.setattr("train.hazards.acceptable", accepted)
+    monkeypatch.setattr("train.verifier_training.acceptable", accepted)
     monkeypatch.setattr(
-        "train.hazards.survival_loss", lambda hazards, *_: hazards.sum() * 0 + hazards.mean() + len(seen)
+        "train.verifier_training.survival_loss", lambda hazards, *_: hazards.sum() * 0 + hazards.mean() + len(seen)
     )
     kept = fit(make, planted(40, 1), planted(12, 2), ProbeSection(epochs=4, blocks=0), 0.01, "probe").module
     assert torch.equal(kept.head.body[0].weight, seen[1])  # of two as good the one of the lower loss
@@ -219,7 +219,7 @@ def test_the_best_epoch_is_kept_by_what_may_be_accepted(monkeypatch):
 
 def test_training_stops_where_it_has_not_been_better_for_long(monkeypatch):
     script = iter([0.2, 0.9, 0.5, 0.8, 0.95])
-    monkeypatch.setattr("train.hazards.acceptable", lambda *_: next(script))
+    monkeypatch.setattr("train.verifier_training.acceptable", lambda *_: next(script))
     section = ProbeSection(epochs=30, blocks=0, patience=2)
     found = ProbeData(planted(40, 1), planted(12, 2), (1,), section, 0.01).fit()
     assert (found.acceptable, found.epochs) == (0.9, 4)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from parse.models import base_of
-from train.files import files_in
+from recipes.files import files_in
 
 LARGE = 2**24  # bytes
 MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py"}  # what loading a model reads

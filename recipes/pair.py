@@ -24,8 +24,8 @@ from parse import Engine
 from parse.models import base_of, finding, load_model, tokenizer_of, trusts_code
 from parse.prompts import as_messages, end_of_answer
 from parse.text import eos_ids, named_ends
-from train.recipe import NewDraft, Recipe, RecipeError
-from train.vocabulary import byte_level_tokenizer
+from recipes.schema import NewDraft, Recipe, RecipeError
+from recipes.vocabulary import byte_level_tokenizer
 
 
 def load_engine(

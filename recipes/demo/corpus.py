@@ -1,7 +1,7 @@
 """What the embedded pair of models is taught: examples of the `ledger` task, made by its program.
 
 The target tells the rest of a list in its one habit behind whatever prefix it is given, and judges
-prefixes when asked. The draft tells lists in a manner of its own. Only `train.pretrain` uses this.
+prefixes when asked. The draft tells lists in a manner of its own. Only `recipes.demo.pretrain` uses this.
 """
 
 from __future__ import annotations

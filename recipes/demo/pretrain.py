@@ -1,8 +1,8 @@
 """Make the embedded pair of models from nothing; only `recipes/embedded_models.yaml` asks for it.
 
 A model first learns to tell: the target recalls shuffled lists before it tells any, and short lists come before
-the task's own lengths. Then the target's upper layers learn to judge, see `train.judging`. What is learnt is kept
-in the run folder between the two, so that a killed run goes on from there.
+the task's own lengths. Then the target's upper layers learn to judge, see `recipes.demo.verdicts`. What is learnt is
+kept in the run folder between the two, so that a killed run continues from there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from eval.tasks import ledger
 from parse.verifiers import Prompt
-from train import judging
-from train.judging import Packed, next_words, read, telling_loss
-from train.lessons import LessonBook, Lessons, Phase, make_tokenizer
-from train.recipe import Pretrain, Recipe, to_dict
-from train.run import Run
-from train.timed import train_for
+from recipes.demo import verdicts as judging
+from recipes.demo.corpus import LessonBook, Lessons, Phase, make_tokenizer
+from recipes.demo.timed import train_for
+from recipes.demo.verdicts import Packed, next_words, read, telling_loss
+from recipes.run import Run
+from recipes.schema import Pretrain, Recipe, to_dict
 
 TELL = {
     "target": (

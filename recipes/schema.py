@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from train.strict import DEEPEST, Range, Text, build, parse, shortened
+from recipes.strict import DEEPEST, Range, Text, build, parse, shortened
 
 
 class RecipeError(ValueError):
@@ -87,7 +87,7 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class NewTokenizer:
-    """A vocabulary of the draft's own: see `train.vocabulary`."""
+    """A vocabulary of the draft's own: see `recipes.vocabulary`."""
 
     vocab_size: Annotated[int, Range(261, 10**6)]  # every byte, and five control tokens, at least
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from train.progress import progress_bar
+from recipes.progress import progress_bar
 
 WARM_UP = 100  # steps
 DECAY = 0.4  # share of the time, at the end, over which the learning rate falls

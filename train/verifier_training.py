@@ -20,13 +20,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with_warmup
 
-from eval.judged import Judged, Scored, measure, valid_cuts
+from eval.verifier_metrics import Judged, Scored, measure, valid_cuts
 from parse.compiled import masks
 from parse.layout import pack, row_numbers, stack
 from parse.trained import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
+from recipes.progress import progress_bar
+from recipes.schema import Fit
 from train.calibration import empirical
-from train.progress import progress_bar
-from train.recipe import Fit
 
 T = TypeVar("T")
 Log = Callable[[dict[str, float]], None]

@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-import train.recipe
+import recipes.schema
 from eval.__main__ import main as evaluate
+from eval.checks import check_models
 from eval.methods import WHAT
 from parse.answer import HANDBACKS, POLICIES, Settings
 from parse.models import load_model
 from parse.segments import check_segmenter
+from recipes.schema import Recipe, RecipeError, adapted_layers, hidden_states, load_recipe, to_dict
+from recipes.strict import DEEPEST, Range, Text, dump
 from train.__main__ import main
-from train.checks import check_models
-from train.recipe import Recipe, RecipeError, adapted_layers, hidden_states, load_recipe, to_dict
-from train.strict import DEEPEST, Range, Text, dump
 
-SECTIONS = [cls for _, cls in inspect.getmembers(train.recipe, dataclasses.is_dataclass) if cls not in (Range, Text)]
+SECTIONS = [cls for _, cls in inspect.getmembers(recipes.schema, dataclasses.is_dataclass) if cls not in (Range, Text)]
 FIELDS = sorted({field.name for section in SECTIONS for field in dataclasses.fields(section)})
 BASE = {"name": "x", "target": "t", "draft": "d", "task": "ledger"}
 
@@ -338,9 +338,9 @@ def test_choices_are_those_of_the_engine_and_the_evaluation():
     def choices(section, name):
         return typing.get_args(typing.get_type_hints(section)[name])
 
-    assert choices(train.recipe.EngineSection, "policy") == POLICIES
-    assert choices(train.recipe.EngineSection, "handback") == HANDBACKS
-    assert typing.get_args(train.recipe.Method) == tuple(WHAT)
+    assert choices(recipes.schema.EngineSection, "policy") == POLICIES
+    assert choices(recipes.schema.EngineSection, "handback") == HANDBACKS
+    assert typing.get_args(recipes.schema.Method) == tuple(WHAT)
 
 
 def test_layers_that_the_target_has():

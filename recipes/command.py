@@ -29,7 +29,7 @@ def run_command(body: Callable[[list[Path]], int]) -> int:
         print("stopped: what is finished is kept, and the same command continues from there", file=sys.stderr)
         return 130
     except Exception as error:
-        from train.recipe import RecipeError
+        from recipes.schema import RecipeError
 
         if isinstance(error, RecipeError):
             print(f"error: {error}", file=sys.stderr)

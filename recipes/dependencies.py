@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from eval.tasks import content_of_task, load_task
-from train.digests import Digests, content_of, of_values
-from train.recipe import Recipe, to_dict
+from recipes.digests import Digests, content_of, of_values
+from recipes.schema import Recipe, to_dict
 
 # the keys of a recipe that a stage depends on, beside the target, the seed and the length of answers
 KEYS = {
@@ -32,13 +31,21 @@ class Dependencies:
     Digests of models and of the task are made once, see `forget`.
     """
 
-    def __init__(self, recipe: Recipe, digests: Digests, record_of: Callable[[str], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        digests: Digests,
+        content_of_task: Callable[[Recipe], str],
+        record_of: Callable[[str], dict[str, Any]],
+    ) -> None:
         """Set up.
 
         Args:
+            content_of_task: gives the digest of what the recipe's task asks and how it checks answers.
             record_of: gives the latest record of a stage, with `hash` and `wrote`; empty where there is none.
         """
         self.recipe, self._digests, self._record_of = recipe, digests, record_of
+        self._content_of_task = content_of_task
         self._known: dict[str, str] = {}
 
     def forget(self) -> None:
@@ -103,11 +110,10 @@ class Dependencies:
 
     def _digest(self, what: str) -> str:
         if what not in self._known:
-            data = to_dict(self.recipe.data)
             make: dict[str, Callable[[], str]] = {
                 "target": lambda: self._digests.of_model(self.recipe.target),
                 "draft": lambda: self._digests.of_model(str(self.recipe.draft)),
-                "prompts": lambda: content_of_task(load_task(self.recipe.task, data), data),
+                "prompts": lambda: self._content_of_task(self.recipe),
             }
             self._known[what] = make[what]()
         return self._known[what]

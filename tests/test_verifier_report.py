@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.judged import Draft, Scored, measure
-from eval.verdicts import RULES, console_table, html_report, line_styles
+from eval.verifier_metrics import Draft, Scored, measure
+from eval.verifier_report import RULES, console_table, html_report, line_styles
 
 RULE_NAMES = [f"{rule} {scope}" for rule in ("mean", "lowest") for scope in ("segment", "prefix")]
 TRAINED = ["prompt", "probe", "adapter"]

@@ -14,8 +14,8 @@ from eval.tasks.rows import Prompt, Rows
 from parse.models import context_length
 from parse.prompts import encode_for_draft, encode_prompt
 from parse.verifiers import Prompt as Verdict
-from train.models import draft_tokenizer, empty_draft, target_config, target_tokenizer
-from train.recipe import Recipe, RecipeError
+from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
+from recipes.schema import Recipe, RecipeError
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from eval.tasks import ledger
 from parse.layout import Layout, pack, stack_layouts, visible
 from parse.verifiers import Prompt
-from train.lessons import IGNORE, Lesson, LessonBook, Phase
-from train.recipe import Pretrain
-from train.timed import train_for
+from recipes.demo.corpus import IGNORE, Lesson, LessonBook, Phase
+from recipes.demo.timed import train_for
+from recipes.schema import Pretrain
 
 JUDGE = (Phase(0.1, (3, 4, 5), "judge"), Phase(1.00, ledger.SIZES, "judge"))
 TELL = (Phase(1.00, ledger.SIZES, "tell"),)

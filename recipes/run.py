@@ -25,13 +25,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from train.dependencies import Dependencies
-from train.digests import Digests, of_values
-from train.files import files_in, replace_folder, set_rights, write_text
-from train.machine import environment, gpu_memory
-from train.recipe import Recipe, RecipeError, to_dict
-from train.secrets import without_secrets
-from train.strict import dump, parse
+from recipes.dependencies import Dependencies
+from recipes.digests import Digests, of_values
+from recipes.files import files_in, replace_folder, set_rights, write_text
+from recipes.machine import environment, gpu_memory
+from recipes.schema import Recipe, RecipeError, to_dict
+from recipes.secrets import without_secrets
+from recipes.strict import dump, parse
 
 T = TypeVar("T")
 FOLDERS = {
@@ -51,17 +51,20 @@ KEPT = ".kept"  # in a stage's scratch folder: what it resumes from where it was
 class Run:
     """A run folder and what is in it; one start at a time.
 
+    Args:
+        content_of_task: gives the digest of what a recipe's task asks and how it checks answers.
+
     Raises:
         RecipeError: where another start works in the folder, it is not a run's, or its record is damaged.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, content_of_task: Callable[[Recipe], str]) -> None:
         self.recipe, self.folder = recipe, recipe.folder
         # the others wait while one process looks at large models
         self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=3))
         self.is_main = self._state.is_main_process
         self._digests = Digests(self.folder / ".digests.json")
-        self._dependencies = Dependencies(recipe, self._digests, self._latest)
+        self._dependencies = Dependencies(recipe, self._digests, content_of_task, self._latest)
         self._by_main(self._begin)
 
     def _begin(self) -> None:

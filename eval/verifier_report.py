@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from eval.judged import Scored, accuracy_loss, judgements, keeps, reliability
 from eval.report import STYLE
+from eval.verifier_metrics import Scored, accuracy_loss, judgements, keeps, reliability
 
 COLUMNS = (  # key of report.json, title, format
     ("auc", "AUC", "{:.4f}"),

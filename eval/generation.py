@@ -21,9 +21,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from parse.decode import GREEDY, Context, Sampling, Written
 from parse.passes import Reader, Steps, drive_together
-from train.digests import of_values
-from train.progress import progress_bar
-from train.recipe import RecipeError
+from recipes.digests import of_values
+from recipes.progress import progress_bar
+from recipes.schema import RecipeError
 
 T = TypeVar("T")
 Row = dict[str, Any]  # what JSON can hold

@@ -1,0 +1,1 @@
+"""How the shipped pair of models was made; nothing else needs it."""
