@@ -15,7 +15,7 @@ from eval.judges import labeller_of
 from eval.prompts import plan, prompts_of
 from eval.tasks import load_task
 from eval.tasks.rows import Prompt, Rows
-from parse.models import (
+from parse.local.loading import (
     FINDING,
     HUB_ID,
     base_of,

@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from parse.decode import GREEDY, Context, Sampling, Written
-from parse.passes import Reader, Steps, drive_together
+from parse.local.runner import Reader
+from parse.local.sequence import Context
+from parse.sampling import GREEDY, Sampling, Written
+from parse.scheduler import Steps, run_together
 from recipes.digests import of_values
 from recipes.progress import progress_bar
 from recipes.schema import RecipeError
@@ -45,7 +47,7 @@ Work = Callable[
 
 def together(steps: Callable[[T], Steps[Row]], at_once: int) -> Work[T]:
     """Work by models here: so many items at a time; what passes they want at a moment run together."""
-    return lambda items: drive_together(map(steps, items), at_once)
+    return lambda items: run_together(map(steps, items), at_once)
 
 
 def in_threads(make: Callable[[T], Row], at_once: int) -> Work[T]:
@@ -155,17 +157,17 @@ def write_all(reader: Reader, prompts: Sequence[Sequence[int]], limit: int, at_o
     """A model's greedy answer of at most `limit` tokens to every prompt (token ids), so many at once."""
     written: dict[int, Written] = {}
     with progress_bar(what, total=len(prompts)) as bar:
-        for index, answer in drive_together((going_on(reader, ids, limit) for ids in prompts), at_once):
+        for index, answer in run_together((going_on(reader, ids, limit) for ids in prompts), at_once):
             written[index] = answer
             bar.update()
     return [written[i] for i in range(len(prompts))]
 
 
-def going_on(reader: Reader, ids: Iterable[int], limit: int, sample: Sampling = GREEDY) -> Steps[Written]:
+async def going_on(reader: Reader, ids: Iterable[int], limit: int, sample: Sampling = GREEDY) -> Written:
     """What a model writes behind a text of its own."""
     context = Context(reader)
     try:
-        yield from context.reading(list(ids))
-        return (yield from context.writing(limit, sample))
+        await context.reading(list(ids))
+        return await context.writing(limit, sample)
     finally:
         context.close()

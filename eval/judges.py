@@ -11,9 +11,10 @@ from eval.generation import going_on
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine
-from parse.decode import Context, Sampling
-from parse.passes import Steps
+from parse.local.sequence import Context
 from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
+from parse.sampling import Sampling
+from parse.scheduler import Steps
 from parse.text import encode_text, text_of
 from parse.verifiers import Prompt as Verdict
 from recipes.schema import Recipe, RecipeError
@@ -28,7 +29,7 @@ QUESTION = (
 class Judge(Protocol):
     """Says whether a finished answer is right."""
 
-    def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
+    async def judging(self, prompt: Prompt, answer: str) -> bool:
         """Whether the answer is right."""
         ...
 
@@ -40,10 +41,9 @@ class Checked:
     task: Task | Rows
     opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
 
-    def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
+    async def judging(self, prompt: Prompt, answer: str) -> bool:
         """Whether the task calls the answer right."""
         return self.task.check(prompt, final_answer(answer, self.opened))
-        yield
 
     def first_wrong(self, prompt: Prompt, answer: str) -> int | None:
         """Index of the first wrong sentence of an answer or a prefix of one, of a task that knows it."""
@@ -77,31 +77,31 @@ class Agreement:
         self._verdict, self._opened = Verdict.of(tokenizer), opens_thinking(tokenizer)
         self._without_thinking = encode_text(no_thinking(tokenizer), tokenizer)
 
-    def judging(self, prompt: Prompt, answer: str) -> Steps[bool]:
+    async def judging(self, prompt: Prompt, answer: str) -> bool:
         """Whether the target calls the answer the same as its own; what comes before it as thinking does not count."""
         if key_of(prompt) not in self.references:
-            own = yield from going_on(self.engine.readers["target"], self.engine.encode(prompt), self.limit)
+            own = await going_on(self.engine.readers["target"], self.engine.encode(prompt), self.limit)
             self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
         reference, answer = self.final(self.references[key_of(prompt)]), self.final(answer)
         if not answer.strip():
             return False
         if reference.split() == answer.split():
             return True
-        return (yield from self.comparing(prompt, reference, answer)) >= self.threshold
+        return (await self.comparing(prompt, reference, answer)) >= self.threshold
 
     def final(self, text: str) -> str:
         """What of an answer comes after its thinking."""
         return final_answer(text, self._opened)
 
-    def comparing(self, prompt: Prompt, reference: str, answer: str) -> Steps[float]:
+    async def comparing(self, prompt: Prompt, reference: str, answer: str) -> float:
         """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
         total, tokenizer = 0.0, self.engine.tokenizer
         for first, second in ((reference, answer), (answer, reference)):
             ids = [*encode_prompt(question_of(prompt, first, second), tokenizer), *self._without_thinking]
             context = Context(self.engine.readers["target"])
             try:
-                yield from context.reading(ids)
-                logits = (yield from context.knowing()).float()  # [V]
+                await context.reading(ids)
+                logits = (await context.knowing()).float()  # [V]
             finally:
                 context.close()
             total += self._verdict.weigh(logits).item()
@@ -124,16 +124,16 @@ def controls(
         `same_called_different` and `different_called_same`, the error rates, and the `threshold`.
     """
 
-    def pair(first: int, second: int, seed: int) -> Steps[float]:
+    async def pair(first: int, second: int, seed: int) -> float:
         texts = []
         for prompt, sample in ((prompts[first], Sampling()), (prompts[second], Sampling(TEMPERATURE, seed=seed))):
-            written = yield from going_on(
+            written = await going_on(
                 agreement.engine.readers["target"], agreement.engine.encode(prompt), agreement.limit, sample
             )
             texts.append(agreement.final(text_of(written.ids, agreement.engine.tokenizer)))
         if texts[0].split() == texts[1].split():
             return 1.0
-        return (yield from agreement.comparing(prompts[first], *texts))
+        return await agreement.comparing(prompts[first], *texts)
 
     n = len(prompts)
     same = run([pair(i, i, i) for i in range(n)])

@@ -20,8 +20,8 @@ from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine, Generation
-from parse.passes import Steps, drive_together
 from parse.prompts import opens_thinking
+from parse.scheduler import run_together
 from recipes.pair import load_engine
 from recipes.progress import progress_bar, quieten
 from recipes.schema import Recipe
@@ -157,10 +157,10 @@ def _judged(
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
         judge = Agreement(engine, limit=0, threshold=agreement, references=own)
 
-    def judging(outcome: Outcome) -> Steps[bool]:
+    async def judging(outcome: Outcome) -> bool:
         if outcome.generation.finish_reason != "stop":
             return False
-        return (yield from judge.judging(outcome.prompt, outcome.generation.text))
+        return await judge.judging(outcome.prompt, outcome.generation.text)
 
-    right = dict(drive_together(map(judging, some), JUDGED_AT_ONCE))
+    right = dict(run_together(map(judging, some), JUDGED_AT_ONCE))
     return [replace(outcome, right=right[i]) for i, outcome in enumerate(some)]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from eval.judges import labeller_of, question_of
 from eval.tasks import Task, draw_prompts
 from eval.tasks.rows import Prompt, Rows
-from parse.models import context_length
+from parse.local.loading import context_length
 from parse.prompts import encode_for_draft, encode_prompt
 from parse.verifiers import Prompt as Verdict
 from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer

@@ -20,7 +20,7 @@ from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows
 from eval.verifier_metrics import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
 from parse import Engine
-from parse.passes import Reader
+from parse.local.runner import Reader
 from parse.prompts import opens_thinking
 from parse.segments import cut
 from parse.text import text_of

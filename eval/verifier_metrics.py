@@ -18,8 +18,9 @@ from torch import Tensor
 
 from parse import Engine
 from parse.answer import accept
-from parse.decode import Context
-from parse.passes import Pass, Reader, Steps, drive, drive_together
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
+from parse.scheduler import run, run_together
 from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, Verifier
 
 AT_ONCE = 16  # drafts in a pass
@@ -75,15 +76,15 @@ def examine(
         role: Reader(own.model, own.eos_ids, None, own.width, own.reads) for role, own in engine.readers.items()
     }
 
-    def examining(some: Sequence[Draft]) -> Steps[list[Judged]]:
+    async def examining(some: Sequence[Draft]) -> list[Judged]:
         context, judged = Context(readers["target"]), []
         context.layers = engine.context_layers
         try:
-            yield from context.awaiting(some[0].context_ids)
+            await context.awaiting(some[0].context_ids)
             for draft in some:
                 compared = with_draft and _comparable(engine)
-                logits = (yield from _draft_logits(readers["draft"], draft)) if compared else None
-                evidence, behind = yield from engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
+                logits = (await _draft_logits(readers["draft"], draft)) if compared else None
+                evidence, behind = await engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
                 judged.append(then(Judged(draft, evidence)))
                 context.rollback(len(draft.context_ids), behind[0])
         finally:
@@ -93,21 +94,21 @@ def examine(
     sharing: dict[tuple[int, ...], list[Draft]] = {}  # drafts by what stands before them
     for draft in drafts:
         sharing.setdefault(tuple(draft.context_ids), []).append(draft)
-    return (one for _, judged in drive_together(map(examining, sharing.values()), AT_ONCE) for one in judged)
+    return (one for _, judged in run_together(map(examining, sharing.values()), AT_ONCE) for one in judged)
 
 
 def _comparable(engine: Engine) -> bool:
     return engine.draft is not None and engine.same_tokens
 
 
-def _draft_logits(draft_reader: Reader, draft: Draft) -> Steps[Tensor]:
+async def _draft_logits(draft_reader: Reader, draft: Draft) -> Tensor:
     """The draft model's logits of its own tokens and of the end, where it ended: [M, V]."""
     context = Context(draft_reader)
     try:
         first = len(draft.context_ids) - 1
         last = first + len(draft.ids) + draft.ended
         ids = [*draft.context_ids, *draft.ids]
-        output = yield Pass(context.reader, context.row, ids, keep=range(first, last))
+        output = await Pass(context.reader, context.row, ids, keep=range(first, last))
     finally:
         context.close()
     return output.logits
@@ -224,14 +225,14 @@ def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Seq
     mine = engine.verifier
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for draft in drafts:
-        proposed = drive(_draft_logits(engine.readers["draft"], draft)) if _comparable(engine) else None
+        proposed = run(_draft_logits(engine.readers["draft"], draft)) if _comparable(engine) else None
         for name, kind in kinds.items():
             engine.verifier = kind
             context = engine.context("target")
             context.read(draft.context_ids)
             logits = proposed if isinstance(kind, Divergence) else None
             started = perf_counter()
-            evidence, _ = drive(engine.examining(context, draft.ids, draft.ends, draft.ended, logits))
+            evidence, _ = run(engine.examining(context, draft.ids, draft.ends, draft.ended, logits))
             kind.confidences(evidence).tolist()
             seconds[name].append((perf_counter() - started) / len(draft.ends))
     engine.verifier = mine

@@ -15,7 +15,7 @@ from parse.sources import MODEL, OPTIONS, VERIFIER, find, read_recipe, without_c
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` and a mistyped option do not wait for them
     from parse.answer import Generation, Segment
-    from parse.models import Messages
+    from parse.local.loading import Messages
 
 EXPECTED = (OSError, ValueError, RuntimeError, ImportError)  # what libraries raise for what users can mend
 COLOURS = {"kept": "32", "cut": "9;31", "target": "34", "faint": "2"}  # ANSI styles

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parse.decode import Context, Sampling, Written, speculating
-from parse.passes import Reader, Steps, Stop
+from parse.local.runner import Reader, Stop
+from parse.local.sequence import Context
+from parse.local.speculation import speculating
+from parse.sampling import Sampling, Written
 from parse.segments import cut, ends_segment
 from parse.text import certain_text, text_of
 
@@ -188,7 +190,7 @@ class Answer:
         """The text as the target has read it."""
         return self.contexts["target"]
 
-    def begin(self) -> Steps[None]:
+    async def begin(self) -> None:
         """Take room in the caches, and let the target read the prompt.
 
         With the first draft, where nothing is won by reading it before.
@@ -201,12 +203,12 @@ class Answer:
             self.target.layers = self.engine.context_layers if judged else ()
             with_draft = judged and not self.engine.apart
             read = self.target.awaiting if with_draft else self.target.reading
-            yield from read(self.prompt_ids)
+            await read(self.prompt_ids)
             self._clock("target")
 
-    def draft(self) -> Steps[Written]:
+    async def draft(self) -> Written:
         """Let the draft write on from the accepted answer; its tokens come back as the target's."""
-        written = self._ahead[0] if self._ahead else (yield from self._drafting(self.ids))
+        written = self._ahead[0] if self._ahead else await self._drafting(self.ids)
         self._ahead = None
         ids = self.engine.to_target(written.ids)
         cropped = ids[: self.budget - len(self.ids)]
@@ -215,21 +217,21 @@ class Answer:
         self._clock("draft")
         return Written(cropped, written.ended and len(cropped) == len(ids))
 
-    def verify(self, draft: Written) -> Steps[Verdict]:
+    async def verify(self, draft: Written) -> Verdict:
         """Cut the draft and judge every prefix in one packed pass; nobody waits for its verdicts yet."""
         engine = self.engine
         if not draft.ids:
             return Verdict([], torch.empty(0), torch.empty(0))
         ends = cut(draft.ids, engine.tokenizer, engine.segments)
         self._clock("other")
-        evidence, logits = yield from engine.examining(self.target, draft.ids, ends, draft.ended)
+        evidence, logits = await engine.examining(self.target, draft.ids, ends, draft.ended)
         confidences = engine.need_verifier().confidences(evidence)
         self.stats.verify_passes += 1
         if self.settings.policy == "whole":  # cut as it was for the calibration, and judged by the last cut
             return Verdict(ends[-1:], confidences[-1:], logits[[0, -1]])
         return Verdict(ends, confidences, logits)
 
-    def draft_ahead(self, draft: Written) -> Steps[None]:
+    async def draft_ahead(self, draft: Written) -> None:
         """Write the draft of the next round as if this one were kept whole, while the target still judges it.
 
         Where that does not come true nothing is left of it, neither tokens nor draws of the sampler. What is accepted
@@ -239,14 +241,14 @@ class Answer:
         if draft.ids and not draft.ended and len(ids) < self.budget:
             self._clock("verify")
             before = self.sample.state
-            self._ahead = (yield from self._drafting(ids)), before
+            self._ahead = (await self._drafting(ids)), before
             self._clock("draft")
 
-    def _drafting(self, ids: list[int]) -> Steps[Written]:
+    async def _drafting(self, ids: list[int]) -> Written:
         """What the draft writes behind an answer of these tokens, up to the horizon, in its own tokens."""
         room, stop = drafted_up_to(self.settings.horizon, self.budget - len(ids), self.engine)
         text = [*self.draft_prompt_ids, *self.engine.to_draft(ids)]
-        return (yield from self.contexts["draft"].continuing(text, room, self.sample, stop))
+        return await self.contexts["draft"].continuing(text, room, self.sample, stop)
 
     def commit(self, draft: Written, verdict: Verdict, k: int) -> None:
         """Keep the first k segments of the draft, in the answer and in the target's cache."""
@@ -270,19 +272,19 @@ class Answer:
         self.done = self.ended or len(self.ids) >= self.budget
         self._clock("other")
 
-    def proceed(self) -> Steps[None]:
+    async def proceed(self) -> None:
         """Let the target write on: to the next cut or, with handback "never", to the end."""
         engine, settings = self.engine, self.settings
         to_the_end = settings.handback == "never" or settings.policy == "whole"
         stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
-        yield from self._write("target", None if to_the_end else stop)
+        await self._write("target", None if to_the_end else stop)
         self.done = self.ended or to_the_end or len(self.ids) >= self.budget
 
-    def write_alone(self, role: str) -> Steps[None]:
+    async def write_alone(self, role: str) -> None:
         """Let one model write the whole answer."""
         if role == "draft":
-            yield from self.contexts["draft"].reading(self.draft_prompt_ids)
-        yield from self._write(role)
+            await self.contexts["draft"].reading(self.draft_prompt_ids)
+        await self._write(role)
         self.done = True
 
     def finish(self) -> Generation:
@@ -300,28 +302,23 @@ class Answer:
         for context in self.contexts.values():
             context.close()
 
-    def _write(self, role: str, stop: Stop | None = None) -> Steps[None]:
+    async def _write(self, role: str, stop: Stop | None = None) -> None:
         """Add to the answer what a model writes, token by token."""
         before = list(self.ids)
-        own: list[int] = []  # in the writer's tokens
         same = role == "target" or self.engine.same_tokens
         room, lookahead = self.budget - len(before), self.settings.lookahead
+
+        def grown(written: list[int]) -> None:
+            self._first_token()
+            if same:
+                self.ids = before + written
+
         if role == "target" and lookahead:
             contexts = self.contexts["target"], self.contexts["draft"]
-            writing = speculating(*contexts, room, self.sample, lookahead, stop, own)
+            written = await speculating(*contexts, room, self.sample, lookahead, stop, grown)
         else:
-            writing = self.contexts[role].writing(room, self.sample, stop, own)
-        output = None
-        try:
-            while True:
-                wanted = writing.send(output)
-                if wanted is None:  # it has grown
-                    self._first_token()
-                    if same:
-                        self.ids += own[len(self.ids) - len(before) :]
-                output = yield wanted
-        except StopIteration as finished:
-            self.ended = finished.value.ended
+            written = await self.contexts[role].writing(room, self.sample, stop, grown)
+        own, self.ended = written.ids, written.ended
         added = own if same else self.engine.to_target(own)
         if len(added) > room:  # the same text in more tokens
             added, self.ended = added[:room], False

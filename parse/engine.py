@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +20,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.answer import Answer, Generation, Settings, Stats, accept, whole_number
-from parse.compiled import PATIENCE, Compiled
-from parse.decode import Context
 from parse.layout import integers, pack
-from parse.models import ATTENTION, Messages, finding, is_distributed, load_model, warn_of_unheeded
-from parse.passes import Pass, Reader, Steps, check_packing, drive, drive_together, growing
+from parse.local.compiled import PATIENCE, Compiled
+from parse.local.loading import ATTENTION, Messages, finding, is_distributed, load_model, warn_of_unheeded
+from parse.local.runner import Pass, Reader, check_packing
+from parse.local.sequence import Context
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
+from parse.scheduler import Scheduler, run
 from parse.segments import Segmenter, check_segmenter
 from parse.text import certain_text, encode_continuation, eos_ids, shared_ends, text_behind, text_of
 from parse.trained import load as load_verifier
@@ -51,6 +51,7 @@ class Engine:
         compile: bool | None = None,
     ) -> None:
         check_segmenter(segments)
+        self.scheduler = Scheduler()
         self.target, self.tokenizer = target, tokenizer
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
         self.verifier, self.segments = verifier, segments
@@ -96,11 +97,11 @@ class Engine:
             tokenizer, draft_tokenizer: where the models are given loaded from elsewhere.
             device, dtype: default to the GPU and bfloat16 where there is one, else CPU and float32.
             attention: the target's: "auto", "sdpa" (dense masks) or "flex" (FlexAttention's block masks); see
-                `parse.models.ATTENTION`.
+                `parse.local.loading.ATTENTION`.
             segments: "sentence", "line" or a number of tokens; defaults to the trained verifier's own,
                 else "sentence".
-            compile: compile forward passes where that pays, see `parse.compiled`: True at their first use, None once
-                a pass has taken a while over all its uses (short runs never wait for a compiler), False never.
+            compile: compile forward passes where that pays, see `parse.local.compiled`: True at their first use, None
+                once a pass has taken a while over all its uses (short runs never wait for a compiler), False never.
             target_options, draft_options: more arguments of `transformers`' `from_pretrained` for each, such as
                 `{"device_map": "auto"}`, `{"tp_plan": "auto"}` or a `quantization_config`. Draft and target may
                 sit on different devices. With a `tp_plan`, all processes ask for the same answers, and get them.
@@ -206,12 +207,13 @@ class Engine:
                 warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=2)
                 finished[index] = Generation("", [], "length", [], Stats())
         places = list(answers)
-        for place, result in drive_together(map(self._steps, answers.values()), batch_size):
+        for place, result in self.scheduler.completed(map(self._steps, answers.values()), batch_size):
             finished[places[place]] = result
         return [finished[index] for index in range(len(encoded))]
 
     def _alone(self, prompt: Any, settings: Settings, raw: bool) -> Generation:
-        return drive(self._steps(self._start(*self._encoded(prompt, raw), settings)))
+        answer = self._start(*self._encoded(prompt, raw), settings)
+        return self.scheduler.wait(self.scheduler.submit(self._steps(answer)))
 
     def stream(self, prompt: str | Messages, *, raw: bool = False, **options: Any) -> Iterator[str]:
         """Answer one prompt and yield its text piece by piece, as soon as it is certain.
@@ -226,12 +228,11 @@ class Engine:
 
     def _streamed(self, answer: Answer) -> Iterator[str]:
         shown = ""
-        with closing(growing(self._steps(answer))) as growth:
-            for _ in growth:
-                text = certain_text(answer.ids, self.tokenizer)
-                if len(text) > len(shown):
-                    yield text[len(shown) :]
-                    shown = text
+        for _ in self.scheduler.watch(self._steps(answer)):
+            text = certain_text(answer.ids, self.tokenizer)
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
         if rest := text_of(answer.ids, self.tokenizer)[len(shown) :]:
             yield rest
 
@@ -239,7 +240,7 @@ class Engine:
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        return drive(self._steps(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)))
+        return run(self._steps(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)))
 
     def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Answer:
         self._check_tokens("target", prompt_ids)
@@ -259,22 +260,21 @@ class Engine:
                 "tokens that the model was not given (resize_token_embeddings), or belongs to another model"
             )
 
-    def _steps(self, answer: Answer) -> Steps[Generation]:
+    async def _steps(self, answer: Answer) -> Generation:
         """The algorithm: draft, cut, verify, accept, commit, continue."""
         try:
-            yield from answer.begin()
+            await answer.begin()
             if answer.settings.method != "parse":
-                yield from answer.write_alone(answer.settings.method)
+                await answer.write_alone(answer.settings.method)
             while not answer.done:
-                draft = yield from answer.draft()
-                verdict = yield from answer.verify(draft)
+                draft = await answer.draft()
+                verdict = await answer.verify(draft)
                 if self.apart:
-                    yield from answer.draft_ahead(draft)
+                    await answer.draft_ahead(draft)
                 k = accept(verdict.confidences.tolist(), answer.threshold, answer.settings.policy)
                 answer.commit(draft, verdict, k)
-                yield None  # the answer has grown
                 if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
-                    yield from answer.proceed()
+                    await answer.proceed()
             return answer.finish()
         finally:
             answer.close()
@@ -291,18 +291,18 @@ class Engine:
         target = self.context("target")
         target.layers = self.context_layers
         target.read(prompt_ids)
-        evidence, _ = drive(self.examining(target, draft_ids, ends, ended=False))
+        evidence, _ = run(self.examining(target, draft_ids, ends, ended=False))
         with torch.inference_mode():
             return self.need_verifier().confidences(evidence).float().cpu()
 
-    def examining(
+    async def examining(
         self,
         target: Context,
         draft_ids: Sequence[int],
         ends: Sequence[int],
         ended: bool,
         draft_logits: Tensor | None = None,
-    ) -> Steps[tuple[Evidence, Tensor]]:
+    ) -> tuple[Evidence, Tensor]:
         """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
 
         What of the text was not read yet goes first in the pass. Afterwards the cache holds the text and the whole
@@ -329,7 +329,7 @@ class Engine:
         verdicts = layout.last_suffix
         keep = [*read, *verdicts] if verifier.adapted is None else list(read)
         with_states = bool(verifier.layers) or verifier.adapted is not None
-        output = yield Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
+        output = await Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
         if before is None:
             before = output.logits[0]  # [V]
         drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]

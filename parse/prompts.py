@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
-from parse.models import Messages
+from parse.local.loading import Messages
 from parse.text import control_pattern, encode_continuation, encode_text
 
 T = TypeVar("T")

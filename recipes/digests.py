@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from parse.models import base_of
+from parse.local.loading import base_of
 from recipes.files import files_in
 
 LARGE = 2**24  # bytes

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 from parse import Engine
-from parse.models import base_of, finding, load_model, tokenizer_of, trusts_code
+from parse.local.loading import base_of, finding, load_model, tokenizer_of, trusts_code
 from parse.prompts import as_messages, end_of_answer
 from parse.text import eos_ids, named_ends
 from recipes.schema import NewDraft, Recipe, RecipeError

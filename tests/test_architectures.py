@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from eval.bench.fakes import endless
 from parse import Engine
-from parse.decode import Context
 from parse.layout import pack
-from parse.models import check_architecture, context_length, load_model
-from parse.passes import Pass, Reader, check_packing
+from parse.local.loading import check_architecture, context_length, load_model
+from parse.local.runner import Pass, Reader, check_packing
+from parse.local.sequence import Context
 from parse.verifiers import Likelihood
 from tests.conftest import DEVICE
 from tests.test_cache import assert_same_cache
@@ -137,7 +137,7 @@ def test_texts_of_a_batch_are_read_as_each_alone(name):
     for i, prompt in enumerate(prompts):
         alone = Context(Reader(model))
         alone.read(prompt)
-        expected = alone.reader.forward([dataclasses.replace(passes(contexts)[i], reader=alone.reader, row=alone.row)])
+        expected = alone.reader.forward([dataclasses.replace(passes(contexts)[i], runner=alone.reader, row=alone.row)])
         torch.testing.assert_close(outputs[i].logits, expected[0].logits, atol=1e-4, rtol=1e-4)
         assert_same_cache(contexts[i], alone)
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parse import Engine
-from parse.decode import Context
-from parse.passes import Pass, Reader, drive, drive_together
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
+from parse.scheduler import run, run_together
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import random_adapter
 
@@ -41,23 +42,23 @@ def test_an_adapter_acts_on_its_own_suffixes_alone(target, tokenizer, forwards):
     engine = Engine(target, tokenizer, verifier=adapter, compile=False)
     reader = engine.context("target").reader
 
-    def reading(draft, ends):
+    async def reading(draft, ends):
         context = Context(reader)
-        yield from context.reading([11, 12, 13])
+        await context.reading([11, 12, 13])
         if ends:
-            evidence, _ = yield from engine.examining(context, draft, ends, ended=False)
+            evidence, _ = await engine.examining(context, draft, ends, ended=False)
             states = evidence.suffix_states
         else:
-            output = yield Pass(reader, context.row, draft)
+            output = await Pass(reader, context.row, draft)
             states = output.logits
             context.has_read(draft)
-        output = yield Pass(reader, context.row, [14])  # shows what the cache holds
+        output = await Pass(reader, context.row, [14])  # shows what the cache holds
         context.close()
         return states, output.logits
 
     texts = [(range(20, 20 + n), ends) for n, ends in ((6, [2, 4, 6]), (9, [3, 9]), (12, []), (8, [8]))]
-    alone = [drive(reading(list(draft), ends)) for draft, ends in texts]
-    together = dict(drive_together((reading(list(draft), ends) for draft, ends in texts), at_once=4))
+    alone = [run(reading(list(draft), ends)) for draft, ends in texts]
+    together = dict(run_together((reading(list(draft), ends) for draft, ends in texts), at_once=4))
     assert forwards[-3:] == [4, 4, 4]
     for i, results in enumerate(alone):
         for mine, single in zip(together[i], results, strict=True):
@@ -126,14 +127,14 @@ def test_a_finished_request_leaves_at_once_and_the_next_takes_its_place(engine, 
     """Texts of 2, 6, 2 and 2 tokens, two at a time: the second one's 6 passes are all that it takes."""
     reader = Reader(engine.target)
 
-    def writing(count):
+    async def writing(count):
         context = Context(reader)
         for token in range(count):
-            yield Pass(reader, context.row, [5 + token])
+            await Pass(reader, context.row, [5 + token])
         context.close()
         return count
 
-    finished = list(drive_together((writing(count) for count in (2, 6, 2, 2)), at_once=2))
+    finished = list(run_together((writing(count) for count in (2, 6, 2, 2)), at_once=2))
     assert forwards == [2, 2, 2, 2, 2, 2]
     assert finished[0] == (0, 2)
     assert sorted(finished) == [(0, 2), (1, 6), (2, 2), (3, 2)]

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parse.cache import PrefixCache
-from parse.decode import Context
-from parse.passes import Reader, drive
+from parse.local.cache import PrefixCache
+from parse.local.runner import Reader
+from parse.local.sequence import Context
+from parse.scheduler import run
 from tests.conftest import random_model
 
 MODEL = random_model("llama", 60)
@@ -75,7 +76,7 @@ def test_more_than_the_context_holds_is_refused():
 def test_becoming_another_text_equals_reading_it(after):
     context = fresh()
     context.read([1, 2, 3, 4])
-    drive(context.becoming(after))
+    run(context.becoming(after))
     plain = fresh()
     plain.read(after)
     assert context.ids == after
@@ -90,7 +91,7 @@ def test_becoming_a_text_reads_only_what_is_new(monkeypatch):
     original = Reader.forward
     counted = lambda self, some, alone: (read.extend(len(one.ids) for one in some), original(self, some, alone))[1]
     monkeypatch.setattr(Reader, "forward", counted)
-    drive(context.becoming([*range(15), 40, 41]))
+    run(context.becoming([*range(15), 40, 41]))
     assert read == [2]
 
 

@@ -23,7 +23,7 @@ from eval.checks import check_models, check_prompts, check_speculation
 from eval.prompts import Fitting, prompts_of
 from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
-from parse.models import load_model
+from parse.local.loading import load_model
 from parse.prompts import encode_prompt
 from parse.verifiers import Prompt
 from recipes.digests import Digests

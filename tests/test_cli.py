@@ -19,7 +19,7 @@ import parse
 from eval.tasks import ledger
 from parse import Generation, Segment, Stats
 from parse.__main__ import _message, main, transcript
-from parse.models import load_model
+from parse.local.loading import load_model
 from parse.trained import save
 from parse.verifiers import Likelihood
 from recipes.schema import load_recipe, to_dict
@@ -170,7 +170,7 @@ def test_a_character_that_divides_lines_elsewhere_is_text_here(capsys, tmp_path)
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_loaded(capsys, monkeypatch, words, messages):
-    monkeypatch.setattr("parse.models.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("parse.local.loading.AutoModelForCausalLM.from_pretrained", None)
     assert main(words) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval.methods import compile_in_two
 from parse import Engine
-from parse.ahead import ANY, _place, trace
-from parse.compiled import WIDE, Compiled
-from parse.decode import Context
 from parse.layout import pack
-from parse.passes import Pass, Reader
+from parse.local.ahead import ANY, _place, trace
+from parse.local.compiled import WIDE, Compiled
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
 from parse.verifiers import Likelihood, Prompt
 from recipes.pair import load_engine
 from recipes.schema import load_recipe
@@ -289,7 +289,7 @@ def test_what_does_not_pay_is_left_alone(monkeypatch):
     compiled.pays["steps"] = False
     assert compiled.shape(1, 1, 70) is None
     assert compiled.shape(3, 20, 280) == WIDE
-    monkeypatch.setattr("parse.compiled.LARGEST", 1000)
+    monkeypatch.setattr("parse.local.compiled.LARGEST", 1000)
     for width in (1, 20):
         assert Compiled(model).shape(1, width, 70) is None  # bound by memory
 
@@ -297,7 +297,7 @@ def test_what_does_not_pay_is_left_alone(monkeypatch):
 @pytest.mark.parametrize(("layers", "as_on_gpu"), [(1, False), (2, False), (1, True)])
 def test_steps_of_few_layers_on_a_cpu_attend_in_loops_and_nobody_else_does(layers, as_on_gpu, monkeypatch):
     """Grouped heads, texts of several lengths, an idle one."""
-    monkeypatch.setattr("parse.compiled.DEEP", 2)
+    monkeypatch.setattr("parse.local.compiled.DEEP", 2)
     sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("llama", num_hidden_layers=layers, vocab_size=60, **sizes)
     model, counter = AutoModelForCausalLM.from_config(config).eval(), Counter()

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from parse import Engine
-from parse.decode import Context, Sampling, speculating
-from parse.passes import Pass, Reader, drive, drive_together, growing
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
+from parse.local.speculation import speculating
+from parse.sampling import Sampling
+from parse.scheduler import Scheduler, run, run_together
 from parse.verifiers import Likelihood
 from tests.conftest import random_model
 from tests.test_cache import assert_same_cache
@@ -44,10 +47,10 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     stop = lambda ids: len(ids) % every == 0
     target, draft = contexts(proposer, prompt, ends)
     alone, _ = contexts(proposer, prompt, ends)
-    written = drive(speculating(target, draft, limit, Sampling(), lookahead, stop))
+    written = run(speculating(target, draft, limit, Sampling(), lookahead, stop))
     assert written == alone.write(limit, stop=stop)
     assert target.ids == alone.ids
-    torch.testing.assert_close(drive(target.knowing()), drive(alone.knowing()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run(target.knowing()), run(alone.knowing()), atol=1e-4, rtol=1e-4)
     for mine, theirs in zip(target.reader.cache.states(), alone.reader.cache.states(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
@@ -69,25 +72,20 @@ def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read, every)
         if read:
             contexts[-1].read(prompt)
         else:
-            drive(contexts[-1].awaiting(prompt))
+            run(contexts[-1].awaiting(prompt))
     alone, watched = contexts
     asked, forward = [], alone.reader.forward
     alone.reader.forward = lambda some, alone: asked.append(alone) or forward(some, alone)
-    growth, seen = [], []
-    steps = growing(watched.writing(limit, Sampling(), stop, growth))
-    try:
-        while True:
-            next(steps)
-            seen.append(len(growth))
-    except StopIteration as finished:
-        written = finished.value
-    assert alone.write(limit, Sampling(), stop) == written
-    assert seen == list(range(1, len(written.ids) + 1))
+    seen = []
+    for _ in Scheduler().watch(watched.writing(limit, Sampling(), stop, lambda ids: seen.append(list(ids)))):
+        pass
+    written = alone.write(limit, Sampling(), stop)
+    assert seen == [written.ids[: i + 1] for i in range(len(written.ids))]
     assert asked == [True] * len(asked)
     assert len(asked) <= 2 - read
     assert alone.ids == watched.ids
     assert alone.waiting == watched.waiting
-    torch.testing.assert_close(drive(alone.knowing()), drive(watched.knowing()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run(alone.knowing()), run(watched.knowing()), atol=1e-4, rtol=1e-4)
     assert_same_cache(alone, watched)
 
 
@@ -98,12 +96,12 @@ def test_texts_that_run_together_write_on_to_where_one_of_them_stops(readers):
     stops = [(9, lambda ids: len(ids) == 4), (7, None), (12, None)]
     texts, asked = [Context(readers[i % len(readers)]) for i in range(3)], []
     for context in texts:
-        drive(context.awaiting([5, 6, 7]))
+        run(context.awaiting([5, 6, 7]))
     for reader in readers:
         forward = reader.forward
         reader.forward = lambda some, alone, forward=forward: asked.append(len(some)) or forward(some, alone)
     writing = (context.writing(limit, stop=stop) for context, (limit, stop) in zip(texts, stops, strict=True))
-    written = dict(drive_together(writing, at_once=3))
+    written = dict(run_together(writing, at_once=3))
     alone = Context(Reader(TARGET))
     alone.read([5, 6, 7])
     ids = alone.write(12).ids
@@ -115,15 +113,15 @@ def test_texts_that_run_together_write_on_to_where_one_of_them_stops(readers):
 def test_proposals_that_are_kept_save_passes(monkeypatch):
     target, draft = contexts("same", [5, 6, 7])
     passes = []
-    run = Reader.forward
+    forward = Reader.forward
 
     def counting(self, some, alone=False):
         if self is target.reader:
             passes.append(len(some[0].ids))
-        return run(self, some, alone)
+        return forward(self, some, alone)
 
     monkeypatch.setattr(Reader, "forward", counting)
-    drive(speculating(target, draft, 20, Sampling(), lookahead=4))
+    run(speculating(target, draft, 20, Sampling(), lookahead=4))
     assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
 
 
@@ -168,7 +166,7 @@ def test_whole_texts_are_sampled_as_by_the_target_alone():
         logits = target.next_logits
         for _ in range(trials):
             target.rollback(len(prompt), logits)
-            ahead = lambda: drive(speculating(target, draft, 3, sample, lookahead))
+            ahead = lambda: run(speculating(target, draft, 3, sample, lookahead))
             written = ahead() if lookahead else target.write(3, sample)
             key = (*written.ids, -1) if written.ended else tuple(written.ids)
             counts[key] = counts.get(key, 0) + 1

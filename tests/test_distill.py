@@ -19,7 +19,7 @@ import train.distill
 from eval.checks import check_models
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
-from parse.models import load_model
+from parse.local.loading import load_model
 from parse.prompts import encode_prompt
 from recipes.pair import _texts, first_draft, with_layers
 from recipes.schema import RecipeError, load_recipe

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from eval.checks import check_models, check_prompts
 from parse import Engine
-from parse.models import load_model, warn_of_unheeded
-from parse.passes import drive
+from parse.local.loading import load_model, warn_of_unheeded
 from parse.prompts import end_of_answer
+from parse.scheduler import run
 from parse.text import eos_ids
 from parse.verifiers import Divergence, Likelihood, token_divergence, token_evidence
 from recipes.pair import draft_tokenizer, first_draft
@@ -34,7 +34,7 @@ def test_that_the_text_ends_counts_whichever_token_ends_it(smollm, ends):
     assert result.finish_reason == "stop"
     context = engine.context("target")
     context.read(engine.encode(QUESTION))
-    evidence, _ = drive(engine.examining(context, result.token_ids, [len(result.token_ids)], ended=True))
+    evidence, _ = run(engine.examining(context, result.token_ids, [len(result.token_ids)], ended=True))
     with torch.inference_mode():
         logits = model(torch.tensor([[*engine.encode(QUESTION), *result.token_ids]])).logits[0, -1]
     log_probs = logits.log_softmax(-1)
@@ -212,5 +212,5 @@ def test_a_divergence_counts_ends_of_either_model_as_one(smollm):
     other[:, [0, 2]] = logits[:, [2, 0]]  # a draft that prefers another of the ends
     context = engine.context("target")
     context.read(ids)
-    evidence, _ = drive(engine.examining(context, written, [len(written)], ended=True, draft_logits=other))
+    evidence, _ = run(engine.examining(context, written, [len(written)], ended=True, draft_logits=other))
     assert evidence.divergence.abs().max() < 1e-3

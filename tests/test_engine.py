@@ -9,8 +9,9 @@ from scipy.stats import chi2
 from eval.bench.fakes import endless
 from parse import Engine
 from parse.answer import accept
-from parse.decode import Sampling
-from parse.passes import Reader, drive
+from parse.local.runner import Reader
+from parse.sampling import Sampling
+from parse.scheduler import run
 from parse.trained import AttentiveHead, HazardHead, Probe
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import peak_bytes, random_adapter
@@ -49,7 +50,7 @@ def test_accepting_nothing_is_the_target_and_everything_the_draft(engine, policy
 @pytest.mark.parametrize("long", [False, True])
 def test_a_probe_with_attention_reads_the_states_of_the_whole_text(target, draft, tokenizer, monkeypatch, ways, long):
     """In every round: of the prompt, of what was accepted, and of repairs, which the target has read step by step."""
-    monkeypatch.setattr("parse.decode.SHORT", 3 if long else 512)
+    monkeypatch.setattr("parse.local.sequence.SHORT", 3 if long else 512)
     verifier = Probe(AttentiveHead(2 * 48, 4).eval(), (1, 3))
     engine = Engine(target, tokenizer, draft, tokenizer, verifier, segments=4, compile=False)
     seen = []
@@ -118,7 +119,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     end = data.draw(st.integers(1, len(drafted)))
     context = engine.context("target")
     context.read(prompt)
-    _, logits = drive(engine.examining(context, drafted, [end], ended=False))
+    _, logits = run(engine.examining(context, drafted, [end], ended=False))
     context.rollback(len(prompt) + end, logits[1])
     plain = engine.context("target")
     plain.read([*prompt, *drafted[:end]])
@@ -179,7 +180,7 @@ def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, d
     prompt = len(engine.encode(PROMPT))
     assert passes == [prompt + 24]  # the prompt and the whole draft, once
     passes.clear()
-    monkeypatch.setattr("parse.decode.SHORT", prompt - 1)
+    monkeypatch.setattr("parse.local.sequence.SHORT", prompt - 1)
     engine.generate(PROMPT, 24, threshold=0.0)
     assert passes == [prompt, 24]  # a long one by itself, where it needs no mask
 
@@ -311,7 +312,7 @@ def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, d
     context = engine.context("target")
     context.read(engine.encode(PROMPT))
     drafted = [9, 30, 51, 72]
-    logits = drive(engine.examining(context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
+    logits = run(engine.examining(context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
     logits = logits / logits.std() * 1.5
     temperature = 0.8
     plain = torch.softmax(logits / temperature, -1)
@@ -364,7 +365,7 @@ def test_invariants_on_a_real_chat_model(smollm, question):
             assert confidence == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-4)
     context, plain = engine.context("target"), engine.context("target")
     context.read(ids)
-    drive(engine.examining(context, expected, ends, ended=False))
+    run(engine.examining(context, expected, ends, ended=False))
     plain.read([*ids, *expected])
     assert_same_cache(context, plain, tolerance=1e-3)
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.generation import FAILED, TooManyFailed, finish_all, going_on, in_threads, together, write_all
-from parse.decode import Context
-from parse.passes import Reader
+from parse.local.runner import Reader
+from parse.local.sequence import Context
 from recipes.schema import RecipeError
 
 
@@ -110,7 +110,7 @@ def test_what_a_model_writes_is_what_it_writes_alone(target):
 def test_a_text_makes_room_when_it_is_done(target):
     reader = Reader(target, frozenset([1]))
     steps = going_on(reader, [5, 6], limit=3)
-    reader.forward([next(steps)])
+    reader.forward([steps.send(None)])
     steps.close()
     assert reader.open() == 0
 

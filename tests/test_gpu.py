@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parse import Engine
-from parse.compiled import Compiled
-from parse.decode import Context
 from parse.layout import pack
-from parse.passes import Pass, Reader
+from parse.local.compiled import Compiled
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS
 from tests.test_batch import PROMPTS, assert_same_answers

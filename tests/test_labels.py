@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from eval.judges import Agreement, Checked, controls
 from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
-from parse.decode import Context
-from parse.passes import drive, drive_together
+from parse.local.sequence import Context
+from parse.scheduler import run, run_together
 from recipes.schema import RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS
 from train.labels import Labeller, bisecting
@@ -24,12 +24,11 @@ QUICK = "recipes/quickstart.yaml"
 def test_bisection_finds_the_first_invalid_prefix(k, data):
     first, asked = data.draw(st.integers(1, k)), []
 
-    def ask(cut):
+    async def ask(cut):
         asked.append(cut)
         return cut < first
-        yield
 
-    assert drive(bisecting(k, ask)) == first
+    assert run(bisecting(k, ask)) == first
     assert len(asked) == len(set(asked)) <= math.ceil(math.log2(k)) if k > 1 else not asked
 
 
@@ -40,7 +39,7 @@ def engine():
 
 def rollouts(engine, labeller, every, prompts):
     steps = (rolling_out(labeller, prompt, 4, "all" if every else "bisect") for prompt in prompts)
-    finished = dict(drive_together(steps, 40))
+    finished = dict(run_together(steps, 40))
     return [finished[i] for i in range(len(prompts))]
 
 
@@ -51,7 +50,7 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
     prompts = draw_prompts(ledger, "train", 6, seed=12)
     labeller = Labeller(engine, Checked(ledger), 200)
     steps = (rolling_out(labeller, prompt, 3, "all" if every else "bisect", horizon) for prompt in prompts)
-    found = dict(drive_together(steps, 10))
+    found = dict(run_together(steps, 10))
     for index, rows in found.items():
         assert len(rows) > 3
         assert [row["round"] for row in rows] == sorted(row["round"] for row in rows)
@@ -67,7 +66,7 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
         for row in rows[:4]:  # the labels are what the target makes of the prefixes
             context = Context(engine.readers["target"])
             start = [*row["prefix_ids"], *row["draft_ids"]]
-            right, _ = drive(labeller.finishing(context, prompts[index], start))
+            right, _ = run(labeller.finishing(context, prompts[index], start))
             context.close()
             assert right == row["valid"][-1] or row["ended"]
 
@@ -107,15 +106,15 @@ def test_a_target_compares_answers_where_there_is_no_checker(smollm):
     prompts = [f"Name a {thing}." for thing in ("colour", "river", "bird", "metal", "planet", "tree", "fruit", "city")]
 
     def run(many):
-        finished = dict(drive_together(many, 8))
+        finished = dict(run_together(many, 8))
         return [finished[i] for i in range(len(finished))]
 
     noise = controls(agreement, prompts, run)
     assert set(noise) == {"same_called_different", "different_called_same", "threshold"}
     assert all(0 <= value <= 1 for value in noise.values())
     assert noise["same_called_different"] + noise["different_called_same"] < 1  # better than a guess
-    assert drive(agreement.judging(prompts[0], "Blue, blue and blue again")) in (True, False)
-    assert drive(agreement.judging(prompts[0], agreement.references[prompts[0]]))  # its own words
+    assert run(agreement.judging(prompts[0], "Blue, blue and blue again")) in (True, False)
+    assert run(agreement.judging(prompts[0], agreement.references[prompts[0]]))  # its own words
 
 
 def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alone(engine):
@@ -126,7 +125,7 @@ def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alo
     found = []
     for labeller, labels in ((asking, "bisect"), (knowing, "checker")):
         steps = (rolling_out(labeller, prompt, 3, labels) for prompt in prompts)
-        finished = dict(drive_together(steps, 10))
+        finished = dict(run_together(steps, 10))
         found.append([finished[i] for i in range(len(prompts))])
     drop = lambda rows: [
         {key: row[key] for key in ("round", "prefix_ids", "draft_ids", "ends", "valid")} for row in rows
@@ -142,7 +141,7 @@ def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alo
 def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
     (prompt,) = draw_prompts(ledger, "train", 1, seed=3)
     labeller = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
-    drafts = [drive(rolling_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
+    drafts = [run(rolling_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
     first = [rows[0]["draft_ids"] for rows in drafts]
     assert drafts[1] == drafts[3]
     assert len({tuple(ids) for ids in first}) == 3
@@ -174,20 +173,20 @@ def test_the_program_saves_bisection_most_of_its_questions_and_changes_no_label(
 def test_a_prefix_is_asked_once_for_all_drafts_of_a_prompt(engine):
     (prompt,) = [p for p in draw_prompts(ledger, "train", 12, seed=12) if not whole(engine, p)][:1]
     labeller, asked = Labeller(engine, Checked(ledger), 200), {}
-    rows = [drive(rolling_out(labeller, prompt, 3, "bisect", asked=asked)) for _ in range(2)]
+    rows = [run(rolling_out(labeller, prompt, 3, "bisect", asked=asked)) for _ in range(2)]
     count = labeller.asked
     assert rows[0] == rows[1]
     assert count == len(asked) > 0
 
 
 def whole(engine, prompt):
-    return all(drive(rolling_out(Labeller(engine, Checked(ledger), 200), prompt, 1, "bisect"))[0]["valid"])
+    return all(run(rolling_out(Labeller(engine, Checked(ledger), 200), prompt, 1, "bisect"))[0]["valid"])
 
 
 def test_sampled_drafts_are_labelled_without_the_target(engine):
     prompts = draw_prompts(ledger, "train", 6, seed=12)
     labeller = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
-    rows = [row for p in prompts for row in drive(rolling_out(labeller, p, 1, "checker", sample=1))]
+    rows = [row for p in prompts for row in run(rolling_out(labeller, p, 1, "checker", sample=1))]
     assert len(rows) == 6
     assert not any(row["continuation_ids"] or row["met"] for row in rows)
     assert not all(all(row["valid"]) for row in rows)

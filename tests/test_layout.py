@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parse.layout import pack, stack_layouts, visible
-from parse.passes import Pass, Reader
+from parse.local.runner import Pass, Reader
 from tests.conftest import random_model
 
 

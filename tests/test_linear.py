@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from parse.linear import FEW, NEAR, _FewRows, few_rows, linears
-from parse.passes import Pass, Reader
+from parse.local.linear import FEW, NEAR, _FewRows, few_rows, linears
+from parse.local.runner import Pass, Reader
 from tests.conftest import random_model
 
 
@@ -39,7 +39,7 @@ def test_a_compiled_layer_multiplies_a_row_or_four_in_a_loop_of_its_own(
     rows: int, near: int, loop: bool, layer: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One always; as many as four where the weight, here of 960 bytes, is small enough to be near."""
-    monkeypatch.setattr("parse.linear.NEAR", near)
+    monkeypatch.setattr("parse.local.linear.NEAR", near)
     x, seen = torch.randn(rows, 1, 24), list[str]()
     nn.init.normal_(layer.weight)
     expected = layer(x)

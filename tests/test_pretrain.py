@@ -7,7 +7,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from parse.models import load_model
+from parse.local.loading import load_model
 from parse.verifiers import Prompt
 from recipes.demo import verdicts as judging
 from recipes.demo.corpus import IGNORE, LessonBook, Lessons, Phase

@@ -14,7 +14,6 @@ import parse.prompts
 from eval.judges import Checked
 from eval.tasks import draw_prompts, ledger
 from parse import Engine
-from parse.passes import drive
 from parse.prompts import (
     checked_prompt,
     encode_for_draft,
@@ -26,6 +25,7 @@ from parse.prompts import (
     render,
     turn_after_answer,
 )
+from parse.scheduler import run
 from parse.text import encode_continuation, text_of
 from parse.verifiers import Prompt
 from recipes.schema import load_recipe
@@ -218,7 +218,7 @@ def test_what_was_thought_is_not_the_answer(text, opened, expected):
         def check(self, prompt, answer):
             return "5" in answer
 
-    assert not drive(Checked(Task(), opened).judging("q", text))
+    assert not run(Checked(Task(), opened).judging("q", text))
 
 
 def test_the_verdict_is_asked_for_without_a_thought(qwen3, r1):

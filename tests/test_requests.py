@@ -13,9 +13,7 @@ import pytest
 
 from eval.bench.fakes import endless
 from parse import Engine
-from parse.answer import Answer
-from parse.decode import Sampling
-from parse.passes import growing
+from parse.sampling import Sampling
 from parse.text import text_of
 from parse.verifiers import Likelihood, Prompt
 from tests.conftest import MODELS, TORCHRUN, random_model
@@ -49,8 +47,11 @@ def test_a_stream_shows_an_accepted_draft_before_the_target_goes_on(target, draf
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
     first = engine.generate(PROMPT, 30, threshold=0.0)[0].segments[0]
     pieces = engine.stream(PROMPT, max_new_tokens=30, threshold=first.confidence)
-    monkeypatch.setattr(Answer, "proceed", lambda _: pytest.fail("the target goes on before the draft is shown"))
+    asked = []
+    forward = engine.readers["target"].forward
+    monkeypatch.setattr(engine.readers["target"], "forward", lambda *args: asked.append(1) or forward(*args))
     assert next(pieces).startswith(first.text)
+    assert len(asked) == 1  # the packed pass
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -59,7 +60,10 @@ def test_an_answer_grows_by_what_it_keeps(target, draft, tokenizer, method, watc
     """Whenever it has grown, the tokens so far are those that it ends up with, many at once where nobody watches."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4)
     answer = engine._start(*engine._encoded(PROMPT), engine.settings(method=method, max_new_tokens=30))
-    seen = [list(answer.ids) for _ in growing(engine._steps(answer), watched)]
+    task, seen = engine.scheduler.submit(engine._steps(answer), watched), []
+    while not task.done:
+        engine.scheduler.step()
+        seen.append(list(answer.ids))
     assert len(seen) > 1
     assert seen == [answer.ids[: len(ids)] for ids in seen]
     if method != "parse":

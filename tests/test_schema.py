@@ -21,7 +21,7 @@ from eval.__main__ import main as evaluate
 from eval.checks import check_models
 from eval.methods import WHAT
 from parse.answer import HANDBACKS, POLICIES, Settings
-from parse.models import load_model
+from parse.local.loading import load_model
 from parse.segments import check_segmenter
 from recipes.schema import Recipe, RecipeError, adapted_layers, hidden_states, load_recipe, to_dict
 from recipes.strict import DEEPEST, Range, Text, dump

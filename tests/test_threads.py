@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parse import Engine
-from parse.locks import lock_of, others_idle
+from parse.local.locks import lock_of, others_idle
 from parse.verifiers import Likelihood
 from tests.test_engine import PROMPT
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from eval.tasks import draw_prompts, ledger
 from eval.verifier_metrics import Draft, Judged, Scored, examine, measure
 from parse import Engine
-from parse.linear import FEW
-from parse.passes import drive
+from parse.local.linear import FEW
+from parse.scheduler import run
 from parse.segments import cut
 from parse.trained import (
     Adapter,
@@ -82,7 +82,7 @@ def test_the_adapter_leaves_what_was_read_bit_by_bit(name, tokenizer):
         engine = Engine(model, tokenizer, verifier=dataclasses.replace(verifier, reads_draft=True), compile=False)
         context = engine.context("target")
         context.read(prompt)
-        evidence, behind = drive(engine.examining(context, draft, ends, ended=False))
+        evidence, behind = run(engine.examining(context, draft, ends, ended=False))
         caches.append([part for layer in context.reader.cache.states(context.row) for part in layer])
         logits.append(behind)
         states.append(evidence.suffix_states)
@@ -101,7 +101,7 @@ def test_one_packed_pass_gives_each_prefix_the_adapters_verdict_on_it_alone(targ
     for k, end in enumerate(ends):  # each prefix as a draft of its own; the hazard of its last segment
         context = engine.context("target")
         context.read(prompt)
-        evidence, _ = drive(engine.examining(context, draft[:end], ends[: k + 1], ended=False))
+        evidence, _ = run(engine.examining(context, draft[:end], ends[: k + 1], ended=False))
         hazards.append(engine.verifier.hazards(evidence)[-1])
     torch.testing.assert_close(together, survival(torch.stack(hazards)), atol=1e-4, rtol=1e-4)
 
@@ -388,7 +388,7 @@ def assert_base_is_untouched(engine, adapter, draft):
         engine.verifier = verifier
         context = engine.context("target")
         context.read(draft.context_ids)
-        drive(engine.examining(context, draft.ids, draft.ends, draft.ended))
+        run(engine.examining(context, draft.ids, draft.ends, draft.ended))
         states.append([part for layer in context.reader.cache.states(context.row) for part in layer])
     for mine, theirs in zip(*states, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)  # in few rows rounded otherwise

@@ -9,7 +9,7 @@ import torch
 
 from eval.verifier_metrics import Draft, examine
 from parse import Engine
-from parse.passes import drive
+from parse.scheduler import run
 from parse.trained import AttentiveHead, HazardHead, Probe, fingerprint, load, save, token_inputs
 from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
 from tests.conftest import facts_of, peak_bytes, random_model
@@ -208,8 +208,8 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, toke
     engine = Engine(model, tokenizer, verifier=verifier, compile=False)
     context = engine.context("target")
     prompt = [token % 50 + 5 for token in range(200)]
-    drive(context.reading(prompt) if read_before else context.awaiting(prompt))
-    peak = peak_bytes(lambda: drive(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False)))
+    run(context.reading(prompt) if read_before else context.awaiting(prompt))
+    peak = peak_bytes(lambda: run(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Trainer
 from trl import DistillationConfig, DPOConfig, DPOTrainer
 
 from parse import Engine
-from parse.models import load_model
+from parse.local.loading import load_model
 from recipes.pair import load_engine, target_tokenizer, whole_weights
 from recipes.run import Run
 from recipes.schema import Recipe, RecipeError

@@ -16,7 +16,6 @@ from eval.generation import Row, Work, finish_all, going_on, in_threads, togethe
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows, key_of
-from parse.passes import Steps
 from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.text import encode_continuation, text_of
 from recipes.files import write_text
@@ -71,8 +70,8 @@ def _here(recipe: Recipe) -> Work[Prompt]:
     engine = load_engine(recipe)
     reader = engine.readers["target"]
 
-    def answering(prompt: Prompt) -> Steps[Row]:
-        answer = yield from going_on(reader, engine.encode(prompt), recipe.engine.max_new_tokens)
+    async def answering(prompt: Prompt) -> Row:
+        answer = await going_on(reader, engine.encode(prompt), recipe.engine.max_new_tokens)
         return vars(Answered(text_of(answer.ids, engine.tokenizer), answer.ended, ids=answer.ids))
 
     return together(answering, recipe.answers.batch_size)

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, set_seed
 from trl import DistillationConfig, SFTConfig
 
-from parse.models import Messages, context_length, load_model
+from parse.local.loading import Messages, context_length, load_model
 from parse.prompts import as_messages, encode_for_draft, encode_prompt, render
 from parse.text import encode_continuation, encode_text
 from recipes.pair import first_draft, target_tokenizer, whole_weights

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from eval.judges import TEMPERATURE, Judge
 from eval.tasks.rows import Prompt
 from parse import Engine
-from parse.decode import Context, Sampling, Written
-from parse.passes import Steps
+from parse.local.sequence import Context
+from parse.sampling import Sampling, Written
+from parse.scheduler import Steps
 from parse.segments import ends_segment
 from parse.text import text_of
 
@@ -63,9 +64,9 @@ class Labeller:
     seed: int = 0
     asked: int = 0  # prefixes so far
 
-    def finishing(
+    async def finishing(
         self, context: Context, prompt: Prompt, start: list[int], sample: int | None = None
-    ) -> Steps[tuple[bool, Written]]:
+    ) -> tuple[bool, Written]:
         """Let the target finish the answer that starts so, and judge the outcome.
 
         Args:
@@ -75,23 +76,23 @@ class Labeller:
         """
         engine = self.engine
         prompt_ids = engine.encode(prompt)
-        yield from context.becoming([*prompt_ids, *start])
+        await context.becoming([*prompt_ids, *start])
         choose = Sampling()
         if sample is not None:
             choose = Sampling(TEMPERATURE, seed=(self.seed * 997 + len(start)) * 997 + sample)
-        written = yield from context.writing(max(self.limit - len(start), 1), choose)
+        written = await context.writing(max(self.limit - len(start), 1), choose)
         answer = text_of([*start, *written.ids], engine.tokenizer)
-        right = written.ended and (yield from self.judge.judging(prompt, answer))
+        right = written.ended and (await self.judge.judging(prompt, answer))
         return right, written
 
-    def asking(self, context: Context, prompt: Prompt, start: list[int]) -> Steps[tuple[bool, Written]]:
+    async def asking(self, context: Context, prompt: Prompt, start: list[int]) -> tuple[bool, Written]:
         """Whether a prefix is valid, and one way on from it that shows it."""
         self.asked += 1
         if self.samples == 1:
-            return (yield from self.finishing(context, prompt, start))
+            return await self.finishing(context, prompt, start)
         ways = []
         for sample in range(self.samples):
-            ways.append((yield from self.finishing(context, prompt, start, sample)))
+            ways.append(await self.finishing(context, prompt, start, sample))
         valid = 2 * sum(right for right, _ in ways) > len(ways)
         return valid, next(way for right, way in ways if right == valid)
 
@@ -106,7 +107,7 @@ class Labeller:
             labels[-1] = draft.right and all(labels)
         return labels
 
-    def checking(self, context: Context, draft: Drafted, repair: bool) -> Steps[Labels]:
+    async def checking(self, context: Context, draft: Drafted, repair: bool) -> Labels:
         """Label a draft's K prefixes by the task's program alone.
 
         Args:
@@ -117,12 +118,12 @@ class Labeller:
         if all(labels) or not repair:
             return Labels(labels, True, [], False)
         kept = [0, *draft.ends][labels.index(False)]
-        yield from context.becoming([*engine.encode(draft.prompt), *draft.prefix, *draft.written.ids[:kept]])
+        await context.becoming([*engine.encode(draft.prompt), *draft.prefix, *draft.written.ids[:kept]])
         stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
-        written = yield from context.writing(max(self.limit - len(draft.prefix) - kept, 1), stop=stop)
+        written = await context.writing(max(self.limit - len(draft.prefix) - kept, 1), stop=stop)
         return Labels(labels, True, written.ids, written.ended)
 
-    def labelling(self, context: Context, draft: Drafted, every: bool, asked: Asked) -> Steps[Labels]:
+    async def labelling(self, context: Context, draft: Drafted, every: bool, asked: Asked) -> Labels:
         """Label a draft's K prefixes by the target's ways on.
 
         Args:
@@ -134,20 +135,20 @@ class Labeller:
         k, ways = len(draft.ends), dict[int, Written]()
         valid = dict[int, bool]()
 
-        def ask(cut: int) -> Steps[bool]:
+        async def ask(cut: int) -> bool:
             start = [*draft.prefix, *draft.written.ids[: draft.ends[cut - 1] if cut else 0]]
             if tuple(start) not in asked:
-                asked[tuple(start)] = yield from self.asking(context, draft.prompt, start)
+                asked[tuple(start)] = await self.asking(context, draft.prompt, start)
             valid[cut], ways[cut] = asked[tuple(start)]
             return valid[cut]
 
         if draft.right is None:
-            yield from ask(k)
+            await ask(k)
         else:
             valid[k] = draft.right
         if every:
             for cut in range(k - 1, 0, -1):  # the longest first: shorter ones are in the cache
-                yield from ask(cut)
+                await ask(cut)
         elif valid[k]:
             valid = dict.fromkeys(range(1, k + 1), True)
         if all(valid.values()):
@@ -155,21 +156,21 @@ class Labeller:
         if not every:
             first = [*self.by_program(draft), False].index(False) + 1  # the first that may be invalid
             first = min(first, k)
-            if not (first > 1 and self.first_wrong and (yield from ask(first - 1))):
-                first = yield from bisecting(first, ask)
+            if not (first > 1 and self.first_wrong and (await ask(first - 1))):
+                first = await bisecting(first, ask)
             valid = {cut: cut < first for cut in range(1, k + 1)}
         labels = [valid[cut] for cut in range(1, k + 1)]
         kept = labels.index(False)
-        alone = kept > 0 or (yield from ask(0))
+        alone = kept > 0 or (await ask(0))
         return Labels(labels, alone, ways[kept].ids, ways[kept].ended)
 
 
-def bisecting(k: int, ask: Callable[[int], Steps[bool]]) -> Steps[int]:
+async def bisecting(k: int, ask: Callable[[int], Steps[bool]]) -> int:
     """The first invalid prefix, 1 to k, where prefix 0 is valid or nothing can be told, and prefix k is not."""
     low, high = 0, k
     while high - low > 1:
         middle = (low + high) // 2
-        if (yield from ask(middle)):
+        if await ask(middle):
             low = middle
         else:
             high = middle

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from eval.generation import Row, finish_all, together
-from parse.decode import Context
-from parse.passes import Pass, Reader, Steps
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
 from parse.text import eos_ids
 
 AT_ONCE = 8  # answers read together
@@ -38,11 +38,11 @@ def likely_tokens(folder: Path, target: PreTrainedModel, answers: Dataset, k: in
     """
     reader = Reader(target, eos_ids(target))
 
-    def reading(row: dict[str, Any]) -> Steps[Row]:
+    async def reading(row: dict[str, Any]) -> Row:
         ids, start = row["input_ids"], row["completion_mask"].index(1)
         context = Context(reader)
         try:
-            output = yield Pass(reader, context.row, ids[:-1], keep=range(start - 1, len(ids) - 1))
+            output = await Pass(reader, context.row, ids[:-1], keep=range(start - 1, len(ids) - 1))
         finally:
             context.close()
         log_probs, tokens = output.logits.float().log_softmax(-1).topk(k)  # [C, k] each

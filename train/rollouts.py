@@ -24,9 +24,10 @@ from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows
 from parse import Engine
 from parse.answer import drafted_up_to
-from parse.decode import GREEDY, Context, Sampling, Written
-from parse.passes import Steps, drive_together
+from parse.local.sequence import Context
 from parse.prompts import opens_thinking
+from parse.sampling import GREEDY, Sampling, Written
+from parse.scheduler import run_together
 from parse.segments import cut, ends_segment
 from parse.text import encode_continuation, text_of
 from recipes.files import write_text
@@ -58,14 +59,14 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
         budget = TimeBudget(section.minutes)
 
-        def rolling(item: tuple[str, Prompt]) -> Steps[Row]:
+        async def rolling(item: tuple[str, Prompt]) -> Row:
             split, prompt = item
             labels, rounds, asked = labels_of(recipe, task, split), list[Row](), Asked()
             if split == "train" and budget.is_over():
                 return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
             for sample in range(section.drafts if split == "train" else 1):
                 count = 1 if sample else section.rounds  # what is sampled the engine would not repair
-                rounds += yield from rolling_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
+                rounds += await rolling_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
             if labels == "checker":
                 rounds += [fault for row in rounds for fault in with_faults(labeller, prompt, row, section.negatives)]
             return {"split": split, "prompt": prompt, "rounds": rounds}
@@ -132,7 +133,7 @@ def program_of(recipe: Recipe, task: Task | Rows) -> FirstWrong | None:
     return None if within or labeller_of(recipe, task) != "task" else task.first_wrong
 
 
-def rolling_out(
+async def rolling_out(
     labeller: Labeller,
     prompt: Prompt,
     rounds: int,
@@ -140,7 +141,7 @@ def rolling_out(
     horizon: int | str | None = None,
     sample: int = 0,
     asked: Asked | None = None,
-) -> Steps[list[Row]]:
+) -> list[Row]:
     """The drafts of one prompt with their labels, as the engine's rounds meet them.
 
     A draft that is valid up to the horizon is continued by the next one; one that goes wrong, after a repair.
@@ -160,21 +161,21 @@ def rolling_out(
     choose = Sampling(TEMPERATURE, seed=labeller.seed * 997 + sample) if sample else Sampling()
     try:
         while repairs < rounds and len(prefix) < labeller.limit:
-            written = yield from drafting(engine, draft, prompt, prefix, labeller.limit, horizon, choose)
+            written = await drafting(engine, draft, prompt, prefix, labeller.limit, horizon, choose)
             answer = [*prefix, *written.ids]
             goes_on = not written.ended and len(answer) < labeller.limit
             right = None
             if not goes_on:
                 text = text_of(answer, engine.tokenizer)
-                right = written.ended and (yield from labeller.judge.judging(prompt, text))
+                right = written.ended and (await labeller.judge.judging(prompt, text))
             ends = cut(written.ids, engine.tokenizer, engine.segments)
             if not ends:  # the engine lets the target write the rest
                 break
             given = Drafted(prompt, prefix, written, ends, right)
             if labels == "checker":
-                label = yield from labeller.checking(target, given, repair=sample == 0)
+                label = await labeller.checking(target, given, repair=sample == 0)
             else:
-                label = yield from labeller.labelling(target, given, labels == "all", asked)
+                label = await labeller.labelling(target, given, labels == "all", asked)
             found.append(
                 {
                     "round": repairs,
@@ -225,7 +226,7 @@ def with_faults(labeller: Labeller, prompt: Prompt, row: Row, count: int) -> lis
     return rows
 
 
-def drafting(
+async def drafting(
     engine: Engine,
     draft: Context,
     prompt: Prompt,
@@ -233,11 +234,11 @@ def drafting(
     limit: int,
     horizon: int | str | None = None,
     choose: Sampling = GREEDY,
-) -> Steps[Written]:
+) -> Written:
     """What the draft writes after the start of an answer, to its end or the horizon, in the target's tokens."""
     text = [*engine.encode_for_draft(prompt), *engine.to_draft(prefix)]
     room, stop = drafted_up_to(horizon, limit - len(prefix), engine)
-    written = yield from draft.continuing(text, room, choose, stop)
+    written = await draft.continuing(text, room, choose, stop)
     return Written(engine.to_target(written.ids), written.ended)
 
 
@@ -261,7 +262,7 @@ def _labeller(
     agreement = Agreement(engine, limit)
 
     def together(many: Any) -> list[float]:
-        finished = dict(drive_together(many, section.batch_size))
+        finished = dict(run_together(many, section.batch_size))
         return [finished[i] for i in range(len(finished))]
 
     noise = controls(agreement, prompts[-CONTROLS:], together)  # training prompts
@@ -279,15 +280,15 @@ def _ask_again(
     places = [(i, k) for i, row in enumerate(rows) for k in range(len(row["ends"]) - 1) if row["target_right"]]
     chosen = random.Random(seed).sample(places, min(count, len(places)))
 
-    def asking(place: tuple[int, int]) -> Steps[Row]:
+    async def asking(place: tuple[int, int]) -> Row:
         row, k = rows[place[0]], place[1]
         start = [*row["prefix_ids"], *row["draft_ids"][: row["ends"][k]]]
         context = Context(labeller.engine.readers["target"])
         try:
-            direct, _ = yield from labeller.finishing(context, row["prompt"], start)
+            direct, _ = await labeller.finishing(context, row["prompt"], start)
             others = 0
             for sample in range(SAMPLED):
-                right, _ = yield from labeller.finishing(context, row["prompt"], start, sample)
+                right, _ = await labeller.finishing(context, row["prompt"], start, sample)
                 others += right != row["valid"][k]
         finally:
             context.close()

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from parse.models import check_mergeable
+from parse.local.loading import check_mergeable
 from recipes.pair import draft_tokenizer, empty_draft, whole_weights
 from recipes.schema import Recipe, RecipeError
 from train import align, distill

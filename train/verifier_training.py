@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from eval.verifier_metrics import Judged, Scored, measure, valid_cuts
-from parse.compiled import masks
 from parse.layout import pack, row_numbers, stack
+from parse.local.compiled import masks
 from parse.trained import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
 from recipes.progress import progress_bar
 from recipes.schema import Fit

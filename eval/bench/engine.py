@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.bench.fakes import MODELS_LABEL, Scripted, ScriptedEngine, endless, stopwatch, take_turns, two_devices
 from eval.bench.models import load_pair, load_smollm2
 from parse import Engine
-from parse.decode import Context
 from parse.layout import pack
-from parse.passes import Pass, Reader
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
 from recipes.pair import with_layers
 from recipes.progress import progress_bar
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,12 +20,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import parse.answer
 import parse.engine
-import parse.passes
+import parse.local.runner
 from parse import Engine
 from parse.answer import Answer, Verdict
-from parse.decode import Context, Sampling, Written
-from parse.graphs import GROUPED, attending, grouped_attention
-from parse.passes import Pass, Reader, Steps, drive
+from parse.local.graphs import GROUPED, attending, grouped_attention
+from parse.local.runner import Reader
+from parse.local.sequence import Context
+from parse.sampling import Sampling, Written
+from parse.scheduler import run
 from parse.verifiers import Calibration, Evidence
 
 MODELS_LABEL = "models"
@@ -71,10 +73,10 @@ class ScriptedEngine(Engine):
         self._prompt = len(prompt_ids)
         return super()._start(prompt_ids, *others)
 
-    def examining(self, target: Context, *others: Any, **named: Any) -> Steps[tuple[Evidence, Tensor]]:
+    async def examining(self, target: Context, *others: Any, **named: Any) -> tuple[Evidence, Tensor]:
         """See `Engine`."""
         begin, text = len(target.ids) - self._prompt, target.ids[0]
-        evidence, logits = yield from super().examining(target, *others, **named)
+        evidence, logits = await super().examining(target, *others, **named)
         return Placed(**vars(evidence), begin=begin, text=text), logits
 
 
@@ -153,7 +155,7 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
     for label, owner, name in (
         ("numbers and masks", Reader, "_numbers"),
         ("numbers and masks", Reader, "_step_numbers"),
-        ("numbers and masks", parse.passes, "masks"),
+        ("numbers and masks", parse.local.runner, "masks"),
         ("sampling", Sampling, "__call__"),
         ("packing and cutting", parse.engine, "pack"),
         ("packing and cutting", parse.answer, "cut"),
@@ -184,9 +186,8 @@ def two_devices() -> Iterator[None]:
     """
     threads, verify = torch.get_num_threads(), Answer.verify
 
-    def started(answer: Answer, draft: Written) -> Generator[Pass | None, Any, Verdict]:
-        return cast(Verdict, _Awaited(device.submit(lambda: drive(verify(answer, draft)))))
-        yield  # never reached; it makes this a generator, as `Answer.verify` is
+    async def started(answer: Answer, draft: Written) -> Verdict:
+        return cast(Verdict, _Awaited(device.submit(lambda: run(verify(answer, draft)))))
 
     torch.set_num_threads(1)
     try:

@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.models import load_model
+from parse.local.loading import load_model
 
 EMBEDDED = Path(__file__).parents[2] / "recipes" / "models"
 

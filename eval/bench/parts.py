@@ -30,9 +30,10 @@ from eval.bench.fakes import (
 from eval.bench.models import EMBEDDED
 from eval.bench.shared import FULL, Bench, Rows
 from parse import Engine, Generation
-from parse.decode import Context
-from parse.models import FLEX, SDPA
-from parse.passes import Pass, Reader, drive_together
+from parse.local.loading import FLEX, SDPA
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
+from parse.scheduler import run_together
 
 ATTEMPTS = 3  # at a measurement in which nothing is compiled
 ROOT = Path(__file__).parents[2]
@@ -245,7 +246,7 @@ def _answers(bench: Bench, batch: int, **settings: Any) -> tuple[float, list[Gen
             synchronize()
             started = perf_counter()
             steps = (engine._steps(engine._start(ids, ids, asked)) for ids in prompts)
-            results = [result for _, result in drive_together(steps, batch)]
+            results = [result for _, result in run_together(steps, batch)]
             synchronize()
             seconds = perf_counter() - started
             if _compiled_so_far(engine) == before:

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from eval.bench.fakes import Scripted, ScriptedEngine
 from eval.bench.models import EMBEDDED
-from parse.compiled import Compiled
-from parse.passes import Reader
+from parse.local.compiled import Compiled
+from parse.local.runner import Reader
 
 QWEN3: dict[str, Any] = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "rms_norm_eps": 1e-6}
 SMALL: dict[str, Any] = {"head_dim": 16, "num_key_value_heads": 2, "num_attention_heads": 4, "vocab_size": 600}

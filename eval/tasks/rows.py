@@ -19,7 +19,7 @@ from typing import Any
 
 from eval.answer_checks import CHECKS, check_reference
 from eval.tasks.user_checker import UserChecker, load_checker
-from parse.models import Messages
+from parse.local.loading import Messages
 from parse.prompts import as_messages, checked_text, checked_turn, shown
 
 Prompt = str | Messages

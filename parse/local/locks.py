@@ -1,7 +1,7 @@
 """Who may use a model: one pass at a time, and a compiler only while no other model is in use.
 
-A pass changes a model for its duration (`parse.linear`) and writes into a cache that other texts share; a compiler
-changes what all models share. So passes that several threads ask for wait for each other.
+A pass changes a model for its duration (`parse.local.linear`) and writes into a cache that other texts share; a
+compiler changes what all models share. So passes that several threads ask for wait for each other.
 """
 
 from __future__ import annotations

@@ -1,43 +1,40 @@
 """Forward passes: one model over many texts, each at its own length, plain or packed.
 
-Whoever writes or verifies a text yields a `Pass` and is sent its `Output`. So every answer reads like the
-algorithm, and `drive_together` can run whatever passes the answers of a batch ask for at the same moment as one.
+Whoever writes or verifies a text awaits a `Pass`, which gives its `Output`; see `parse.scheduler`.
 Shape letters: B texts, T tokens of the widest pass, P keys of the longest text, K cuts, N draft, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from parse.cache import PrefixCache
-from parse.compiled import WIDE, Compiled, Read, masks
-from parse.graphs import attending, attention_kernels
 from parse.layout import Layout, integers, pack, row_numbers, stack
-from parse.linear import few_rows, linears
-from parse.locks import lock_of
-from parse.models import FLEX, context_length
+from parse.local.cache import PrefixCache
+from parse.local.compiled import WIDE, Compiled, Read, masks
+from parse.local.graphs import attending, attention_kernels
+from parse.local.linear import few_rows, linears
+from parse.local.loading import FLEX, context_length
+from parse.local.locks import lock_of
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
-T = TypeVar("T")
 Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
-Steps = Generator["Pass | None", Any, T]  # yields passes and is sent their outputs; None: the answer has grown
 
 
 @dataclass(frozen=True)
 class Pass:
     """One text's part in a forward pass: tokens to read behind those that its row of the cache holds."""
 
-    reader: Reader
+    runner: Reader
     row: int
     ids: Sequence[int]  # the T tokens; where there is a layout, its own
     layout: Layout | None = None  # a packed verification pass; None reads the tokens as they follow
@@ -46,6 +43,9 @@ class Pass:
     adapted: PeftModel | None = None  # the reader's model under a LoRA that acts on the layout's suffixes alone
     more: int = 0  # if nobody else waits, the most likely tokens may be written behind: so many at most,
     stop: Stop | None = None  # none that ends the text, and none behind which this, given all of them, stops
+
+    def __await__(self) -> Generator[Pass, Output, Output]:
+        return (yield self)
 
     @property
     def kept(self) -> Sequence[int]:
@@ -230,7 +230,7 @@ class Reader:
         return Read(output.logits[..., : self.width], output.hidden_states or ())
 
     def _numbers(self, passes: Sequence[Pass], rows: list[int], width: int) -> Tensor:
-        """The numbers of the texts that take part: int64 [5, B, T], see `parse.compiled.forward`."""
+        """The numbers of the texts that take part: int64 [5, B, T], see `parse.local.compiled.forward`."""
         lengths = self.cache.lengths
         texts = zip(passes, rows, strict=True)
         return stack([row_numbers(one.ids, one.layout, lengths[row], width) for one, row in texts])
@@ -260,87 +260,6 @@ def _of_like_width(passes: Sequence[Pass]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
-
-
-def drive(steps: Steps[T]) -> T:
-    """Run one text's steps to their end, each pass by itself."""
-    growth = growing(steps, watched=False)
-    while True:
-        try:
-            next(growth)
-        except StopIteration as finished:
-            return finished.value  # type: ignore[no-any-return]
-
-
-def growing(steps: Steps[T], watched: bool = True) -> Generator[None, None, T]:
-    """Run one text's steps, each pass by itself, and yield whenever the answer has grown: where watched, by little."""
-    output = None
-    with closing(steps):  # whoever stops listening, or fails, leaves no room taken
-        while True:
-            try:
-                wanted = steps.send(output)
-            except StopIteration as finished:
-                return finished.value  # type: ignore[no-any-return]
-            if wanted is None:
-                output = None
-                yield
-            else:
-                output = wanted.reader.forward([wanted], alone=not watched)[0]
-
-
-def drive_together(waiting: Iterable[Steps[T]], at_once: int) -> Generator[tuple[int, T], None, None]:
-    """Run the steps of many texts, so many at once: all passes that are wanted at a moment run together.
-
-    A finished one leaves at once, and the next one takes its place.
-
-    Args:
-        waiting: the texts' steps, drawn as there is room for them.
-
-    Yields:
-        index and result of each text, as they finish.
-    """
-    wanted: dict[int, tuple[Steps[T], Pass]] = {}  # what each running text waits for
-    try:
-        yield from _drive_all(enumerate(waiting), at_once, wanted)
-    finally:
-        for steps, _ in wanted.values():  # where one fails, or nobody listens any more
-            steps.close()
-
-
-def _drive_all(
-    source: Iterator[tuple[int, Steps[T]]], at_once: int, wanted: dict[int, tuple[Steps[T], Pass]]
-) -> Iterator[tuple[int, T]]:
-    while True:
-        while len(wanted) < at_once and (entry := next(source, None)) is not None:
-            index, steps = entry
-            finished = _advance(steps, None)
-            if isinstance(finished, Pass):
-                wanted[index] = (steps, finished)
-            else:
-                yield index, finished[0]
-        if not wanted:
-            return
-        for reader in {id(one.reader): one.reader for _, one in wanted.values()}.values():
-            asking = [i for i, (_, one) in wanted.items() if one.reader is reader]
-            outputs = reader.forward([wanted[i][1] for i in asking], alone=len(asking) == len(wanted))
-            for index, output in zip(asking, outputs, strict=True):
-                steps, _ = wanted[index]
-                finished = _advance(steps, output)
-                if isinstance(finished, Pass):
-                    wanted[index] = (steps, finished)
-                else:
-                    del wanted[index]
-                    yield index, finished[0]
-
-
-def _advance(steps: Steps[T], output: Output | None) -> Pass | tuple[T]:
-    """Go on to the next pass; at the end, the result as a tuple of one."""
-    try:
-        while (wanted := steps.send(output)) is None:
-            output = None
-        return wanted
-    except StopIteration as finished:
-        return (finished.value,)
 
 
 def check_packing(model: PreTrainedModel) -> None:

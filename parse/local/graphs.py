@@ -25,8 +25,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from parse.cache import BufferLayer
-from parse.models import FLEX, SDPA, softcap_of
+from parse.local.cache import BufferLayer
+from parse.local.loading import FLEX, SDPA, softcap_of
 
 GROUPED = "grouped_sdpa"  # our attention, in `transformers`' list of them
 PLAIN = (SDPA, FLEX)  # those that it stands for

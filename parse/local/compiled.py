@@ -9,7 +9,7 @@ folder, TORCHINDUCTOR_CACHE_DIR), and made only once such steps have taken `pati
                `DEEP` layers or more are made layer by layer, half a minute: a quarter to two fifths less time. Those
                of fewer layers are made whole, as quickly: a short pass of two layers takes a fifth of its time. Their
                steps compute attention in loops, see `_attention_in_loops`.
-    on a GPU   always, see `parse.graphs`: decoding steps, as a CUDA graph a bucket, which is a count of texts and
+    on a GPU   always, see `parse.local.graphs`: decoding steps, as a CUDA graph a bucket, which is a count of texts and
                keys; and wide passes (prompts, packed passes).
 """
 
@@ -33,13 +33,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from parse.ahead import ANY, Run, layered, library, trace
-from parse.cache import BufferLayer, PrefixCache
-from parse.graphs import CompiledLayers, Recorder
 from parse.layout import integers, sight, visible
-from parse.linear import few_rows, linears
-from parse.locks import others_idle
-from parse.models import FLEX, SLIDING, attention_types, is_distributed
+from parse.local.ahead import ANY, Run, layered, library, trace
+from parse.local.cache import BufferLayer, PrefixCache
+from parse.local.graphs import CompiledLayers, Recorder
+from parse.local.linear import few_rows, linears
+from parse.local.loading import FLEX, SLIDING, attention_types, is_distributed
+from parse.local.locks import others_idle
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
@@ -348,7 +348,7 @@ class Compiled:
 
 @contextmanager
 def _attention_in_loops() -> Iterator[None]:
-    """Within, `transformers`' SDPA attends with one query by sums of products, as `parse.linear` multiplies one row.
+    """Within, `transformers`' SDPA attends with one query by sums of products, as `parse.local.linear` does one row.
 
     The compiler makes loops of them, fused with all that stands around: a whole step runs as one kernel. Measured with
     2 cores, 2 layers of 64: 0.73 of the time for one text, 0.77 for 4. With 12 layers it takes longer than SDPA, around

@@ -1,0 +1,216 @@
+"""Many answers at once: a scheduler runs coroutines, and the work that they await at the same moment as one batch.
+
+Coroutines, because a request then reads like the algorithm, is cancelled by closing it wherever it stands, streams by
+being advanced step by step, and awaits a call to a server in the same words as a pass on this machine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
+Steps = Coroutine[Any, Any, T]
+
+
+class Work(Protocol):
+    """What a coroutine awaits: one sequence's part in a batch that a runner runs."""
+
+    @property
+    def runner(self) -> Runner:
+        """Who runs it."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs the work of many sequences as one batch."""
+
+    def forward(self, works: Sequence[Any], alone: bool = False) -> list[Any]:
+        """Their outputs, in order.
+
+        Args:
+            alone: nobody else waits, so that each may do more than it was asked for.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class Task(Generic[T]):
+    """A coroutine that a scheduler runs."""
+
+    steps: Steps[T]
+    watched: bool = False  # somebody looks at it between its steps, so that they are kept small
+    done: bool = False
+    wanted: Work | Future[Any] | None = None  # what it awaits
+    _result: T | None = field(default=None, repr=False)
+    _error: BaseException | None = field(default=None, repr=False)
+
+    @property
+    def result(self) -> T:
+        """What it returned.
+
+        Raises:
+            whatever it raised; `Cancelled` where it was cancelled.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+    def advance(self, output: Any = None, error: BaseException | None = None) -> None:
+        """Run to the next await, or to the end."""
+        try:
+            self.wanted = self.steps.throw(error) if error is not None else self.steps.send(output)
+        except StopIteration as finished:
+            self._finish(finished.value, None)
+        except Exception as failure:
+            self._finish(None, failure)
+
+    def close(self) -> None:
+        """Stop where it stands; nothing happens where it is done."""
+        if not self.done:
+            self.steps.close()
+            self._finish(None, Cancelled("this request was cancelled"))
+
+    def _finish(self, result: T | None, error: BaseException | None) -> None:
+        self.done, self.wanted, self._result, self._error = True, None, result, error
+
+
+class Cancelled(Exception):
+    """A request that was cancelled has no result."""
+
+
+class Scheduler:
+    """Runs tasks, at most so many at once; may be used from any number of threads.
+
+    Whoever waits for a task runs steps for all. A task that fails or is cancelled leaves the others as they are.
+    """
+
+    def __init__(self, max_running: int = 256) -> None:
+        self.max_running = max_running
+        self._waiting: deque[Task[Any]] = deque()
+        self._running: list[Task[Any]] = []
+        self._lock = RLock()
+
+    def submit(self, steps: Steps[T], watched: bool = False) -> Task[T]:
+        """Queue a coroutine; it begins with the next step that has room for it."""
+        task = Task(steps, watched)
+        with self._lock:
+            self._waiting.append(task)
+        return task
+
+    def cancel(self, task: Task[Any]) -> None:
+        """Stop a task, running or not."""
+        with self._lock:
+            task.close()
+            self._running = [each for each in self._running if each is not task]
+
+    def step(self) -> None:
+        """Admit what there is room for, run one batch for each runner that somebody waits for, and advance the tasks.
+
+        Where all of them wait for calls, the first of these ends before this returns.
+        """
+        with self._lock:
+            self._admit()
+            if calls := [task.wanted for task in self._running if isinstance(task.wanted, Future)]:
+                idle = len(calls) == len(self._running)
+                finished = wait(calls, timeout=None if idle else 0, return_when=FIRST_COMPLETED).done
+                for task in [task for task in self._running if task.wanted in finished]:
+                    self._take(task, task.wanted)  # type: ignore[arg-type]
+            working = [task for task in self._running if not isinstance(task.wanted, Future)]
+            for runner in {id(task.wanted.runner): task.wanted.runner for task in working}.values():  # type: ignore[union-attr]
+                asking = [task for task in working if not task.done and task.wanted.runner is runner]  # type: ignore[union-attr]
+                self._run(runner, asking)
+            self._running = [task for task in self._running if not task.done]
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_running:
+            task = self._waiting.popleft()
+            if not task.done:  # cancelled before it began
+                task.advance()
+            if not task.done:
+                self._running.append(task)
+
+    def _take(self, task: Task[Any], call: Future[Any]) -> None:
+        error = call.exception()
+        task.advance(None if error else call.result(), error)
+
+    def _run(self, runner: Runner, tasks: list[Task[Any]]) -> None:
+        alone = all(task in tasks for task in self._running if not task.done) and not any(t.watched for t in tasks)
+        try:
+            outputs = runner.forward([task.wanted for task in tasks], alone)
+        except Exception as error:
+            for task in tasks:
+                task.advance(error=error)
+            return
+        for task, output in zip(tasks, outputs, strict=True):
+            task.advance(output)
+
+    def wait(self, task: Task[T]) -> T:
+        """A task's result; runs steps until it is there.
+
+        Raises:
+            whatever the task raised.
+        """
+        try:
+            while not task.done:
+                with self._lock:
+                    if not task.done:
+                        self.step()
+        except BaseException:  # Ctrl-C: nobody waits for it any more
+            self.cancel(task)
+            raise
+        return task.result
+
+    def completed(self, steps: Iterable[Steps[T]], at_once: int) -> Generator[tuple[int, T], None, None]:
+        """Run coroutines, so many at once, drawn as there is room for them; index and result of each as it finishes.
+
+        Raises:
+            whatever one of them raised; the others are cancelled, as they are where nobody listens any more.
+        """
+        source, running = enumerate(steps), dict[int, Task[T]]()
+        try:
+            while True:
+                while len(running) < at_once and (entry := next(source, None)) is not None:
+                    running[entry[0]] = self.submit(entry[1])
+                if not running:
+                    return
+                with self._lock:
+                    if not any(task.done for task in running.values()):
+                        self.step()
+                for index in [index for index, task in running.items() if task.done]:
+                    yield index, running.pop(index).result
+        finally:
+            for task in running.values():
+                self.cancel(task)
+
+    def watch(self, steps: Steps[Any]) -> Iterator[None]:
+        """Run a coroutine, in small steps, and yield after each; it is cancelled where nobody listens any more.
+
+        Raises:
+            whatever it raised.
+        """
+        task = self.submit(steps, watched=True)
+        try:
+            while not task.done:
+                with self._lock:
+                    if not task.done:
+                        self.step()
+                yield
+            task.result  # noqa: B018  raises what it raised
+        finally:
+            self.cancel(task)
+
+
+def run(steps: Steps[T]) -> T:
+    """Run one coroutine to its end, alone."""
+    scheduler = Scheduler()
+    return scheduler.wait(scheduler.submit(steps))
+
+
+def run_together(steps: Iterable[Steps[T]], at_once: int) -> Generator[tuple[int, T], None, None]:
+    """Run coroutines, so many at once, on their own; see `Scheduler.completed`."""
+    return Scheduler().completed(steps, at_once)
