@@ -152,7 +152,7 @@ def _speculating(engine: Engine, recipe: Recipe) -> Engine:
         segments=recipe.segments,
         compile=recipe.engine.compile,
     )
-    other.readers["target"] = engine.readers["target"]  # compiled once
+    other.models["target"] = other.pair.target = engine.models["target"]  # compiled once
     return other
 
 

@@ -28,8 +28,8 @@ from parse.local.loading import (
 )
 from parse.prompts import as_messages, encode_prompt, render
 from parse.text import encode_text, text_of
-from parse.trained import suffix_of
-from parse.verifiers import Prompt as Verdict
+from parse.verifiers import PromptVerifier as Verdict
+from parse.verifiers.adapter import suffix_of
 from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
 from recipes.schema import Recipe, RecipeError, adapted_layers, hidden_states, to_dict
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from parse.local.runner import Reader
-from parse.local.sequence import Context
+from parse.model import Model
 from parse.sampling import GREEDY, Sampling, Written
 from parse.scheduler import Steps, run_together
 from recipes.digests import of_values
@@ -153,21 +152,20 @@ def _read(folder: Path) -> dict[str, Row]:
     return rows
 
 
-def write_all(reader: Reader, prompts: Sequence[Sequence[int]], limit: int, at_once: int, what: str) -> list[Written]:
+def write_all(model: Model, prompts: Sequence[Sequence[int]], limit: int, at_once: int, what: str) -> list[Written]:
     """A model's greedy answer of at most `limit` tokens to every prompt (token ids), so many at once."""
     written: dict[int, Written] = {}
     with progress_bar(what, total=len(prompts)) as bar:
-        for index, answer in run_together((going_on(reader, ids, limit) for ids in prompts), at_once):
+        for index, answer in run_together((write_after(model, ids, limit) for ids in prompts), at_once):
             written[index] = answer
             bar.update()
     return [written[i] for i in range(len(prompts))]
 
 
-async def going_on(reader: Reader, ids: Iterable[int], limit: int, sample: Sampling = GREEDY) -> Written:
-    """What a model writes behind a text of its own."""
-    context = Context(reader)
+async def write_after(model: Model, ids: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Written:
+    """What a model writes after a prompt, up to `limit` tokens."""
+    sequence = model.open(ids)
     try:
-        await context.reading(list(ids))
-        return await context.writing(limit, sample)
+        return await sequence.decode([], limit, sampling)
     finally:
-        context.close()
+        sequence.close()

@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from eval.generation import going_on
+from eval.generation import write_after
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine
-from parse.local.sequence import Context
 from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.sampling import Sampling
 from parse.scheduler import Steps
 from parse.text import encode_text, text_of
-from parse.verifiers import Prompt as Verdict
+from parse.verifiers import PromptVerifier as Verdict
 from recipes.schema import Recipe, RecipeError
 
 TEMPERATURE = 0.7  # at which the target is sampled, where more than its greedy way on is asked for
@@ -80,7 +79,7 @@ class Agreement:
     async def judging(self, prompt: Prompt, answer: str) -> bool:
         """Whether the target calls the answer the same as its own; what comes before it as thinking does not count."""
         if key_of(prompt) not in self.references:
-            own = await going_on(self.engine.readers["target"], self.engine.encode(prompt), self.limit)
+            own = await write_after(self.engine.models["target"], self.engine.encode(prompt), self.limit)
             self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
         reference, answer = self.final(self.references[key_of(prompt)]), self.final(answer)
         if not answer.strip():
@@ -98,12 +97,7 @@ class Agreement:
         total, tokenizer = 0.0, self.engine.tokenizer
         for first, second in ((reference, answer), (answer, reference)):
             ids = [*encode_prompt(question_of(prompt, first, second), tokenizer), *self._without_thinking]
-            context = Context(self.engine.readers["target"])
-            try:
-                await context.reading(ids)
-                logits = (await context.knowing()).float()  # [V]
-            finally:
-                context.close()
+            logits = (await self.engine.models["target"].logits(ids))[-1].float()  # [V]
             total += self._verdict.weigh(logits).item()
         return total / 2
 
@@ -127,8 +121,8 @@ def controls(
     async def pair(first: int, second: int, seed: int) -> float:
         texts = []
         for prompt, sample in ((prompts[first], Sampling()), (prompts[second], Sampling(TEMPERATURE, seed=seed))):
-            written = await going_on(
-                agreement.engine.readers["target"], agreement.engine.encode(prompt), agreement.limit, sample
+            written = await write_after(
+                agreement.engine.models["target"], agreement.engine.encode(prompt), agreement.limit, sample
             )
             texts.append(agreement.final(text_of(written.ids, agreement.engine.tokenizer)))
         if texts[0].split() == texts[1].split():

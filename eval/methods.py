@@ -78,7 +78,7 @@ def compile_in_two(recipe: Recipe, engine: Engine, prompt: Prompt) -> None:
     They are kept on disk, where this process finds the draft's. Where models are not compiled, or only on a GPU, or
     are too large to hold twice, nothing is done.
     """
-    compiled = [reader.compiled for reader in engine.readers.values()]
+    compiled = [model.runner.compiled for model in engine.models.values()]
     if not all(one and one.pays["steps"] and not one.graph for one in compiled):
         return
     beside = get_context("spawn").Process(
@@ -97,9 +97,7 @@ def _compile_draft(recipe: Recipe, ids: list[int], threads: int) -> None:
 
 def _compile(engine: Engine, role: str, ids: list[int]) -> None:
     """Run a model's steps and wide passes once, over a few tokens."""
-    context = engine.context(role)
-    for width in (8, 1, 8):  # a cache's first pass is never compiled
-        context.read(ids[:width])
+    engine.models[role].apart().warm_up(ids)
 
 
 def compare(

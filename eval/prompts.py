@@ -13,7 +13,7 @@ from eval.tasks import Task, draw_prompts
 from eval.tasks.rows import Prompt, Rows
 from parse.local.loading import context_length
 from parse.prompts import encode_for_draft, encode_prompt
-from parse.verifiers import Prompt as Verdict
+from parse.verifiers import PromptVerifier as Verdict
 from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
 from recipes.schema import Recipe, RecipeError
 

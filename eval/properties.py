@@ -18,9 +18,8 @@ from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
 from eval.tasks.rows import Prompt, Rows
-from eval.verifier_metrics import Draft, Judged, examine, measure, reader, score, untrained_kinds, valid_cuts
+from eval.verifier_metrics import Draft, Judged, all_needs, examine, measure, score, untrained_kinds, valid_cuts
 from parse import Engine
-from parse.local.runner import Reader
 from parse.prompts import opens_thinking
 from parse.segments import cut
 from parse.text import text_of
@@ -41,13 +40,11 @@ def judge_drafts(
         if ids:
             valid[-1] = outcome.right if ended else valid[-1]
             drafts.append(Draft(engine.encode(outcome.prompt), ids, ends, ended, valid, number=number))
-    mine, engine.verifier = engine.verifier, reader(engine, layers)
     judged = []
     with progress_bar("the draft's answers judged", total=len(drafts)) as bar:
-        for one in examine(engine, drafts, with_draft=True):
+        for one in examine(engine, drafts, all_needs(engine, layers), with_draft=True):
             judged.append(one)
             bar.update()
-    engine.verifier = mine
     return judged
 
 
@@ -109,7 +106,7 @@ def foreign_accuracy(engine: Engine, task: Task | Rows, prompts: Sequence[Prompt
         [*engine.encode(prompt), *encode(prefix, add_special_tokens=False)]
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
-    plain = Reader(engine.target, engine.readers["target"].eos_ids)  # not worth compiling for
+    plain = engine.models["target"].apart(compiled=False)  # not worth compiling for
     written = write_all(plain, ids, 256, 50, "foreign prefixes")
     return sum(
         answer.ended and task.check(prompt, f"{prefix} {engine.tokenizer.decode(answer.ids)}")

@@ -17,11 +17,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from parse import Engine
-from parse.answer import accept
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.generation import accept
+from parse.local.model import LocalModel
+from parse.sampling import Written
 from parse.scheduler import run, run_together
-from parse.verifiers import Divergence, Evidence, Likelihood, Prompt, Verifier
+from parse.verifiers import Divergence, Evidence, Likelihood, Needs, PromptVerifier, Verifier
 
 AT_ONCE = 16  # drafts in a pass
 BINS = 10  # of the reliability curve
@@ -61,6 +61,7 @@ class Scored:
 def examine(
     engine: Engine,
     drafts: Sequence[Draft],
+    needs: Needs,
     with_draft: bool = False,
     then: Callable[[Judged], Judged] = lambda one: one,
 ) -> Iterator[Judged]:
@@ -69,59 +70,54 @@ def examine(
     What stands before several drafts is read once.
 
     Args:
+        needs: what the passes give.
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
-        then: is called right behind each pass; what it leaves out of the evidence takes no memory meanwhile.
+        then: is called right after each pass; what it leaves out of the evidence takes no memory meanwhile.
     """
-    readers = {  # the engine's own stay small
-        role: Reader(own.model, own.eos_ids, None, own.width, own.reads) for role, own in engine.readers.items()
-    }
+    models = {role: model.apart(compiled=False) for role, model in engine.models.items()}  # the engine's own stay small
 
-    async def examining(some: Sequence[Draft]) -> list[Judged]:
-        context, judged = Context(readers["target"]), []
-        context.layers = engine.context_layers
+    async def judged(some: Sequence[Draft]) -> list[Judged]:
+        target = models["target"].open(some[0].context_ids, needs.layers if needs.context_states else ())
         try:
-            await context.awaiting(some[0].context_ids)
+            found = []
             for draft in some:
-                compared = with_draft and _comparable(engine)
-                logits = (await _draft_logits(readers["draft"], draft)) if compared else None
-                evidence, behind = await engine.examining(context, draft.ids, draft.ends, draft.ended, logits)
-                judged.append(then(Judged(draft, evidence)))
-                context.rollback(len(draft.context_ids), behind[0])
+                wanted = needs
+                if with_draft and _comparable(engine):
+                    wanted = replace(
+                        needs,
+                        draft_logits=await _draft_logits(models["draft"], draft),
+                        draft_end_ids=models["draft"].eos_ids,
+                    )
+                evidence = await target.verify([], Written(draft.ids, draft.ended), draft.ends, wanted)
+                found.append(then(Judged(draft, evidence)))
+            return found
         finally:
-            context.close()
-        return judged
+            target.close()
 
     sharing: dict[tuple[int, ...], list[Draft]] = {}  # drafts by what stands before them
     for draft in drafts:
         sharing.setdefault(tuple(draft.context_ids), []).append(draft)
-    return (one for _, judged in run_together(map(examining, sharing.values()), AT_ONCE) for one in judged)
+    return (one for _, found in run_together(map(judged, sharing.values()), AT_ONCE) for one in found)
 
 
 def _comparable(engine: Engine) -> bool:
     return engine.draft is not None and engine.same_tokens
 
 
-async def _draft_logits(draft_reader: Reader, draft: Draft) -> Tensor:
+async def _draft_logits(model: LocalModel, draft: Draft) -> Tensor:
     """The draft model's logits of its own tokens and of the end, where it ended: [M, V]."""
-    context = Context(draft_reader)
-    try:
-        first = len(draft.context_ids) - 1
-        last = first + len(draft.ids) + draft.ended
-        ids = [*draft.context_ids, *draft.ids]
-        output = await Pass(context.reader, context.row, ids, keep=range(first, last))
-    finally:
-        context.close()
-    return output.logits
+    logits = await model.logits([*draft.context_ids, *draft.ids], first=len(draft.context_ids) - 1)  # [N + 1, V]
+    return logits[: len(draft.ids) + draft.ended]
 
 
-def reader(engine: Engine, layers: tuple[int, ...], reads_context: bool = False) -> Verifier:
-    """A verifier that makes one pass yield what every kind but the adapter reads.
+def all_needs(engine: Engine, layers: tuple[int, ...] = (), context_states: bool = False) -> Needs:
+    """What every kind but the adapter needs, in one pass.
 
     The draft's own positions cannot see the suffixes, so the `prompt` kind's do not touch what the others read.
     """
-    if asking := Prompt.if_possible(engine.tokenizer):
-        return replace(asking, layers=layers, reads_draft=True, reads_context=reads_context)
-    return replace(Likelihood(), layers=layers, reads_context=reads_context)
+    asking = PromptVerifier.if_possible(engine.tokenizer)
+    suffix_ids = asking.needs.suffix_ids if asking else ()
+    return Needs(token_logprobs=True, layers=layers, context_states=context_states, suffix_ids=suffix_ids)
 
 
 def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
@@ -130,7 +126,7 @@ def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
     for free in (Likelihood, Divergence) if _comparable(engine) else (Likelihood,):
         for rule, scope in itertools.product(("mean", "lowest"), ("segment", "prefix")):
             kinds[f"{free.kind} {rule} {scope}"] = free(rule, scope)
-    if asking := Prompt.if_possible(engine.tokenizer):
+    if asking := PromptVerifier.if_possible(engine.tokenizer):
         kinds["prompt"] = asking
     return kinds
 
@@ -222,21 +218,26 @@ def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Seq
 
     The kinds take turns on each draft; the first is a warm-up. What the passes read of the draft itself is included.
     """
-    mine = engine.verifier
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for draft in drafts:
-        proposed = run(_draft_logits(engine.readers["draft"], draft)) if _comparable(engine) else None
+        compared = run(_draft_logits(engine.models["draft"], draft)) if _comparable(engine) else None
         for name, kind in kinds.items():
-            engine.verifier = kind
-            context = engine.context("target")
-            context.read(draft.context_ids)
-            logits = proposed if isinstance(kind, Divergence) else None
-            started = perf_counter()
-            evidence, _ = run(engine.examining(context, draft.ids, draft.ends, draft.ended, logits))
-            kind.confidences(evidence).tolist()
-            seconds[name].append((perf_counter() - started) / len(draft.ends))
-    engine.verifier = mine
+            needs = replace(kind.needs, draft_logits=compared) if isinstance(kind, Divergence) else kind.needs
+            seconds[name].append(run(_seconds_of_verdicts(engine, draft, kind, needs)) / len(draft.ends))
     return {name: 1000 * median(values[1:] or values) for name, values in seconds.items()}
+
+
+async def _seconds_of_verdicts(engine: Engine, draft: Draft, kind: Verifier, needs: Needs) -> float:
+    """What a packed pass takes behind a text that was read before, and the verdicts."""
+    target = engine.models["target"].open(draft.context_ids, needs.layers if needs.context_states else ())
+    try:
+        await target.prefill()
+        started = perf_counter()
+        evidence = await target.verify([], Written(draft.ids, draft.ended), draft.ends, needs)
+        kind.confidences(evidence).tolist()
+        return perf_counter() - started
+    finally:
+        target.close()
 
 
 def _mean(values: Any) -> float:

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parse.answer import Generation, Segment, Stats
     from parse.engine import Engine
+    from parse.generation import Generation, Segment, Stats
 
 __all__ = ["Engine", "Generation", "Segment", "Stats"]
 
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: torch and transformers take seconds, and `--help` needs none."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("parse.engine" if name == "Engine" else "parse.answer"), name)
+    value = getattr(import_module("parse.engine" if name == "Engine" else "parse.generation"), name)
     globals()[name] = value
     return value
 

@@ -1,10 +1,4 @@
-"""The engine: rounds of draft, verify, accept, continue.
-
-`Engine.generate` answers prompts; the loop in `Engine._steps` is the algorithm. A draft model writes
-up to `horizon` tokens, the target judges every prefix in one packed pass, the longest accepted
-prefix stays in both caches, and the target goes on from there. With a threshold above 1 the output
-is the target's own greedy answer, with threshold 0 it is the draft's.
-"""
+"""The engine: a target, a draft and a verifier, ready to answer. The algorithm itself is in `parse.round`."""
 
 from __future__ import annotations
 
@@ -19,18 +13,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.answer import Answer, Generation, Settings, Stats, accept, whole_number
-from parse.layout import integers, pack
-from parse.local.compiled import PATIENCE, Compiled
+from parse.generation import Generation, Settings, Stats, whole_number
 from parse.local.loading import ATTENTION, Messages, finding, is_distributed, load_model, warn_of_unheeded
-from parse.local.runner import Pass, Reader, check_packing
-from parse.local.sequence import Context
+from parse.local.model import LocalModel
+from parse.local.runner import check_packing, embeddings
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
-from parse.scheduler import Scheduler, run
+from parse.round import Pair, Round
+from parse.sampling import Written
+from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
-from parse.text import certain_text, encode_continuation, eos_ids, shared_ends, text_behind, text_of
-from parse.trained import load as load_verifier
-from parse.verifiers import Evidence, Verifier, token_divergence, token_evidence
+from parse.text import certain_text, eos_ids, shared_ends, text_of
+from parse.verifiers import Verifier
+from parse.verifiers.saved import load as load_verifier
 
 
 class NoRoom(ValueError):
@@ -51,25 +45,43 @@ class Engine:
         compile: bool | None = None,
     ) -> None:
         check_segmenter(segments)
-        self.scheduler = Scheduler()
         self.target, self.tokenizer = target, tokenizer
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
-        self.verifier, self.segments = verifier, segments
-        self.same_tokens = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
         ends = eos_ids(target, tokenizer.eos_token_id)
-        self.readers = {"target": Reader(target, ends, _compiled(target, compile))}
+        self.models = {"target": LocalModel.of(target, tokenizer, ends, compile)}
         if draft is not None:
             # a base model that drafts for a chat model names other end tokens, and writes the chat model's too
             own = eos_ids(draft, self.draft_tokenizer.eos_token_id)
             own |= shared_ends(ends, tokenizer, self.draft_tokenizer)
             # vocabularies are padded to other sizes: the draft must not say what the target has no embedding for
-            width = _embeddings(target) if self.same_tokens and _embeddings(draft) > _embeddings(target) else None
-            reads = _embeddings(draft) if self.same_tokens and _embeddings(draft) < _embeddings(target) else None
-            self.readers["draft"] = Reader(draft, own, _compiled(draft, compile, width), width, reads)
-        # then the next draft is written while the target judges this one; on one device they would wait for each other
-        self.apart = draft is not None and draft.device != target.device
+            same = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
+            width = embeddings(target) if same and embeddings(draft) > embeddings(target) else None
+            self.models["draft"] = LocalModel.of(draft, self.draft_tokenizer, own, compile, width)
+        # on two devices the next draft is written while the target judges this one; on one each would wait
+        apart = draft is not None and draft.device != target.device
+        self.pair = Pair(self.models["target"], self.models.get("draft"), verifier, segments, apart)
         # then several processes run this engine, in step
-        self.distributed = any(is_distributed(reader.model) for reader in self.readers.values())
+        self.distributed = any(is_distributed(model.runner.model) for model in self.models.values())
+        self.scheduler = Scheduler()
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """What judges drafts."""
+        return self.pair.verifier
+
+    @verifier.setter
+    def verifier(self, verifier: Verifier | None) -> None:
+        self.pair.verifier = verifier
+
+    @property
+    def segments(self) -> Segmenter:
+        """Where answers may be cut."""
+        return self.pair.segments
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether draft and target have the same vocabulary."""
+        return self.pair.same_tokens
 
     @classmethod
     def from_pretrained(
@@ -198,7 +210,7 @@ class Engine:
         if prompts and all(isinstance(turn, Mapping) for turn in prompts):
             return [self._alone(prompts, settings, raw)]
         encoded = [self._encoded(prompt, raw) for prompt in cast(Sequence[str | Messages], prompts)]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Round] = {}
         finished: dict[int, Generation] = {}
         for index, ids in enumerate(encoded):
             try:
@@ -207,13 +219,13 @@ class Engine:
                 warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=2)
                 finished[index] = Generation("", [], "length", [], Stats())
         places = list(answers)
-        for place, result in self.scheduler.completed(map(self._steps, answers.values()), batch_size):
+        for place, result in self.scheduler.completed((answer.answer() for answer in answers.values()), batch_size):
             finished[places[place]] = result
         return [finished[index] for index in range(len(encoded))]
 
     def _alone(self, prompt: Any, settings: Settings, raw: bool) -> Generation:
         answer = self._start(*self._encoded(prompt, raw), settings)
-        return self.scheduler.wait(self.scheduler.submit(self._steps(answer)))
+        return self.scheduler.run(answer.answer())
 
     def stream(self, prompt: str | Messages, *, raw: bool = False, **options: Any) -> Iterator[str]:
         """Answer one prompt and yield its text piece by piece, as soon as it is certain.
@@ -226,9 +238,9 @@ class Engine:
         """
         return self._streamed(self._start(*self._encoded(prompt, raw), self.settings(**options)))
 
-    def _streamed(self, answer: Answer) -> Iterator[str]:
+    def _streamed(self, answer: Round) -> Iterator[str]:
         shown = ""
-        for _ in self.scheduler.watch(self._steps(answer)):
+        for _ in self.scheduler.watch(answer.answer()):
             text = certain_text(answer.ids, self.tokenizer)
             if len(text) > len(shown):
                 yield text[len(shown) :]
@@ -240,47 +252,36 @@ class Engine:
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        return run(self._steps(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)))
+        return self.scheduler.run(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings).answer())
 
-    def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Answer:
+    def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Round:
         self._check_tokens("target", prompt_ids)
-        if "draft" in self.readers:
+        if "draft" in self.models:
             self._check_tokens("draft", draft_prompt_ids)
         budget = self._budget(prompt_ids, draft_prompt_ids, settings)
-        roles = ["target", "draft"] if settings.method == "parse" or settings.lookahead else [settings.method]
-        readers = {role: self.readers[role] for role in roles}
-        return Answer(self, prompt_ids, draft_prompt_ids, settings, budget, readers)
+        return Round(self.pair, prompt_ids, draft_prompt_ids, settings, budget)
 
     def _check_tokens(self, role: str, ids: Sequence[int]) -> None:
         """Refuse tokens that a model has no embedding for: its tokenizer was given more, and the model was not."""
-        model = self.readers[role].model
-        if not 0 <= min(ids, default=0) <= max(ids, default=0) < (size := _embeddings(model)):
+        model = self.models[role]
+        if not 0 <= min(ids, default=0) <= max(ids, default=0) < model.vocabulary:
             raise ValueError(
-                f"a prompt holds the token {max(ids)}, and {model.config.name_or_path} has {size}: its tokenizer has "
-                "tokens that the model was not given (resize_token_embeddings), or belongs to another model"
+                f"a prompt holds the token {max(ids)}, and {model.runner.model.config.name_or_path} has "
+                f"{model.vocabulary}: its tokenizer has tokens that the model was not given (resize_token_embeddings), "
+                "or belongs to another model"
             )
 
-    async def _steps(self, answer: Answer) -> Generation:
-        """The algorithm: draft, cut, verify, accept, commit, continue."""
-        try:
-            await answer.begin()
-            if answer.settings.method != "parse":
-                await answer.write_alone(answer.settings.method)
-            while not answer.done:
-                draft = await answer.draft()
-                verdict = await answer.verify(draft)
-                if self.apart:
-                    await answer.draft_ahead(draft)
-                k = accept(verdict.confidences.tolist(), answer.threshold, answer.settings.policy)
-                answer.commit(draft, verdict, k)
-                if not answer.done and not (k and k == len(verdict.ends)):  # a draft kept whole goes on itself
-                    await answer.proceed()
-            return answer.finish()
-        finally:
-            answer.close()
-
-    def verify(self, prompt_ids: Sequence[int], draft_ids: Sequence[int], ends: Sequence[int]) -> Tensor:
+    def verify(
+        self,
+        prompt_ids: Sequence[int],
+        draft_ids: Sequence[int],
+        ends: Sequence[int],
+        verifier: Verifier | None = None,
+    ) -> Tensor:
         """Confidence in each prefix `draft_ids[:end]` of an answer to the prompt: float32 [K].
+
+        Args:
+            verifier: whose; the engine's own by default.
 
         Raises:
             ValueError: where there is no prompt or no end, or an end lies outside the draft, or a token is none.
@@ -288,94 +289,18 @@ class Engine:
         if not prompt_ids or not ends:
             raise ValueError(f"verify takes a prompt and prefix ends: {len(prompt_ids)} tokens, {len(ends)} ends")
         self._check_tokens("target", [*prompt_ids, *draft_ids])
-        target = self.context("target")
-        target.layers = self.context_layers
-        target.read(prompt_ids)
-        evidence, _ = run(self.examining(target, draft_ids, ends, ended=False))
+        verifier = verifier or self.need_verifier()
+
+        async def judge() -> Tensor:
+            sequence = self.pair.target.open(prompt_ids)
+            try:
+                evidence = await sequence.verify([], Written(list(draft_ids), ended=False), ends, verifier.needs)
+                return verifier.confidences(evidence)
+            finally:
+                sequence.close()
+
         with torch.inference_mode():
-            return self.need_verifier().confidences(evidence).float().cpu()
-
-    async def examining(
-        self,
-        target: Context,
-        draft_ids: Sequence[int],
-        ends: Sequence[int],
-        ended: bool,
-        draft_logits: Tensor | None = None,
-    ) -> tuple[Evidence, Tensor]:
-        """The packed pass: read a draft of N tokens behind the target's text, and judge K prefixes.
-
-        What of the text was not read yet goes first in the pass. Afterwards the cache holds the text and the whole
-        draft; the suffixes are dropped.
-
-        Args:
-            draft_logits: [M, V], those that the draft's tokens were drawn from, where they are at hand.
-
-        Returns:
-            the evidence for the verifier, and the target's logits behind the text and behind each end, [K + 1, V].
-        """
-        verifier = self.need_verifier()
-        if verifier.reads_context:
-            target.layers = verifier.layers
-            target.read_again_from_known()
-        first, device = target.waiting, self.target.device
-        w, n = len(first), len(draft_ids)
-        before = target.next_logits
-        assert before is not None or first, "the logits behind this text are neither known nor about to be"
-        lead = int(w > 0)  # the logits behind what waited are those before the draft
-        layout = pack([*first, *draft_ids], [w + end for end in ends], verifier.suffix_ids, len(target.ids) - w)
-        whole = verifier.reads_draft or draft_logits is not None
-        read = range(w - lead, w + n) if whole else sorted({*range(w - lead, w), w + n - 1, *(w + e - 1 for e in ends)})
-        verdicts = layout.last_suffix
-        keep = [*read, *verdicts] if verifier.adapted is None else list(read)
-        with_states = bool(verifier.layers) or verifier.adapted is not None
-        output = await Pass(target.reader, target.row, layout.ids, layout, keep, with_states, verifier.adapted)
-        if before is None:
-            before = output.logits[0]  # [V]
-        drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
-        places = [read.index(w + end - 1) - lead for end in [*ends, n]]
-        following = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
-        length = len(target.ids)
-        before_states = None
-        if verifier.reads_context:
-            target.remember(output.states, w + n)
-            assert target.states is not None
-            before_states = target.states[:length]  # [C, D * layers]
-        target.has_read([*draft_ids, *layout.ids[w + n :]])
-        target.rollback(length + n, following[-1])
-        end_ids = sorted(target.reader.eos_ids) if ended else []
-        log_prob = entropy = margin = torch.empty(0, device=device)
-        if whole:
-            log_prob, entropy, margin = token_evidence(before, drafted, integers(draft_ids).to(device), end_ids)
-        divergence = None
-        if draft_logits is not None:
-            ends_of_either = sorted(target.reader.eos_ids | self.readers["draft"].eos_ids)
-            compared = torch.cat([before[None], drafted])[: len(log_prob)]  # [M, V]
-            divergence = token_divergence(compared, draft_logits, ends_of_either)
-        read_states = [output.states[layer][w : w + n] for layer in verifier.layers]  # [N, D] each
-        evidence = Evidence(
-            ends,
-            log_prob,
-            entropy,
-            margin,
-            states=torch.cat(read_states, dim=-1) if read_states else None,  # [N, D * layers]
-            suffix_logits=suffix_logits if len(suffix_logits) else None,
-            suffix_states=output.states[-1][verdicts] if verifier.adapted else None,  # [K, D]
-            divergence=divergence,
-            context_states=before_states,
-        )
-        return evidence, following[:-1]
-
-    def context(self, role: str) -> Context:
-        """A fresh context of the "target" or the "draft", with a cache to itself."""
-        shared = self._reader(role)
-        return Context(Reader(shared.model, shared.eos_ids, shared.compiled, shared.width, shared.reads))
-
-    def _reader(self, role: str) -> Reader:
-        """The model's reader, whose cache all requests share."""
-        if role not in self.readers:
-            raise ValueError('this engine has no draft model: give one, or use method="target"')
-        return self.readers[role]
+            return self.scheduler.run(judge()).float().cpu()
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The target's tokens of a prompt, up to where the answer begins."""
@@ -397,26 +322,6 @@ class Engine:
         ids = encode_prompt(prompt, self.tokenizer, raw=True)
         return ids, ids if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer, raw=True)
 
-    def to_target(self, draft_ids: Sequence[int]) -> list[int]:
-        """The draft's tokens as the target's; as text where the vocabularies differ."""
-        if self.same_tokens:
-            return list(draft_ids)
-        return encode_continuation(text_behind(draft_ids, self.draft_tokenizer), self.tokenizer)
-
-    def to_draft(self, target_ids: Sequence[int]) -> list[int]:
-        """The target's tokens as the draft's; as text where the vocabularies differ.
-
-        With the same words, those of the target's padding that the draft has no embedding for are left out.
-        """
-        if self.same_tokens:
-            return self.readers["draft"].readable(target_ids) if "draft" in self.readers else list(target_ids)
-        return encode_continuation(text_behind(target_ids, self.tokenizer), self.draft_tokenizer)
-
-    @property
-    def context_layers(self) -> tuple[int, ...]:
-        """The target's layers whose states the verifier reads of a whole text."""
-        return self.verifier.layers if self.verifier and self.verifier.reads_context else ()
-
     def need_verifier(self) -> Verifier:
         """The verifier, or ValueError with advice."""
         if self.verifier is None:
@@ -425,6 +330,11 @@ class Engine:
                 'or use method="target" or "draft"'
             )
         return self.verifier
+
+    def _need_draft(self) -> None:
+        """Refuse what takes a draft where there is none."""
+        if self.draft is None:
+            raise ValueError('this engine has no draft model: give one, or use method="target"')
 
     def settings(self, **options: Any) -> Settings:
         """Checked settings for `generate_ids`: the keyword arguments of `generate`.
@@ -444,7 +354,7 @@ class Engine:
                     own = calibration.threshold(settings.policy, settings.handback, settings.horizon)
                 settings = dataclasses.replace(settings, threshold=own)
         if settings.method != "target" or settings.lookahead:
-            self._reader("draft")
+            self._need_draft()
         if self.distributed and settings.temperature and settings.seed is None:
             raise ValueError(
                 "seed=None, and the model is split over several processes, each of which would draw tokens of its own: "
@@ -460,12 +370,12 @@ class Engine:
     def _budget(self, prompt_ids: Sequence[int], draft_prompt_ids: Sequence[int], settings: Settings) -> int:
         """New tokens that fit: the request's own limit, or what the contexts leave of which the answer needs all."""
         room = settings.max_new_tokens
-        suffix = len(self.verifier.suffix_ids) if self.verifier and settings.method == "parse" else 0
+        suffix = len(self.verifier.needs.suffix_ids) if self.verifier and settings.method == "parse" else 0
         needed = {"target": (len(prompt_ids), suffix)}
         if settings.method == "draft" or settings.lookahead:  # else the target goes on where the draft's context ends
             needed["draft"] = len(draft_prompt_ids), 0
         for role, (prompt, verdict) in needed.items():
-            longest = self.readers[role].longest
+            longest = self.models[role].context_length
             if longest is not None:
                 room = min(room, longest - prompt - verdict)
             if room < 1:
@@ -480,12 +390,3 @@ class Engine:
 def _tokenizer(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedTokenizerBase:
     loaded = AutoTokenizer.from_pretrained(model.config.name_or_path, **finding(options))
     return cast(PreTrainedTokenizerBase, loaded)
-
-
-def _compiled(model: PreTrainedModel, wanted: bool | None, width: int | None = None) -> Compiled | None:
-    return None if wanted is False else Compiled(model, 0.0 if wanted else PATIENCE, width=width)
-
-
-def _embeddings(model: PreTrainedModel) -> int:
-    """How many tokens a model can read."""
-    return int(cast(Any, model.get_input_embeddings()).weight.shape[0])

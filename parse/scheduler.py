@@ -165,6 +165,10 @@ class Scheduler:
             raise
         return task.result
 
+    def run(self, steps: Steps[T]) -> T:
+        """Run a coroutine to its end, beside whatever else runs."""
+        return self.wait(self.submit(steps))
+
     def completed(self, steps: Iterable[Steps[T]], at_once: int) -> Generator[tuple[int, T], None, None]:
         """Run coroutines, so many at once, drawn as there is room for them; index and result of each as it finishes.
 
@@ -207,8 +211,7 @@ class Scheduler:
 
 def run(steps: Steps[T]) -> T:
     """Run one coroutine to its end, alone."""
-    scheduler = Scheduler()
-    return scheduler.wait(scheduler.submit(steps))
+    return Scheduler().run(steps)
 
 
 def run_together(steps: Iterable[Steps[T]], at_once: int) -> Generator[tuple[int, T], None, None]:

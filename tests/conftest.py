@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,13 @@ from transformers import (
 
 from eval.bench.models import load_smollm2
 from eval.tasks import content_of_task
-from parse.trained import SEGMENT_EVIDENCE, Adapter, HazardHead, adapt, tokenizer_hash
+from parse.local.model import packed_evidence
+from parse.local.sequence import Context
+from parse.sampling import Written
+from parse.verifiers import Adapter
+from parse.verifiers.adapter import adapt
+from parse.verifiers.heads import SEGMENT_EVIDENCE, HazardHead
+from parse.verifiers.saved import tokenizer_hash
 from recipes.demo.corpus import make_tokenizer
 from recipes.run import Run
 from recipes.schema import Recipe
@@ -179,3 +186,21 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 def open_run(recipe):
     return Run(recipe, content_of_task)
+
+
+def runners_of(engine):
+    """What runs the passes of each of an engine's models."""
+    return {role: model.runner for role, model in engine.models.items()}
+
+
+def fresh_context(engine, role="target"):
+    """A text of one of an engine's models, over a cache of its own."""
+    return Context(engine.models[role].apart().runner)
+
+
+def examining(engine, context, ids, ends, ended, draft_logits=None):
+    """The packed pass for the engine's verifier; the evidence and the logits behind text and cuts."""
+    needs = engine.need_verifier().needs
+    if draft_logits is not None:
+        needs = replace(needs, draft_logits=draft_logits, draft_end_ids=engine.models["draft"].eos_ids)
+    return packed_evidence(context, Written(list(ids), ended), ends, needs)

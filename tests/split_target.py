@@ -26,8 +26,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pair = MODELS / "ledger-target", MODELS / "ledger-draft"
     engine = Engine.from_pretrained(*pair, "prompt", compile=True, target_options={"tp_plan": "auto"})
-    engine.readers["draft"].compiled = None  # it could be, and would take long
-    compiled = any(engine.readers["target"].compiled.pays.values())
+    engine.models["draft"].runner.compiled = None  # it could be, and would take long
+    compiled = any(engine.models["target"].runner.compiled.pays.values())
     found = {"answers": answers(engine), "distributed": engine.distributed, "compiled": compiled}
     try:
         engine.generate(PROMPTS[0], LIMIT, threshold=0.5, temperature=1.0)

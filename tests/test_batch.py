@@ -9,8 +9,8 @@ from parse import Engine
 from parse.local.runner import Pass, Reader
 from parse.local.sequence import Context
 from parse.scheduler import run, run_together
-from parse.verifiers import Likelihood, Prompt
-from tests.conftest import random_adapter
+from parse.verifiers import Likelihood, PromptVerifier
+from tests.conftest import examining, fresh_context, random_adapter
 
 PROMPTS = [
     "list : #1 fig rome 4 ; #2 apple oslo 7 .",
@@ -40,13 +40,13 @@ def test_an_adapter_acts_on_its_own_suffixes_alone(target, tokenizer, forwards):
     """Packed passes of several widths and a plain one, run as one pass: the same states and caches as each alone."""
     adapter = random_adapter(target, [7, 8])
     engine = Engine(target, tokenizer, verifier=adapter, compile=False)
-    reader = engine.context("target").reader
+    reader = fresh_context(engine).reader
 
     async def reading(draft, ends):
         context = Context(reader)
         await context.reading([11, 12, 13])
         if ends:
-            evidence, _ = await engine.examining(context, draft, ends, ended=False)
+            evidence, _ = await examining(engine, context, draft, ends, ended=False)
             states = evidence.suffix_states
         else:
             output = await Pass(reader, context.row, draft)
@@ -107,7 +107,7 @@ def test_a_batch_answers_as_each_prompt_alone(engine, ways, batch_size):
     threshold=st.floats(0.01, 0.2),
 )
 def test_any_batch_answers_as_each_prompt_alone(target, draft, tokenizer, prompts, batch_size, horizon, threshold):
-    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer), segments=3)
+    engine = Engine(target, tokenizer, draft, tokenizer, PromptVerifier.of(tokenizer), segments=3)
     texts = [tokenizer.decode(ids) for ids in prompts]
     ways = {"threshold": threshold, "horizon": horizon, "max_new_tokens": 20}
     together = engine.generate(texts, batch_size=batch_size, **ways)
@@ -163,7 +163,7 @@ def test_wide_and_narrow_passes_are_not_padded_to_one_width(target, forwards):
 
 def test_an_answer_without_text_leaves_the_others_alone(engine):
     """An engine whose draft ends at once, in a batch."""
-    engine.readers["draft"].eos_ids = frozenset(range(len(engine.tokenizer)))
+    engine.models["draft"].runner.eos_ids = frozenset(range(len(engine.tokenizer)))
     together = engine.generate(PROMPTS[:3], 10, threshold=0.0)
     assert [result.token_ids for result in together] == [[], [], []]
 

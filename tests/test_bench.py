@@ -79,10 +79,10 @@ def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, 
     """The target's first packed pass does not begin to compute before the draft has written behind it."""
     script = Scripted((9,), [7, 8])
     engine = ScriptedEngine(target, tokenizer, draft, tokenizer, script, segments=4, compile=False)
-    engine.apart = True
+    engine.pair.apart = True
     ahead, judging, threads = Event(), Event(), torch.get_num_threads()
     plain = engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids
-    read, write = engine.readers["target"].forward, engine.readers["draft"].forward
+    read, write = engine.models["target"].runner.forward, engine.models["draft"].runner.forward
 
     def reading(passes, alone=False):
         if passes[0].layout:
@@ -96,8 +96,8 @@ def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, 
         return write(passes, alone)
 
     with (
-        patch.object(engine.readers["target"], "forward", reading),
-        patch.object(engine.readers["draft"], "forward", writing),
+        patch.object(engine.models["target"].runner, "forward", reading),
+        patch.object(engine.models["draft"].runner, "forward", writing),
         two_devices(),
     ):
         assert engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids == plain

@@ -76,7 +76,7 @@ def test_more_than_the_context_holds_is_refused():
 def test_becoming_another_text_equals_reading_it(after):
     context = fresh()
     context.read([1, 2, 3, 4])
-    run(context.becoming(after))
+    run(context.set_prefix(after))
     plain = fresh()
     plain.read(after)
     assert context.ids == after
@@ -91,7 +91,7 @@ def test_becoming_a_text_reads_only_what_is_new(monkeypatch):
     original = Reader.forward
     counted = lambda self, some, alone: (read.extend(len(one.ids) for one in some), original(self, some, alone))[1]
     monkeypatch.setattr(Reader, "forward", counted)
-    run(context.becoming([*range(15), 40, 41]))
+    run(context.set_prefix([*range(15), 40, 41]))
     assert read == [2]
 
 

@@ -25,7 +25,7 @@ from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
 from parse.local.loading import load_model
 from parse.prompts import encode_prompt
-from parse.verifiers import Prompt
+from parse.verifiers import PromptVerifier
 from recipes.digests import Digests
 from recipes.schema import RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS, random_model
@@ -160,7 +160,7 @@ def test_a_verdict_needs_room_as_well():
     context, prompt = 512, draw_prompts(ledger, "train", 1, seed=1)[0]
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "ledger-target")
     room = context - len(encode_prompt(prompt, tokenizer))
-    suffix = len(Prompt.of(tokenizer).suffix_ids)
+    suffix = len(PromptVerifier.of(tokenizer).suffix_ids)
     for stage, limit in (("answers", room), ("rollouts", room - suffix), ("eval", room - suffix)):
         fits, not_any_more = (
             Fitting(load_recipe(QUICK, [f"engine.max_new_tokens={n}"]), ledger, stage) for n in (limit, limit + 1)

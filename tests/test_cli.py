@@ -20,8 +20,8 @@ from eval.tasks import ledger
 from parse import Generation, Segment, Stats
 from parse.__main__ import _message, main, transcript
 from parse.local.loading import load_model
-from parse.trained import save
 from parse.verifiers import Likelihood
+from parse.verifiers.saved import save
 from recipes.schema import load_recipe, to_dict
 from tests.conftest import MODELS, ROOT, adopt, facts_of
 

@@ -15,10 +15,10 @@ from parse.local.ahead import ANY, _place, trace
 from parse.local.compiled import WIDE, Compiled
 from parse.local.runner import Pass, Reader
 from parse.local.sequence import Context
-from parse.verifiers import Likelihood, Prompt
+from parse.verifiers import Likelihood, PromptVerifier
 from recipes.pair import load_engine
 from recipes.schema import load_recipe
-from tests.conftest import random_model
+from tests.conftest import random_model, runners_of
 from tests.test_architectures import ARCHITECTURES, make
 from tests.test_batch import PROMPTS, assert_same_answers
 from tests.test_cache import assert_same_cache
@@ -61,7 +61,7 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
     """The same engine without and with compiled passes, and the counters of its models' graphs."""
     pair = [Engine(target, tokenizer, draft, tokenizer, verifier, segments=4, compile=False) for _ in range(2)]
     counters = {}
-    for role, reader in pair[1].readers.items():
+    for role, reader in runners_of(pair[1]).items():
         counters[role] = Counter()
         reader.compiled = Compiled(reader.model, 0.0, counters[role])
         reader.compiled.graph = as_on_gpu
@@ -161,12 +161,12 @@ def test_as_on_a_gpu_steps_of_a_model_with_flex_attention_take_dense_masks():
     ],
 )
 def test_compiled_engines_answer_the_same_alone_and_in_batches(shallow_pair, tokenizer, ways, as_on_gpu):
-    plain, compiled, counters = engines(*shallow_pair, tokenizer, Prompt.of(tokenizer), as_on_gpu)
+    plain, compiled, counters = engines(*shallow_pair, tokenizer, PromptVerifier.of(tokenizer), as_on_gpu)
     expected = plain.generate(PROMPTS, 30, batch_size=1, **ways)
     for batch_size in (1, 5):
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
     assert counters["draft"].graphs
-    for role, reader in compiled.readers.items():
+    for role, reader in runners_of(compiled).items():
         if as_on_gpu:
             assert counters[role].graphs <= 4  # packed passes and steps, of one text and of many
         else:
@@ -463,7 +463,7 @@ def test_really_compiled_passes_give_the_same_words(draft, tokenizer, capsys):
     target = random_model("llama", len(tokenizer))
     plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
     compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
-    compiled.readers["target"].compiled._deep = True
+    compiled.models["target"].runner.compiled._deep = True
     for method in ("target", "draft", "parse"):
         assert compiled.generate(PROMPTS[0], 20, method=method)[0].token_ids == (
             plain.generate(PROMPTS[0], 20, method=method)[0].token_ids
@@ -483,8 +483,8 @@ def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(shallow_pair,
     compile_in_two(recipe, engine, PROMPTS[0])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()}
     assert len(made) == 4  # steps and wide passes of both
-    assert not engine.readers["draft"].compiled.kept  # those of the draft not here
+    assert not engine.models["draft"].runner.compiled.kept  # those of the draft not here
     for method in ("draft", "target", "draft"):
         engine.generate(PROMPTS[0], 4, method=method)
-    assert all(len(reader.compiled.kept) == 2 for reader in engine.readers.values())
+    assert all(len(reader.compiled.kept) == 2 for reader in runners_of(engine).values())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()} == made

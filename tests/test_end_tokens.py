@@ -9,14 +9,15 @@ from transformers import AutoTokenizer
 
 from eval.checks import check_models, check_prompts
 from parse import Engine
+from parse.local.evidence import token_divergence, token_evidence
 from parse.local.loading import load_model, warn_of_unheeded
 from parse.prompts import end_of_answer
 from parse.scheduler import run
 from parse.text import eos_ids
-from parse.verifiers import Divergence, Likelihood, token_divergence, token_evidence
+from parse.verifiers import Divergence, Likelihood
 from recipes.pair import draft_tokenizer, first_draft
 from recipes.schema import RecipeError, load_recipe
-from tests.conftest import MODELS, random_model
+from tests.conftest import MODELS, examining, fresh_context, random_model, runners_of
 from tests.test_engine import PROMPT
 from train.__main__ import main as train
 
@@ -28,13 +29,13 @@ def test_that_the_text_ends_counts_whichever_token_ends_it(smollm, ends):
     """SmolLM2 drafts for itself: it is sure that the answer ends, by its token 2, however many others may end it."""
     model, tokenizer = smollm
     engine = Engine(model, tokenizer, model, tokenizer, Likelihood("lowest", "segment"), compile=False)
-    for reader in engine.readers.values():
+    for reader in runners_of(engine).values():
         reader.eos_ids = frozenset(ends)
     result = engine.generate(QUESTION, 24, threshold=0.0)[0]
     assert result.finish_reason == "stop"
-    context = engine.context("target")
+    context = fresh_context(engine)
     context.read(engine.encode(QUESTION))
-    evidence, _ = run(engine.examining(context, result.token_ids, [len(result.token_ids)], ended=True))
+    evidence, _ = run(examining(engine, context, result.token_ids, [len(result.token_ids)], ended=True))
     with torch.inference_mode():
         logits = model(torch.tensor([[*engine.encode(QUESTION), *result.token_ids]])).logits[0, -1]
     log_probs = logits.log_softmax(-1)
@@ -68,8 +69,8 @@ def test_the_targets_end_tokens_end_a_draft_that_names_others(smollm):
     base.generation_config = copy.deepcopy(model.generation_config)
     base.generation_config.eos_token_id = 0  # <|endoftext|>
     engine = Engine(model, tokenizer, base, tokenizer, Likelihood(), compile=False)
-    assert engine.readers["draft"].eos_ids == {0, 2}
-    assert engine.readers["target"].eos_ids == {2}
+    assert engine.models["draft"].runner.eos_ids == {0, 2}
+    assert engine.models["target"].runner.eos_ids == {2}
     alone = engine.generate(QUESTION, 40, method="target")[0]
     for ways in ({"threshold": 0.0}, {"method": "draft"}):
         result = engine.generate(QUESTION, 40, **ways)[0]
@@ -82,8 +83,8 @@ def test_an_end_token_of_the_same_spelling_ends_a_draft_with_other_tokens(smollm
     other.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     draft = random_model("llama", len(other))
     engine = Engine(smollm[0], smollm[1], draft, other, Likelihood(), compile=False)
-    assert other.convert_tokens_to_ids("<|im_end|>") in engine.readers["draft"].eos_ids
-    assert other.eos_token_id in engine.readers["draft"].eos_ids
+    assert other.convert_tokens_to_ids("<|im_end|>") in engine.models["draft"].runner.eos_ids
+    assert other.eos_token_id in engine.models["draft"].runner.eos_ids
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -91,7 +92,7 @@ def test_speculation_survives_an_end_that_is_the_drafts_alone(target, draft, tok
     """What ends the draft is a token like others to the target: proposed and kept, it is written, and read later."""
     engine = Engine(target, tokenizer, target, tokenizer, compile=False)
     plain = engine.generate(PROMPT, 30, method="target", temperature=temperature, seed=3)[0]
-    engine.readers["draft"].eos_ids = frozenset([*plain.token_ids[2:20:3], tokenizer.eos_token_id])
+    engine.models["draft"].runner.eos_ids = frozenset([*plain.token_ids[2:20:3], tokenizer.eos_token_id])
     result = engine.generate(PROMPT, 30, method="target", lookahead=4, temperature=temperature, seed=3)[0]
     assert len(result.token_ids) == len(plain.token_ids)
     if not temperature:
@@ -106,7 +107,7 @@ def test_the_draft_never_says_what_the_target_cannot_read(target, tokenizer):
     for compile in (False, True):
         engine = Engine(target, tokenizer, wide, tokenizer, Likelihood(), compile=compile)
         if compile:
-            engine.readers["draft"].compiled._backend = lambda graph, _: graph  # as it is traced
+            engine.models["draft"].runner.compiled._backend = lambda graph, _: graph  # as it is traced
         for ways in ({"threshold": 0.0}, {"threshold": 0.0, "temperature": 1.0, "seed": 1}, {"method": "draft"}):
             result = engine.generate(PROMPT, 12, **ways)[0]
             assert max(result.token_ids, default=0) < len(tokenizer)
@@ -203,14 +204,14 @@ def test_one_token_may_be_the_end_the_beginning_and_unknown(pair, tmp_path):
 def test_a_divergence_counts_ends_of_either_model_as_one(smollm):
     model, tokenizer = smollm
     engine = Engine(model, tokenizer, model, tokenizer, Divergence(), compile=False)
-    engine.readers["draft"].eos_ids = frozenset([0, 2])
+    engine.models["draft"].runner.eos_ids = frozenset([0, 2])
     ids = engine.encode(QUESTION)
     written = engine.generate(QUESTION, 24, method="draft")[0].token_ids
     with torch.inference_mode():
         logits = model(torch.tensor([[*ids, *written]])).logits[0, len(ids) - 1 :]  # [N + 1, V]
     other = logits.clone()
     other[:, [0, 2]] = logits[:, [2, 0]]  # a draft that prefers another of the ends
-    context = engine.context("target")
+    context = fresh_context(engine)
     context.read(ids)
-    evidence, _ = run(engine.examining(context, written, [len(written)], ended=True, draft_logits=other))
+    evidence, _ = run(examining(engine, context, written, [len(written)], ended=True, draft_logits=other))
     assert evidence.divergence.abs().max() < 1e-3

@@ -8,13 +8,14 @@ from scipy.stats import chi2
 
 from eval.bench.fakes import endless
 from parse import Engine
-from parse.answer import accept
+from parse.generation import accept
+from parse.local.model import LocalSequence
 from parse.local.runner import Reader
 from parse.sampling import Sampling
 from parse.scheduler import run
-from parse.trained import AttentiveHead, HazardHead, Probe
-from parse.verifiers import Likelihood, Prompt
-from tests.conftest import peak_bytes, random_adapter
+from parse.verifiers import Likelihood, Probe, PromptVerifier
+from parse.verifiers.heads import AttentiveHead, HazardHead
+from tests.conftest import examining, fresh_context, peak_bytes, random_adapter, runners_of
 from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
@@ -23,7 +24,7 @@ PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
 @pytest.fixture(scope="module", params=["prompt", "likelihood", "probe", "attentive probe", "adapter"])
 def engine(request, target, draft, tokenizer) -> Engine:
     verifier = {
-        "prompt": lambda: Prompt.of(tokenizer),
+        "prompt": lambda: PromptVerifier.of(tokenizer),
         "likelihood": Likelihood,
         "probe": lambda: Probe(HazardHead(2 * 48, 4).eval(), (2, 3)),
         "attentive probe": lambda: Probe(AttentiveHead(2 * 48, 4).eval(), (2, 3)),
@@ -63,13 +64,13 @@ def test_a_probe_with_attention_reads_the_states_of_the_whole_text(target, draft
 
     engine.verifier = Watched(verifier.head, verifier.layers)
     texts = []
-    examining = engine.examining
+    verify = LocalSequence.verify
 
-    def noting(context, draft_ids, *others):
-        texts.append(([*context.ids], [*draft_ids]))
-        return examining(context, draft_ids, *others)
+    def noting(self, ids, written, *others):
+        texts.append(([*self.prompt_ids, *ids], [*written.ids]))
+        return verify(self, ids, written, *others)
 
-    monkeypatch.setattr(engine, "examining", noting)
+    monkeypatch.setattr(LocalSequence, "verify", noting)
     with endless(engine):
         engine.generate(PROMPT, 40, threshold=0.5, **ways)
     assert len(seen) == len(texts) > 3
@@ -93,7 +94,7 @@ def test_accepting_nothing_is_transformers_greedy_text(engine):
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_verify_equals_one_pass_a_prefix(target, draft, tokenizer, data):
-    verifier = Prompt.of(tokenizer)
+    verifier = PromptVerifier.of(tokenizer)
     engine = Engine(target, tokenizer, draft, tokenizer, verifier)
     tokens = st.lists(st.integers(5, len(tokenizer) - 1), min_size=1, max_size=30)
     prompt, drafted = data.draw(tokens), data.draw(tokens)
@@ -113,15 +114,15 @@ def test_verify_equals_one_pass_a_prefix(target, draft, tokenizer, data):
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, tokenizer, data):
-    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
+    engine = Engine(target, tokenizer, draft, tokenizer, PromptVerifier.of(tokenizer))
     tokens = st.lists(st.integers(5, len(tokenizer) - 1), min_size=1, max_size=30)
     prompt, drafted = data.draw(tokens), data.draw(tokens)
     end = data.draw(st.integers(1, len(drafted)))
-    context = engine.context("target")
+    context = fresh_context(engine)
     context.read(prompt)
-    _, logits = run(engine.examining(context, drafted, [end], ended=False))
+    _, logits = run(examining(engine, context, drafted, [end], ended=False))
     context.rollback(len(prompt) + end, logits[1])
-    plain = engine.context("target")
+    plain = fresh_context(engine)
     plain.read([*prompt, *drafted[:end]])
     assert context.ids == plain.ids
     assert_same_cache(context, plain)
@@ -156,7 +157,7 @@ def test_the_target_goes_on_as_it_would_by_itself(target, draft, tokenizer):
         for segment in (s for s in result.segments if s.accepted):
             ids = tokenizer.encode(segment.text.strip(), add_special_tokens=False)
             if segment.source == "target":
-                alone = engine.context("target")
+                alone = fresh_context(engine)
                 alone.read([*prompt, *before])
                 assert alone.write(len(ids)).ids == ids
                 several += run > 1
@@ -230,7 +231,7 @@ def test_acceptance_policies(policy, confidences, expected):
 
 def test_a_draft_that_ends_at_once_leaves_the_answer_to_the_target(target, draft, tokenizer):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
-    engine.readers["draft"].eos_ids = frozenset(range(len(tokenizer)))  # whatever it writes ends its answer
+    engine.models["draft"].runner.eos_ids = frozenset(range(len(tokenizer)))  # whatever it writes ends its answer
     alone = engine.generate(PROMPT, 20, method="target")[0]
     assert engine.generate(PROMPT, 20, threshold=0.5)[0].token_ids == alone.token_ids
     assert engine.generate(PROMPT, 20, threshold=0.0)[0].token_ids == []
@@ -247,9 +248,9 @@ def test_a_draft_that_ends_at_once_leaves_the_answer_to_the_target(target, draft
 def test_drafting_ahead_changes_no_answer(target, draft, tokenizer, batch_size, **ways):
     """What was drafted for nothing leaves no trace: neither in the draft's text nor in what is sampled next."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3, compile=False)
-    assert not engine.apart  # on one device nothing would be gained
+    assert not engine.pair.apart  # on one device nothing would be gained
     results = []
-    for engine.apart in (False, True):
+    for engine.pair.apart in (False, True):
         results.append(engine.generate([PROMPT, "the fig"], 14, seed=5, batch_size=batch_size, **ways))
     for one, other in zip(*results, strict=True):
         assert one.token_ids == other.token_ids
@@ -260,16 +261,16 @@ def test_drafting_ahead_changes_no_answer(target, draft, tokenizer, batch_size, 
 
 def test_the_next_draft_is_written_before_the_verdicts_are_waited_for(target, draft, tokenizer, monkeypatch):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=3, compile=False)
-    engine.apart = True
+    engine.pair.apart = True
     events = []
 
     def noting(name, call):
         return lambda *arguments: (events.append(name), call(*arguments))[1]
 
-    for role, reader in engine.readers.items():
+    for role, reader in runners_of(engine).items():
         monkeypatch.setattr(reader, "_run", noting(role, reader._run))
         monkeypatch.setattr(reader, "eos_ids", frozenset())
-    monkeypatch.setattr("parse.engine.accept", noting("accept", accept))
+    monkeypatch.setattr("parse.round.accept", noting("accept", accept))
     engine.generate(PROMPT, 12, threshold=0.0, horizon=4)
     # prompts, 4 tokens (the last waits), the packed pass, 4 ahead of its verdicts, ...; nothing ahead of the last ones
     drafted = ["draft"] * 4
@@ -309,10 +310,10 @@ def test_a_seed_gives_the_same_answer_whatever_the_other_prompts(target, draft, 
 def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, draft, tokenizer, options):
     """A chi-square test at 1 in 10,000 of the target's first own token behind an accepted draft segment."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
-    context = engine.context("target")
+    context = fresh_context(engine)
     context.read(engine.encode(PROMPT))
     drafted = [9, 30, 51, 72]
-    logits = run(engine.examining(context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
+    logits = run(examining(engine, context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
     logits = logits / logits.std() * 1.5
     temperature = 0.8
     plain = torch.softmax(logits / temperature, -1)
@@ -349,10 +350,10 @@ QUESTIONS = ["What is the capital of France? Answer briefly.", "Name two primary
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_invariants_on_a_real_chat_model(smollm, question):
     model, tokenizer = smollm
-    engine = Engine(model, tokenizer, model, tokenizer, Prompt.of(tokenizer))
+    engine = Engine(model, tokenizer, model, tokenizer, PromptVerifier.of(tokenizer))
     ids = engine.encode(question)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
-    expected = [token for token in expected if token not in engine.readers["target"].eos_ids]
+    expected = [token for token in expected if token not in engine.models["target"].runner.eos_ids]
     assert engine.generate(question, 24, threshold=1.1, horizon=12)[0].token_ids == expected
     assert engine.generate(question, 24, threshold=0.0)[0].token_ids == expected
     ends = [len(expected) // 2, len(expected)]
@@ -363,9 +364,9 @@ def test_invariants_on_a_real_chat_model(smollm, question):
             logits = model(torch.tensor([ids + expected[:end] + verifier.suffix_ids])).logits[0, -1]
             yes, no = logits[verifier.yes_ids].logsumexp(0), logits[verifier.no_ids].logsumexp(0)
             assert confidence == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-4)
-    context, plain = engine.context("target"), engine.context("target")
+    context, plain = fresh_context(engine), fresh_context(engine)
     context.read(ids)
-    run(engine.examining(context, expected, ends, ended=False))
+    run(examining(engine, context, expected, ends, ended=False))
     plain.read([*ids, *expected])
     assert_same_cache(context, plain, tolerance=1e-3)
 
@@ -376,9 +377,9 @@ def test_an_answer_takes_the_weights_the_caches_and_little_more(smollm, monkeypa
     model, tokenizer = smollm
     probe = Probe(HazardHead(2 * model.config.hidden_size, 4).eval(), (10, 20))
     engine = Engine(model, tokenizer, model, tokenizer, probe, segments=10, compile=False)
-    for reader in engine.readers.values():
+    for reader in runners_of(engine).values():
         monkeypatch.setattr(reader, "eos_ids", frozenset())
     peak = peak_bytes(lambda: engine.generate("Tell me of the sea.", 150, threshold=0.0))
-    caches = sum(t.nbytes for reader in engine.readers.values() for pair in reader.cache.buffers() for t in pair)
+    caches = sum(t.nbytes for reader in runners_of(engine).values() for pair in reader.cache.buffers() for t in pair)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert peak + weights <= (weights + caches) * 1.15

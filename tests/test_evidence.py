@@ -4,7 +4,7 @@ import torch
 
 from eval.verifier_metrics import Draft, examine
 from parse import Engine
-from parse.verifiers import Likelihood
+from parse.verifiers import Needs
 from train.evidence import gather
 
 DRAFTS = [
@@ -14,9 +14,11 @@ DRAFTS = [
 ]
 
 
-def engine_of(target, tokenizer, layers=(1, 3), context=True):
-    verifier = Likelihood(layers=layers, reads_context=context)
-    return Engine(target, tokenizer, verifier=verifier, compile=False)
+NEEDS = Needs(token_logprobs=True, layers=(1, 3), context_states=True)
+
+
+def engine_of(target, tokenizer):
+    return Engine(target, tokenizer, compile=False)
 
 
 def same(mine, theirs):
@@ -31,8 +33,8 @@ def same(mine, theirs):
 
 def test_what_is_kept_is_what_the_passes_told(target, tokenizer, tmp_path):
     engine = engine_of(target, tokenizer)
-    told = {tuple(one.draft.ids): one for one in examine(engine, DRAFTS)}
-    kept = gather(engine, DRAFTS, tmp_path, "evidence")
+    told = {tuple(one.draft.ids): one for one in examine(engine, DRAFTS, NEEDS)}
+    kept = gather(engine, DRAFTS, NEEDS, tmp_path, "evidence")
     assert [one.draft for one in kept] == DRAFTS
     for one in kept:
         same(one, told[tuple(one.draft.ids)])
@@ -40,16 +42,16 @@ def test_what_is_kept_is_what_the_passes_told(target, tokenizer, tmp_path):
 
 def test_drafts_behind_the_same_text_are_judged_as_each_alone(target, tokenizer):
     engine = engine_of(target, tokenizer)
-    together = {tuple(one.draft.ids): one.evidence for one in examine(engine, DRAFTS)}
+    together = {tuple(one.draft.ids): one.evidence for one in examine(engine, DRAFTS, NEEDS)}
     for draft in DRAFTS:
-        alone = next(examine(engine, [draft])).evidence
+        alone = next(examine(engine, [draft], NEEDS)).evidence
         for name in ("log_prob", "states", "context_states"):
             mine, theirs = getattr(together[tuple(draft.ids)], name), getattr(alone, name)
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_what_stands_before_several_drafts_is_kept_once(target, tokenizer, tmp_path):
-    gather(engine_of(target, tokenizer), DRAFTS, tmp_path, "evidence")
+    gather(engine_of(target, tokenizer), DRAFTS, NEEDS, tmp_path, "evidence")
     (states,) = tmp_path.glob("*.f16")
     tokens = sum(len(draft.ids) for draft in DRAFTS) + 12 + 5
     assert states.stat().st_size == tokens * 2 * target.config.hidden_size * 2
@@ -58,8 +60,8 @@ def test_what_stands_before_several_drafts_is_kept_once(target, tokenizer, tmp_p
 def test_a_start_goes_on_behind_what_was_kept(target, tokenizer, tmp_path, monkeypatch):
     """A line without its states, or half a line, is none; what is whole is not read again."""
     engine = engine_of(target, tokenizer)
-    whole = gather(engine, DRAFTS, tmp_path / "whole", "evidence")
-    gather(engine, DRAFTS[:2], tmp_path / "cut", "evidence")
+    whole = gather(engine, DRAFTS, NEEDS, tmp_path / "whole", "evidence")
+    gather(engine, DRAFTS[:2], NEEDS, tmp_path / "cut", "evidence")
     (states,), (index,) = (tmp_path / "cut").glob("*.f16"), (tmp_path / "cut").glob("*.jsonl")
     states.write_bytes(states.read_bytes()[:-2])  # the second draft's last state
     index.write_text(index.read_text() + '["half a l')
@@ -67,7 +69,7 @@ def test_a_start_goes_on_behind_what_was_kept(target, tokenizer, tmp_path, monke
     monkeypatch.setattr(
         "train.evidence.examine", lambda *rest, **options: asked.extend(rest[1]) or examine(*rest, **options)
     )
-    again = gather(engine, DRAFTS, tmp_path / "cut", "evidence")
+    again = gather(engine, DRAFTS, NEEDS, tmp_path / "cut", "evidence")
     assert asked == DRAFTS[1:]
     for mine, theirs in zip(again, whole, strict=True):
         for name in ("states", "context_states"):
@@ -75,6 +77,6 @@ def test_a_start_goes_on_behind_what_was_kept(target, tokenizer, tmp_path, monke
 
 
 def test_without_layers_there_are_no_states(target, tokenizer, tmp_path):
-    kept = gather(engine_of(target, tokenizer, (), False), DRAFTS, tmp_path, "evidence")
+    kept = gather(engine_of(target, tokenizer), DRAFTS, Needs(token_logprobs=True), tmp_path, "evidence")
     assert all(one.evidence.states is None and one.evidence.context_states is None for one in kept)
     assert len(kept[1].evidence.log_prob) == 8  # and the end

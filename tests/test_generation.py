@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.generation import FAILED, TooManyFailed, finish_all, going_on, in_threads, together, write_all
+from eval.generation import FAILED, TooManyFailed, finish_all, in_threads, together, write_after, write_all
+from parse.local.model import LocalModel
 from parse.local.runner import Reader
 from parse.local.sequence import Context
 from recipes.schema import RecipeError
 
 
 def making(made, fatal=None):
-    def steps(item):
+    async def steps(item):
         if item == fatal:
             raise KeyboardInterrupt
         made.append(item)
         return {"item": item}
-        yield
 
     return steps
 
@@ -98,9 +98,9 @@ def test_where_all_fails_nothing_more_is_asked(tmp_path):
 
 
 def test_what_a_model_writes_is_what_it_writes_alone(target):
-    reader = Reader(target, frozenset([1]))
+    model = LocalModel.of(target, eos_ids=frozenset([1]))
     prompts = [[5, 9, 13], [7], [20, 21, 22, 23]]
-    written = write_all(reader, prompts, limit=6, at_once=2, what="texts")
+    written = write_all(model, prompts, limit=6, at_once=2, what="texts")
     for ids, text in zip(prompts, written, strict=True):
         context = Context(Reader(target, frozenset([1])))
         context.read(ids)
@@ -108,11 +108,11 @@ def test_what_a_model_writes_is_what_it_writes_alone(target):
 
 
 def test_a_text_makes_room_when_it_is_done(target):
-    reader = Reader(target, frozenset([1]))
-    steps = going_on(reader, [5, 6], limit=3)
-    reader.forward([steps.send(None)])
+    model = LocalModel.of(target, eos_ids=frozenset([1]))
+    steps = write_after(model, [5, 6], limit=3)
+    model.runner.forward([steps.send(None)])
     steps.close()
-    assert reader.open() == 0
+    assert model.runner.open() == 0
 
 
 def test_nobody_waits_for_a_thread_that_hangs(tmp_path):

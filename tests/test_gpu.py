@@ -9,8 +9,8 @@ from parse.layout import pack
 from parse.local.compiled import Compiled
 from parse.local.runner import Pass, Reader
 from parse.local.sequence import Context
-from parse.verifiers import Likelihood, Prompt
-from tests.conftest import MODELS
+from parse.verifiers import Likelihood, PromptVerifier
+from tests.conftest import MODELS, runners_of
 from tests.test_batch import PROMPTS, assert_same_answers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -37,7 +37,7 @@ def test_cuda_graphs_and_compiled_layers_give_the_same_answers(plain, compiled, 
     expected = plain.generate(PROMPTS, 40, batch_size=batch_size, **ways)
     for _ in range(2):  # the second time graphs are replayed
         assert_same_answers(compiled.generate(PROMPTS, 40, batch_size=batch_size, **ways), expected)
-    for role, reader in compiled.readers.items():
+    for role, reader in runners_of(compiled).items():
         assert reader.cache.recorded or (role, ways) == ("draft", {"method": "target"})
         assert all(reader.compiled.pays.values())  # no compilation failed
 
@@ -75,8 +75,8 @@ def test_steps_of_a_target_with_flex_attention_are_recorded_too(plain):
     """With dense masks: block masks pay for wide passes only."""
     flexible = load(attention="flex", compile=True)
     assert_same_answers(flexible.generate(PROMPTS, 40, threshold=0.5), plain.generate(PROMPTS, 40, threshold=0.5))
-    assert flexible.readers["target"].compiled.pays == {"steps": True, "wide": False}
-    assert flexible.readers["target"].cache.recorded
+    assert flexible.models["target"].runner.compiled.pays == {"steps": True, "wide": False}
+    assert flexible.models["target"].runner.cache.recorded
 
 
 def test_flex_attention_gives_the_same_answers():
@@ -97,7 +97,7 @@ def test_a_gpus_verdicts_are_a_cpus():
     prompt = on_cpu.encode(PROMPTS[0])
     draft = on_cpu.encode("#1 fig")[:2] + list(range(20, 40))
     ends = [5, 12, len(draft)]
-    assert isinstance(on_cpu.verifier, Prompt)
+    assert isinstance(on_cpu.verifier, PromptVerifier)
     torch.testing.assert_close(
         load().verify(prompt, draft, ends), on_cpu.verify(prompt, draft, ends), atol=1e-3, rtol=1e-3
     )

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from eval.judges import Agreement, Checked, controls
 from eval.tasks import draw_prompts, ledger, load_task
 from parse import Engine
-from parse.local.sequence import Context
 from parse.scheduler import run, run_together
 from recipes.schema import RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS
@@ -64,7 +63,7 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
             else:
                 assert later["round"] == row["round"] + 1
         for row in rows[:4]:  # the labels are what the target makes of the prefixes
-            context = Context(engine.readers["target"])
+            context = engine.models["target"].open(engine.encode(prompts[index]))
             start = [*row["prefix_ids"], *row["draft_ids"]]
             right, _ = run(labeller.finishing(context, prompts[index], start))
             context.close()

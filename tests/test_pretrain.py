@@ -8,7 +8,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parse.local.loading import load_model
-from parse.verifiers import Prompt
+from parse.verifiers import PromptVerifier
 from recipes.demo import verdicts as judging
 from recipes.demo.corpus import IGNORE, LessonBook, Lessons, Phase
 from recipes.demo.pretrain import _telling, _train
@@ -49,7 +49,7 @@ def test_a_model_from_nothing(tmp_path):
 
 def test_the_states_read_are_the_models_own(tokenizer):
     model = llama(tokenizer)
-    batch = Packed.of(lessons(tokenizer), Prompt.of(tokenizer).suffix_ids)
+    batch = Packed.of(lessons(tokenizer), PromptVerifier.of(tokenizer).suffix_ids)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         whole = model(batch.ids, position_ids=batch.positions, attention_mask=batch.mask, output_hidden_states=True)
         states = read(model, batch)
@@ -60,7 +60,7 @@ def test_the_states_read_are_the_models_own(tokenizer):
 
 def test_packed_judging_turns_learn_what_separate_ones_would(tokenizer):
     """The loss over one packed pass equals the loss over one plain pass a verdict."""
-    model, judge = llama(tokenizer), Prompt.of(tokenizer)
+    model, judge = llama(tokenizer), PromptVerifier.of(tokenizer)
     batch = Packed.of(lessons(tokenizer), judge.suffix_ids)
     loss = verdict_loss(next_words(model, read(model, batch)[-1]), batch, judge)
     weights, losses = [], []
@@ -75,7 +75,7 @@ def test_packed_judging_turns_learn_what_separate_ones_would(tokenizer):
 
 
 def test_a_batch_with_nothing_to_learn_gives_no_nan(tokenizer):
-    model, judge = llama(tokenizer), Prompt.of(tokenizer)
+    model, judge = llama(tokenizer), PromptVerifier.of(tokenizer)
     lesson = lessons(tokenizer, 1)[0]
     lesson.labels, lesson.asked = [IGNORE] * len(lesson.labels), {}
     batch = Packed.of([lesson], judge.suffix_ids)
@@ -142,7 +142,7 @@ def test_the_comparing_layer_begins_as_a_comparison(tiny, tokenizer):
     """One test a word, written in one place, where noticing reads it."""
     config = AutoConfig.for_model(**tiny.architecture, vocab_size=len(tokenizer))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    pupil = Judging("target", model, LessonBook(Lessons(tokenizer, "target", 0), 2), tiny, Prompt.of(tokenizer))
+    pupil = Judging("target", model, LessonBook(Lessons(tokenizer, "target", 0), 2), tiny, PromptVerifier.of(tokenizer))
     pupil._start_comparing(model.model.layers[2])
     mlp, words = model.model.layers[2].mlp, len(tokenizer)
     expected = torch.arange(words)

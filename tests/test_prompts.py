@@ -27,7 +27,7 @@ from parse.prompts import (
 )
 from parse.scheduler import run
 from parse.text import encode_continuation, text_of
-from parse.verifiers import Prompt
+from parse.verifiers import PromptVerifier
 from recipes.schema import load_recipe
 from tests.conftest import MODELS
 from train.answers import Encoding
@@ -226,14 +226,14 @@ def test_the_verdict_is_asked_for_without_a_thought(qwen3, r1):
     for tokenizer in (qwen3, r1):
         text = turn_after_answer("Is it?", tokenizer)
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-        assert text_of(Prompt.of(tokenizer).suffix_ids, tokenizer).endswith("</think>\n\n")
+        assert text_of(PromptVerifier.of(tokenizer).suffix_ids, tokenizer).endswith("</think>\n\n")
 
 
 def test_a_template_that_drops_past_answers_cannot_ask(tokenizer):
     own = templated(tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(ValueError, match="leaves out an assistant's turn"):
         turn_after_answer("?", own)
-    assert Prompt.if_possible(own) is None
+    assert PromptVerifier.if_possible(own) is None
     assert end_of_answer({1, 3}, own) == 1  # nobody asks the template
 
 

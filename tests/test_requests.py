@@ -15,7 +15,7 @@ from eval.bench.fakes import endless
 from parse import Engine
 from parse.sampling import Sampling
 from parse.text import text_of
-from parse.verifiers import Likelihood, Prompt
+from parse.verifiers import Likelihood, PromptVerifier
 from tests.conftest import MODELS, TORCHRUN, random_model
 from tests.split_target import answers
 from tests.test_engine import PROMPT
@@ -48,8 +48,8 @@ def test_a_stream_shows_an_accepted_draft_before_the_target_goes_on(target, draf
     first = engine.generate(PROMPT, 30, threshold=0.0)[0].segments[0]
     pieces = engine.stream(PROMPT, max_new_tokens=30, threshold=first.confidence)
     asked = []
-    forward = engine.readers["target"].forward
-    monkeypatch.setattr(engine.readers["target"], "forward", lambda *args: asked.append(1) or forward(*args))
+    forward = engine.models["target"].runner.forward
+    monkeypatch.setattr(engine.models["target"].runner, "forward", lambda *args: asked.append(1) or forward(*args))
     assert next(pieces).startswith(first.text)
     assert len(asked) == 1  # the packed pass
 
@@ -60,7 +60,7 @@ def test_an_answer_grows_by_what_it_keeps(target, draft, tokenizer, method, watc
     """Whenever it has grown, the tokens so far are those that it ends up with, many at once where nobody watches."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4)
     answer = engine._start(*engine._encoded(PROMPT), engine.settings(method=method, max_new_tokens=30))
-    task, seen = engine.scheduler.submit(engine._steps(answer), watched), []
+    task, seen = engine.scheduler.submit(answer.answer(), watched), []
     while not task.done:
         engine.scheduler.step()
         seen.append(list(answer.ids))
@@ -78,9 +78,9 @@ def test_streamed_characters_are_whole(smollm, monkeypatch):
     ids = tokenizer.encode(text, add_special_tokens=False)
     settings = engine.settings(method="target", max_new_tokens=len(ids))
     answer = engine._start([1], [1], settings)
-    replay = iter([*ids, *engine.readers["target"].eos_ids])
-    answer.sample = Sampling(temperature=1.0)
-    answer.sample._draw = lambda _: next(replay)
+    replay = iter([*ids, *engine.models["target"].runner.eos_ids])
+    answer.sampling = Sampling(temperature=1.0)
+    answer.sampling._draw = lambda _: next(replay)
     monkeypatch.setattr(engine, "_start", lambda *_: answer)
     pieces = list(engine.stream("x", method="target"))
     assert "".join(pieces) == text
@@ -99,7 +99,7 @@ def test_segments_join_to_the_answer_where_a_cut_is_inside_a_character(smollm, m
     settings = engine.settings(threshold=0.0 if kept else 1.1, horizon=1, max_new_tokens=len(ids), temperature=1.0)
     answer = engine._start([1], [1], settings)
     replay = iter(ids if kept else [token for token in ids for _ in range(2)])
-    answer.sample._draw = lambda _: next(replay)
+    answer.sampling._draw = lambda _: next(replay)
     monkeypatch.setattr(engine, "_start", lambda *_: answer)
     (result,) = engine.generate("x")
     assert result.text == text_of(ids, tokenizer)
@@ -188,7 +188,7 @@ def test_what_a_generation_config_asks_for_in_vain_is_said(tokenizer, recwarn):
 
 
 def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
-    engine = Engine(target, tokenizer, draft, tokenizer, Prompt.of(tokenizer))
+    engine = Engine(target, tokenizer, draft, tokenizer, PromptVerifier.of(tokenizer))
     long = "list : " + "fig " * 490
     result = engine.generate(long, 512, threshold=0.0)[0]
     room = 512 - len(engine.encode(long)) - len(engine.verifier.suffix_ids)

@@ -20,7 +20,7 @@ import recipes.schema
 from eval.__main__ import main as evaluate
 from eval.checks import check_models
 from eval.methods import WHAT
-from parse.answer import HANDBACKS, POLICIES, Settings
+from parse.generation import HANDBACKS, POLICIES, Settings
 from parse.local.loading import load_model
 from parse.segments import check_segmenter
 from recipes.schema import Recipe, RecipeError, adapted_layers, hidden_states, load_recipe, to_dict

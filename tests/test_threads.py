@@ -10,6 +10,7 @@ import torch
 from parse import Engine
 from parse.local.locks import lock_of, others_idle
 from parse.verifiers import Likelihood
+from tests.conftest import runners_of
 from tests.test_engine import PROMPT
 
 PROMPTS = [PROMPT, "the fig", "tea ; tea", "list : #1 egg lima 9 ; #2 rope cairo 1 ."]
@@ -66,7 +67,7 @@ def test_nothing_is_compiled_while_another_thread_uses_a_model(engine):
 
 
 def rows_in_use(engine):
-    return [reader.cache.window.rows - len(reader._free) for reader in engine.readers.values()]
+    return [reader.cache.window.rows - len(reader._free) for reader in runners_of(engine).values()]
 
 
 def test_abandoned_streams_give_their_rows_back(engine):
@@ -78,13 +79,13 @@ def test_abandoned_streams_give_their_rows_back(engine):
         engine.stream(PROMPT, max_new_tokens=24, threshold=0.05)  # never begun
     gc.collect()
     assert rows_in_use(engine) == [0, 0]
-    assert [reader.cache.window.rows for reader in engine.readers.values()] == [1, 1]
+    assert [reader.cache.window.rows for reader in runners_of(engine).values()] == [1, 1]
 
 
 @pytest.mark.parametrize(("prompts", "batch_size"), [(PROMPTS, 1), (PROMPTS, 4), (PROMPT, 1)])
 def test_a_call_that_fails_gives_its_rows_back(engine, monkeypatch, prompts, batch_size):
     """Even while its traceback, and with it every frame of the call, is kept."""
-    forward, calls = type(engine.readers["target"]).forward, []
+    forward, calls = type(engine.models["target"].runner).forward, []
 
     def failing(self, *arguments, **options):
         calls.append(1)
@@ -92,7 +93,7 @@ def test_a_call_that_fails_gives_its_rows_back(engine, monkeypatch, prompts, bat
             raise KeyboardInterrupt
         return forward(self, *arguments, **options)
 
-    monkeypatch.setattr(type(engine.readers["target"]), "forward", failing)
+    monkeypatch.setattr(type(engine.models["target"].runner), "forward", failing)
     with pytest.raises(KeyboardInterrupt) as kept:
         engine.generate(prompts, 24, threshold=0.05, batch_size=batch_size)
     assert rows_in_use(engine) == [0, 0]
@@ -105,7 +106,7 @@ def test_a_draft_of_other_tokens_stays_within_the_limit(smollm, target, tokenize
     """Its text may be more of the target's tokens than of its own."""
     model, real = smollm
     engine = Engine(model, real, target, tokenizer, Likelihood(), compile=False)
-    engine.readers["draft"].eos_ids = frozenset()
+    engine.models["draft"].runner.eos_ids = frozenset()
     for limit in (1, 5, 24):
         result = engine.generate("Say something.", limit, method="draft")[0]
         assert 0 < len(result.token_ids) <= limit

@@ -72,7 +72,7 @@ def test_text_crosses_piece_by_piece_without_loss(crossing, parts):
         assume(all(part in text_behind(encode_text(part, engine.tokenizer), engine.tokenizer) for part in parts))
     for engine in crossing:
         pieces = [encode_text(part, engine.draft_tokenizer) for part in parts]
-        whole = [token for piece in pieces for token in engine.to_target(piece)]
+        whole = [token for piece in pieces for token in engine.pair.to_target(piece)]
         expected = "".join(text_behind(piece, engine.draft_tokenizer) for piece in pieces)
         assert text_behind(whole, engine.tokenizer) == expected
         assert "".join(parts).replace(" ", "") == expected.replace(" ", "")  # but for spaces put in front
@@ -81,7 +81,7 @@ def test_text_crosses_piece_by_piece_without_loss(crossing, parts):
 def test_what_looks_like_a_special_token_is_text(crossing):
     for engine in crossing:
         for look in ("<|im_end|>", "</s>", "<s>"):
-            assert not set(engine.to_target(encode_text(look, engine.draft_tokenizer))) & set(
+            assert not set(engine.pair.to_target(encode_text(look, engine.draft_tokenizer))) & set(
                 engine.tokenizer.all_special_ids
             )
 

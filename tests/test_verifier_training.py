@@ -13,25 +13,16 @@ from eval.tasks import draw_prompts, ledger
 from eval.verifier_metrics import Draft, Judged, Scored, examine, measure
 from parse import Engine
 from parse.local.linear import FEW
+from parse.local.model import packed_evidence
+from parse.sampling import Written
 from parse.scheduler import run
 from parse.segments import cut
-from parse.trained import (
-    Adapter,
-    AttentiveHead,
-    HazardHead,
-    Probe,
-    adapt,
-    fingerprint,
-    load,
-    save,
-    segment_evidence,
-    suffix_of,
-    survival,
-    tokenizer_hash,
-)
-from parse.verifiers import Evidence, Likelihood, Prompt
+from parse.verifiers import Adapter, Evidence, Likelihood, Needs, Probe, PromptVerifier
+from parse.verifiers.adapter import adapt, suffix_of
+from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival
+from parse.verifiers.saved import fingerprint, load, save, tokenizer_hash
 from recipes.schema import AdapterSection, ProbeSection
-from tests.conftest import MODELS, facts_of, random_adapter, random_model
+from tests.conftest import MODELS, examining, facts_of, fresh_context, random_adapter, random_model
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.evidence import gather, up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve
@@ -75,14 +66,13 @@ def test_the_adapter_leaves_what_was_read_bit_by_bit(name, tokenizer):
     model = make(name)
     prompt, draft, ends, suffix = list(range(5, 17)), list(range(20, 20 + FEW)), [4, 9, FEW], [7, 8]
     caches, logits, states = [], [], []
-    for verifier in (
-        random_adapter(model, suffix),
-        Prompt(suffix, [9], [10], layers=(model.config.num_hidden_layers,)),
-    ):
-        engine = Engine(model, tokenizer, verifier=dataclasses.replace(verifier, reads_draft=True), compile=False)
-        context = engine.context("target")
+    adapted = random_adapter(model, suffix).needs
+    plain = Needs(token_logprobs=True, layers=(model.config.num_hidden_layers,), suffix_ids=tuple(suffix))
+    engine = Engine(model, tokenizer, compile=False)
+    for needs in (adapted, plain):
+        context = fresh_context(engine)
         context.read(prompt)
-        evidence, behind = run(engine.examining(context, draft, ends, ended=False))
+        evidence, behind = run(packed_evidence(context, Written(draft, ended=False), ends, needs))
         caches.append([part for layer in context.reader.cache.states(context.row) for part in layer])
         logits.append(behind)
         states.append(evidence.suffix_states)
@@ -99,9 +89,9 @@ def test_one_packed_pass_gives_each_prefix_the_adapters_verdict_on_it_alone(targ
     together = engine.verify(prompt, draft, ends)
     hazards = []
     for k, end in enumerate(ends):  # each prefix as a draft of its own; the hazard of its last segment
-        context = engine.context("target")
+        context = fresh_context(engine)
         context.read(prompt)
-        evidence, _ = run(engine.examining(context, draft[:end], ends[: k + 1], ended=False))
+        evidence, _ = run(examining(engine, context, draft[:end], ends[: k + 1], ended=False))
         hazards.append(engine.verifier.hazards(evidence)[-1])
     torch.testing.assert_close(together, survival(torch.stack(hazards)), atol=1e-4, rtol=1e-4)
 
@@ -115,7 +105,7 @@ def test_training_runs_what_the_engine_runs(target, tokenizer):
         Draft(list(range(5, 17)), list(range(20, 33)), [4, 9, 13], False, [True] * 3),
         Draft(list(range(8, 13)), list(range(40, 47)), [3, 7], True, [True] * 2),
     ]
-    judged = list(examine(engine, drafts))
+    judged = list(examine(engine, drafts, adapter.needs))
     module = AdapterModule(adapter.adapted, target, adapter.head, [7, 8])
     with torch.no_grad():
         trained = module(*module.collate(judged))
@@ -382,13 +372,12 @@ def check_training(engine, drafts, folder, section):
 
 def assert_base_is_untouched(engine, adapter, draft):
     """After the packed pass the cache holds what the same pass leaves without the LoRA."""
-    plain = Prompt(adapter.suffix_ids, [1], [2], layers=(1,), reads_draft=True)
+    plain = Needs(token_logprobs=True, layers=(1,), suffix_ids=adapter.needs.suffix_ids)
     states = []
-    for verifier in (adapter, plain):
-        engine.verifier = verifier
-        context = engine.context("target")
+    for needs in (adapter.needs, plain):
+        context = fresh_context(engine)
         context.read(draft.context_ids)
-        run(engine.examining(context, draft.ids, draft.ends, draft.ended))
+        run(packed_evidence(context, Written(draft.ids, draft.ended), draft.ends, needs))
         states.append([part for layer in context.reader.cache.states(context.row) for part in layer])
     for mine, theirs in zip(*states, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)  # in few rows rounded otherwise
@@ -413,7 +402,9 @@ def test_an_adapter_on_a_real_chat_model(smollm, tmp_path):
     adapter = check_training(engine, drafts, tmp_path, section)
     assert_base_is_untouched(engine, adapter, drafts[0])
     engine.verifier = adapter
-    scored = [Scored(one.draft, adapter.confidences(one.evidence).tolist()) for one in examine(engine, drafts)]
+    scored = [
+        Scored(one.draft, adapter.confidences(one.evidence).tolist()) for one in examine(engine, drafts, adapter.needs)
+    ]
     assert measure(scored, 0.5)["auc"] > 0.8  # it has learnt these by heart at least
 
 
@@ -433,4 +424,4 @@ def test_an_adapter_on_the_shipped_target(tmp_path):
     section = AdapterSection(epochs=2, learning_rate=5e-3, batch_size=4, layers=2)
     adapter = check_training(engine, drafts, tmp_path, section)
     assert_base_is_untouched(engine, adapter, drafts[0])
-    assert isinstance(engine.verifier, Prompt)
+    assert isinstance(engine.verifier, PromptVerifier)

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from eval.verifier_metrics import Draft, examine
+from eval.verifier_metrics import Draft, all_needs, examine
 from parse import Engine
+from parse.local.evidence import token_divergence, token_evidence
 from parse.scheduler import run
-from parse.trained import AttentiveHead, HazardHead, Probe, fingerprint, load, save, token_inputs
-from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Prompt, token_divergence, token_evidence
-from tests.conftest import facts_of, peak_bytes, random_model
+from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Probe, PromptVerifier
+from parse.verifiers.heads import AttentiveHead, HazardHead, token_inputs
+from parse.verifiers.saved import fingerprint, load, save
+from tests.conftest import examining, facts_of, fresh_context, peak_bytes, random_model
 
 
 def evidence(ended=True, n=6, width=4):
@@ -71,11 +73,11 @@ def test_the_engine_reads_the_drafts_distribution_where_the_tokens_are_the_same(
     """The divergence of each token, the end of sequence among them, from separate plain passes."""
     engine = Engine(target, tokenizer, target, tokenizer, Divergence(), compile=False)
     one = Draft(list(range(5, 12)), list(range(20, 26)), [2, 6], True, [True, True])
-    same = next(examine(engine, [one], with_draft=True)).evidence
+    same = next(examine(engine, [one], all_needs(engine), with_draft=True)).evidence
     assert same.divergence.shape == (7,)
     assert same.divergence.abs().max() < 1e-4
     engine = Engine(target, tokenizer, draft, tokenizer, Divergence(), compile=False)
-    evidence = next(examine(engine, [one], with_draft=True)).evidence
+    evidence = next(examine(engine, [one], all_needs(engine), with_draft=True)).evidence
     ids = torch.tensor([[*one.context_ids, *one.ids]])
     with torch.inference_mode():
         expected = token_divergence(target(ids).logits[0, 6:], draft(ids).logits[0, 6:])
@@ -84,14 +86,14 @@ def test_the_engine_reads_the_drafts_distribution_where_the_tokens_are_the_same(
 
 def test_prompt_weighs_yes_against_no():
     given = evidence()
-    verifier = Prompt([1], yes_ids=[3, 4], no_ids=[5])
+    verifier = PromptVerifier([1], yes_ids=[3, 4], no_ids=[5])
     yes = torch.softmax(given.suffix_logits, -1)[:, [3, 4]].sum(-1)
     no = torch.softmax(given.suffix_logits, -1)[:, 5]
     torch.testing.assert_close(verifier.confidences(given), yes / (yes + no))
 
 
 def test_prompt_asks_in_the_chat_template(tokenizer):
-    verifier = Prompt.of(tokenizer)
+    verifier = PromptVerifier.of(tokenizer)
     assert tokenizer.decode(verifier.suffix_ids) == "<|end|> <|user|> right ? <|end|> <|assistant|>"
     assert [tokenizer.decode(i) for i in verifier.yes_ids] == ["yes"]
     assert [tokenizer.decode(i) for i in verifier.no_ids] == ["no"]
@@ -101,11 +103,11 @@ def test_prompt_needs_a_chat_template(tokenizer):
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        Prompt.of(plain)
+        PromptVerifier.of(plain)
 
 
 def test_prompt_on_a_real_chat_model(smollm):
-    verifier = Prompt.of(smollm[1])
+    verifier = PromptVerifier.of(smollm[1])
     text = smollm[1].decode(verifier.suffix_ids)
     assert text.startswith("<|im_end|>\n<|im_start|>user\nIs the answer above correct so far")
     assert text.endswith("<|im_start|>assistant\n")
@@ -169,7 +171,7 @@ def test_a_verifier_that_is_not_there(tmp_path, target, tokenizer):
 
 @pytest.mark.parametrize("verifier", [Likelihood("mean", "segment", 0.3), "prompt"])
 def test_untrained_kinds_are_saved_with_their_threshold(tmp_path, target, tokenizer, verifier):
-    verifier = Prompt.of(tokenizer, 0.3) if verifier == "prompt" else verifier
+    verifier = PromptVerifier.of(tokenizer, 0.3) if verifier == "prompt" else verifier
     save(tmp_path, verifier, target, facts_of(tokenizer, 4))
     assert json.loads((tmp_path / "verifier.json").read_text())["kind"] == verifier.kind
     loaded = load(tmp_path, target, tokenizer)
@@ -197,7 +199,7 @@ def test_token_evidence_is_that_of_the_whole_distribution():
 
 
 @pytest.mark.parametrize("read_before", [False, True])
-@pytest.mark.parametrize(("verifier", "rows"), [(Likelihood(), 300), (Prompt([7, 8], [9], [10]), 2 * 3 + 2)])
+@pytest.mark.parametrize(("verifier", "rows"), [(Likelihood(), 300), (PromptVerifier([7, 8], [9], [10]), 2 * 3 + 2)])
 def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, tokenizer):
     """The peak of a packed pass over 300 draft tokens: the logits that are read, and a third more at most.
 
@@ -206,10 +208,10 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, toke
     vocabulary = 30_000
     model = random_model("llama", vocabulary)
     engine = Engine(model, tokenizer, verifier=verifier, compile=False)
-    context = engine.context("target")
+    context = fresh_context(engine)
     prompt = [token % 50 + 5 for token in range(200)]
     run(context.reading(prompt) if read_before else context.awaiting(prompt))
-    peak = peak_bytes(lambda: run(engine.examining(context, list(range(30, 330)), [100, 200, 290], ended=False)))
+    peak = peak_bytes(lambda: run(examining(engine, context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others
 

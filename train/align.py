@@ -92,9 +92,9 @@ def pairs(engine: Engine, rollouts: Dataset) -> Iterator[dict[str, list[int]]]:
         chosen, rejected = first_segment(engine, row["continuation_ids"]), row["draft_ids"][start:end]
         if chosen != rejected:
             yield {
-                "prompt_ids": [*engine.encode_for_draft(row["prompt"]), *engine.to_draft(kept)],
-                "chosen_ids": engine.to_draft(chosen),
-                "rejected_ids": engine.to_draft(rejected),
+                "prompt_ids": [*engine.encode_for_draft(row["prompt"]), *engine.pair.to_draft(kept)],
+                "chosen_ids": engine.pair.to_draft(chosen),
+                "rejected_ids": engine.pair.to_draft(rejected),
             }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from eval.generation import Row, Work, finish_all, going_on, in_threads, together
+from eval.generation import Row, Work, finish_all, in_threads, together, write_after
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows, key_of
@@ -68,10 +68,10 @@ def _references(task: Task | Rows, prompts: list[Prompt]) -> list[Row]:
 def _here(recipe: Recipe) -> Work[Prompt]:
     """The engine's own greedy answers."""
     engine = load_engine(recipe)
-    reader = engine.readers["target"]
+    target = engine.models["target"]
 
     async def answering(prompt: Prompt) -> Row:
-        answer = await going_on(reader, engine.encode(prompt), recipe.engine.max_new_tokens)
+        answer = await write_after(target, engine.encode(prompt), recipe.engine.max_new_tokens)
         return vars(Answered(text_of(answer.ids, engine.tokenizer), answer.ended, ids=answer.ids))
 
     return together(answering, recipe.answers.batch_size)

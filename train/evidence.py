@@ -23,8 +23,8 @@ from torch import Tensor
 
 from eval.verifier_metrics import Draft, Judged, examine, known_cuts
 from parse import Engine
-from parse.trained import LARGEST
-from parse.verifiers import Evidence
+from parse.verifiers import Evidence, Needs
+from parse.verifiers.heads import LARGEST
 from recipes.digests import of_values
 from recipes.progress import progress_bar
 
@@ -43,11 +43,12 @@ def up_to_first_invalid(draft: Draft) -> Draft:
     return replace(draft, ids=draft.ids[:end], ends=draft.ends[:known], valid=draft.valid[:known], ended=ended)
 
 
-def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> list[Judged]:
-    """The evidence of a packed pass over each draft, by the engine's verifier, in the order of the drafts.
+def gather(engine: Engine, drafts: Sequence[Draft], needs: Needs, folder: Path, what: str) -> list[Judged]:
+    """The evidence of a packed pass over each draft, in the order of the drafts.
 
     Args:
-        folder: of this verifier's evidence; what is there already is not made again.
+        needs: what the passes give.
+        folder: of such evidence; what is there already is not made again.
         what: the name on the progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def gather(engine: Engine, drafts: Sequence[Draft], folder: Path, what: str) -> 
             bar.update()
             return replace(one, evidence=_without_tensors(one.evidence))  # frees the pass's tensors
 
-        for _ in examine(engine, list(left.values()), then=keep):
+        for _ in examine(engine, list(left.values()), needs, then=keep):
             pass
     return [Judged(draft, store.evidence(key, draft)) for key, draft in zip(keys, drafts, strict=True)]
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from eval.judges import TEMPERATURE, Judge
 from eval.tasks.rows import Prompt
 from parse import Engine
-from parse.local.sequence import Context
-from parse.sampling import Sampling, Written
+from parse.model import ModelSequence
+from parse.sampling import GREEDY, Sampling, Written
 from parse.scheduler import Steps
 from parse.segments import ends_segment
 from parse.text import text_of
@@ -65,34 +65,31 @@ class Labeller:
     asked: int = 0  # prefixes so far
 
     async def finishing(
-        self, context: Context, prompt: Prompt, start: list[int], sample: int | None = None
+        self, target: ModelSequence, prompt: Prompt, start: list[int], sample: int | None = None
     ) -> tuple[bool, Written]:
         """Let the target finish the answer that starts so, and judge the outcome.
 
         Args:
-            context: the target's, over the prompt and any other start.
+            target: its sequence that begins with the prompt.
             start: tokens of the answer.
             sample: the number of a sampled way on; None for the greedy one.
         """
-        engine = self.engine
-        prompt_ids = engine.encode(prompt)
-        await context.becoming([*prompt_ids, *start])
         choose = Sampling()
         if sample is not None:
             choose = Sampling(TEMPERATURE, seed=(self.seed * 997 + len(start)) * 997 + sample)
-        written = await context.writing(max(self.limit - len(start), 1), choose)
-        answer = text_of([*start, *written.ids], engine.tokenizer)
+        written = await target.decode(start, max(self.limit - len(start), 1), choose)
+        answer = text_of([*start, *written.ids], self.engine.tokenizer)
         right = written.ended and (await self.judge.judging(prompt, answer))
         return right, written
 
-    async def asking(self, context: Context, prompt: Prompt, start: list[int]) -> tuple[bool, Written]:
+    async def asking(self, target: ModelSequence, prompt: Prompt, start: list[int]) -> tuple[bool, Written]:
         """Whether a prefix is valid, and one way on from it that shows it."""
         self.asked += 1
         if self.samples == 1:
-            return await self.finishing(context, prompt, start)
+            return await self.finishing(target, prompt, start)
         ways = []
         for sample in range(self.samples):
-            ways.append(await self.finishing(context, prompt, start, sample))
+            ways.append(await self.finishing(target, prompt, start, sample))
         valid = 2 * sum(right for right, _ in ways) > len(ways)
         return valid, next(way for right, way in ways if right == valid)
 
@@ -107,27 +104,27 @@ class Labeller:
             labels[-1] = draft.right and all(labels)
         return labels
 
-    async def checking(self, context: Context, draft: Drafted, repair: bool) -> Labels:
+    async def checking(self, target: ModelSequence, draft: Drafted, repair: bool) -> Labels:
         """Label a draft's K prefixes by the task's program alone.
 
         Args:
-            context: the target's.
+            target: its sequence that begins with the prompt.
             repair: let the target write behind the last valid prefix, to the next cut.
         """
         engine, labels = self.engine, self.by_program(draft)
         if all(labels) or not repair:
             return Labels(labels, True, [], False)
         kept = [0, *draft.ends][labels.index(False)]
-        await context.becoming([*engine.encode(draft.prompt), *draft.prefix, *draft.written.ids[:kept]])
         stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
-        written = await context.writing(max(self.limit - len(draft.prefix) - kept, 1), stop=stop)
+        start = [*draft.prefix, *draft.written.ids[:kept]]
+        written = await target.decode(start, max(self.limit - len(start), 1), GREEDY, stop)
         return Labels(labels, True, written.ids, written.ended)
 
-    async def labelling(self, context: Context, draft: Drafted, every: bool, asked: Asked) -> Labels:
+    async def labelling(self, target: ModelSequence, draft: Drafted, every: bool, asked: Asked) -> Labels:
         """Label a draft's K prefixes by the target's ways on.
 
         Args:
-            context: the target's.
+            target: its sequence that begins with the prompt.
             every: ask about every prefix. Else all are valid where the draft is right, and where it is wrong the first
                 invalid one is found by bisection.
             asked: what is known of prefixes of answers to this prompt, and is not asked again; more is added.
@@ -138,7 +135,7 @@ class Labeller:
         async def ask(cut: int) -> bool:
             start = [*draft.prefix, *draft.written.ids[: draft.ends[cut - 1] if cut else 0]]
             if tuple(start) not in asked:
-                asked[tuple(start)] = await self.asking(context, draft.prompt, start)
+                asked[tuple(start)] = await self.asking(target, draft.prompt, start)
             valid[cut], ways[cut] = asked[tuple(start)]
             return valid[cut]
 

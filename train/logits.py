@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from eval.generation import Row, finish_all, together
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
-from parse.text import eos_ids
+from parse.local.model import LocalModel
 
 AT_ONCE = 8  # answers read together
 BYTES = 6  # of a kept token
@@ -36,20 +34,16 @@ def likely_tokens(folder: Path, target: PreTrainedModel, answers: Dataset, k: in
         columns input_ids, completion_mask, and `likely`: the bytes of ids int32 [C, k], then log_probs float16 [C, k],
         for the C tokens of the completion, in base64.
     """
-    reader = Reader(target, eos_ids(target))
+    model = LocalModel.of(target)
 
-    async def reading(row: dict[str, Any]) -> Row:
+    async def find_likely(row: dict[str, Any]) -> Row:
         ids, start = row["input_ids"], row["completion_mask"].index(1)
-        context = Context(reader)
-        try:
-            output = await Pass(reader, context.row, ids[:-1], keep=range(start - 1, len(ids) - 1))
-        finally:
-            context.close()
-        log_probs, tokens = output.logits.float().log_softmax(-1).topk(k)  # [C, k] each
+        logits = await model.logits(ids[:-1], first=start - 1)  # [C, V]
+        log_probs, tokens = logits.float().log_softmax(-1).topk(k)  # [C, k] each
         return {"likely": packed(tokens, log_probs)}
 
     rows = [answers[i] for i in range(len(answers))]
-    found = finish_all(folder, rows, together(reading, AT_ONCE), "target's logits", lambda row: row["input_ids"])
+    found = finish_all(folder, rows, together(find_likely, AT_ONCE), "target's logits", lambda row: row["input_ids"])
     kept = answers.select_columns(["input_ids", "completion_mask"])
     return kept.add_column("likely", [row["likely"] for row in found])
 

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from eval.verifier_metrics import Judged
-from parse.trained import TOKEN_EVIDENCE, AttentiveHead, HazardHead
+from parse.verifiers.heads import TOKEN_EVIDENCE, AttentiveHead, HazardHead
 from recipes.schema import ProbeSection
 from train.verifier_training import Fitted, Log, ProbeModule, fit
 

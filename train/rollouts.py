@@ -23,10 +23,8 @@ from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import Prompt, Rows
 from parse import Engine
-from parse.answer import drafted_up_to
-from parse.local.sequence import Context
 from parse.prompts import opens_thinking
-from parse.sampling import GREEDY, Sampling, Written
+from parse.sampling import Sampling, Written
 from parse.scheduler import run_together
 from parse.segments import cut, ends_segment
 from parse.text import encode_continuation, text_of
@@ -153,15 +151,17 @@ async def rolling_out(
         asked: what is known of prefixes of this prompt's answers; see `Labeller.labelling`.
     """
     engine, asked = labeller.engine, {} if asked is None else asked
-    target, draft = Context(engine.readers["target"]), Context(engine.readers["draft"])
     prompt_ids = engine.encode(prompt)
+    target = engine.models["target"].open(prompt_ids)
+    draft = engine.models["draft"].open(engine.encode_for_draft(prompt))
     found: list[Row] = []
     prefix: list[int] = []
     repairs = 0
     choose = Sampling(TEMPERATURE, seed=labeller.seed * 997 + sample) if sample else Sampling()
     try:
         while repairs < rounds and len(prefix) < labeller.limit:
-            written = await drafting(engine, draft, prompt, prefix, labeller.limit, horizon, choose)
+            drafted = await engine.pair.write_draft(draft, prefix, labeller.limit - len(prefix), horizon, choose)
+            written = Written(engine.pair.to_target(drafted.ids), drafted.ended)
             answer = [*prefix, *written.ids]
             goes_on = not written.ended and len(answer) < labeller.limit
             right = None
@@ -226,22 +226,6 @@ def with_faults(labeller: Labeller, prompt: Prompt, row: Row, count: int) -> lis
     return rows
 
 
-async def drafting(
-    engine: Engine,
-    draft: Context,
-    prompt: Prompt,
-    prefix: list[int],
-    limit: int,
-    horizon: int | str | None = None,
-    choose: Sampling = GREEDY,
-) -> Written:
-    """What the draft writes after the start of an answer, to its end or the horizon, in the target's tokens."""
-    text = [*engine.encode_for_draft(prompt), *engine.to_draft(prefix)]
-    room, stop = drafted_up_to(horizon, limit - len(prefix), engine)
-    written = await draft.continuing(text, room, choose, stop)
-    return Written(engine.to_target(written.ids), written.ended)
-
-
 def first_segment(engine: Engine, ids: list[int]) -> list[int]:
     """The tokens up to the first cut, as the engine stops the target there."""
     for length in range(1, len(ids)):
@@ -283,15 +267,15 @@ def _ask_again(
     async def asking(place: tuple[int, int]) -> Row:
         row, k = rows[place[0]], place[1]
         start = [*row["prefix_ids"], *row["draft_ids"][: row["ends"][k]]]
-        context = Context(labeller.engine.readers["target"])
+        target = labeller.engine.models["target"].open(labeller.engine.encode(row["prompt"]))
         try:
-            direct, _ = await labeller.finishing(context, row["prompt"], start)
+            direct, _ = await labeller.finishing(target, row["prompt"], start)
             others = 0
             for sample in range(SAMPLED):
-                right, _ = await labeller.finishing(context, row["prompt"], start, sample)
+                right, _ = await labeller.finishing(target, row["prompt"], start, sample)
                 others += right != row["valid"][k]
         finally:
-            context.close()
+            target.close()
         return {"direct": direct != row["valid"][k], "sampled": others / SAMPLED}
 
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,20 @@ from eval.verifier_metrics import (
     Draft,
     Judged,
     Scored,
+    all_needs,
     examine,
     judgements,
     measure,
     milliseconds_per_cut,
-    reader,
     score,
     untrained_kinds,
 )
 from eval.verifier_report import console_table, html_report
 from parse import Engine
-from parse.trained import (
-    SEGMENT_EVIDENCE,
-    Adapter,
-    HazardHead,
-    Probe,
-    adapt,
-    save,
-    suffix_of,
-    tokenizer_hash,
-)
-from parse.verifiers import Likelihood, Verifier
+from parse.verifiers import Adapter, Needs, Probe, Verifier
+from parse.verifiers.adapter import adapt, suffix_of
+from parse.verifiers.heads import SEGMENT_EVIDENCE, HazardHead
+from parse.verifiers.saved import save, tokenizer_hash
 from recipes.digests import of_values
 from recipes.files import write_text
 from recipes.pair import load_engine
@@ -81,7 +74,7 @@ def run(recipe: Recipe, run: Run) -> None:
             n = len({one.draft.number for one in scores[name]["calibration"]})
             facts = {
                 "tokenizer": tokenizer_hash(engine.tokenizer),
-                "end_ids": sorted(engine.readers["target"].eos_ids),
+                "end_ids": sorted(engine.models["target"].eos_ids),
                 "segments": recipe.segments,
                 "thresholds": limits[name],
                 "calibration": {
@@ -164,12 +157,18 @@ def train_kinds(
         return Trained({}, [])
     layers = hidden_states(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
     attentive = bool(layers and section.probe.blocks)
-    engine.verifier = replace(Likelihood(), layers=layers, reads_context=attentive)
+    needs = Needs(token_logprobs=True, layers=layers, context_states=attentive)
     folder = kept / "evidence" / of_values([layers, attentive])[:12]
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
     train_set, held_out = (
-        gather(engine, [up_to_first_invalid(draft) for draft in some], folder, f"evidence, {split.replace('_', ' ')}")
+        gather(
+            engine,
+            [up_to_first_invalid(draft) for draft in some],
+            needs,
+            folder,
+            f"evidence, {split.replace('_', ' ')}",
+        )
         for split, some in usable.items()
     )
     kinds: dict[str, Verifier] = {}
@@ -208,18 +207,18 @@ def train_adapter(
 
 def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list[Draft]]) -> dict[str, Scores]:
     """Every kind's confidences in the drafts of all processes that none of them has learnt from."""
-    layers = next((kind.layers for kind in kinds.values() if kind.layers), ())
-    context = any(kind.reads_context for kind in kinds.values())
-    adapters = {name: kind for name, kind in kinds.items() if kind.adapted}
-    passes = [(reader(engine, layers, context), {name: kind for name, kind in kinds.items() if not kind.adapted})]
-    passes += [(kind, {name: kind}) for name, kind in adapters.items()]
+    layers = next((kind.needs.layers for kind in kinds.values() if kind.needs.layers), ())
+    context = any(kind.needs.context_states for kind in kinds.values())
+    adapters = {name: kind for name, kind in kinds.items() if kind.needs.adapter is not None}
+    others = {name: kind for name, kind in kinds.items() if name not in adapters}
+    passes = [(all_needs(engine, layers, context), others)]
+    passes += [(kind.needs, {name: kind}) for name, kind in adapters.items()]
     scores: dict[str, Scores] = {name: {} for name in kinds}
     for split in ("held_out", "calibration", "test"):
         with progress_bar(f"verdicts, {split.replace('_', ' ')}", total=len(passes) * len(drafts[split])) as bar:
-            for verifier, judges in passes:
-                engine.verifier = verifier
+            for needs, judges in passes:
                 found: dict[str, list[Scored]] = {name: [] for name in judges}
-                for one in examine(engine, drafts[split], with_draft=not verifier.adapted):
+                for one in examine(engine, drafts[split], needs, with_draft=needs.adapter is None):
                     for name, kind in judges.items():
                         found[name] += score(kind, [one])
                     bar.update()

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with
 from eval.verifier_metrics import Judged, Scored, measure, valid_cuts
 from parse.layout import pack, row_numbers, stack
 from parse.local.compiled import masks
-from parse.trained import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
+from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
 from recipes.progress import progress_bar
 from recipes.schema import Fit
 from train.calibration import empirical

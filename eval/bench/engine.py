@@ -177,8 +177,8 @@ def answer_figures(engine: Engine, batch: int, repeats: int) -> dict[str, Any]:
                 started = perf_counter()
                 stats = engine.generate([PROMPT] * batch, **settings)[0].stats
                 wall = perf_counter() - started
-            step = {role: median(watch.passes[role, False]) for role in engine.readers}
-            wide = {role: watch.passes[role, True] for role in engine.readers}
+            step = {role: median(watch.passes[role, False]) for role in engine.models}
+            wide = {role: watch.passes[role, True] for role in engine.models}
             ideal = (stats.draft_tokens - stats.rounds) * step["draft"]  # the last token need not be read
             ideal += (stats.target_tokens - (stats.rounds - 1)) * step["target"]  # nor the first of a repair
             ideal += sum(wide["target"]) + sum(wide["draft"])  # prompts, packed passes, repairs that the draft reads
@@ -218,7 +218,7 @@ def ahead_ratios(engine: Engine, repeats: int) -> Iterator[dict[str, Any]]:
     """
 
     def answer(apart: bool, **settings: Any) -> None:
-        engine.apart = apart
+        engine.pair.apart = apart
         engine.generate(PROMPT, ANSWER, **settings)
 
     with endless(engine), two_devices():

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import parse.answer
-import parse.engine
+import parse.local.model
 import parse.local.runner
+import parse.round
 from parse import Engine
-from parse.answer import Answer, Verdict
 from parse.local.graphs import GROUPED, attending, grouped_attention
+from parse.local.model import LocalModel, LocalSequence
 from parse.local.runner import Reader
-from parse.local.sequence import Context
+from parse.round import Round
 from parse.sampling import Sampling, Written
 from parse.scheduler import run
-from parse.verifiers import Calibration, Evidence
+from parse.verifiers import Calibration, Evidence, Needs
 
 MODELS_LABEL = "models"
 
@@ -49,12 +49,14 @@ class Scripted:
     suffix_ids: list[int]
     shift: int = 0  # texts are wrong elsewhere, by up to so many tokens, so that those of a batch fall out of step
     kind: str = "scripted"
-    layers: tuple[int, ...] = ()
     threshold: float = 0.5
-    adapted: None = None
     reads_draft: bool = True
-    reads_context: bool = False
     calibration: Calibration | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """As much as a real verifier's."""
+        return Needs(token_logprobs=self.reads_draft, suffix_ids=tuple(self.suffix_ids))
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """1 for the cuts before the next wrong place, 0 behind it: float32 [K]."""
@@ -64,20 +66,24 @@ class Scripted:
         return torch.tensor([float(place is None or begin + end <= place) for end in evidence.ends])
 
 
+class _PlacedSequence(LocalSequence):
+    async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
+        evidence = await super().verify(ids, draft, ends, needs)
+        return Placed(**vars(evidence), begin=len(ids), text=self.prompt_ids[0])
+
+
+class _PlacedModel(LocalModel):
+    def open(self, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> LocalSequence:
+        return _PlacedSequence(self, prompt_ids, layers)
+
+
 class ScriptedEngine(Engine):
-    """An engine that tells its verifier where in an answer a draft begins. All prompts have the same length."""
+    """An engine that tells its verifier where in an answer a draft begins."""
 
-    _prompt = 0
-
-    def _start(self, prompt_ids: list[int], *others: Any) -> Answer:
-        self._prompt = len(prompt_ids)
-        return super()._start(prompt_ids, *others)
-
-    async def examining(self, target: Context, *others: Any, **named: Any) -> tuple[Evidence, Tensor]:
-        """See `Engine`."""
-        begin, text = len(target.ids) - self._prompt, target.ids[0]
-        evidence, logits = await super().examining(target, *others, **named)
-        return Placed(**vars(evidence), begin=begin, text=text), logits
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        target = self.models["target"]
+        self.models["target"] = self.pair.target = _PlacedModel(target.runner, target.tokenizer)
 
 
 @contextmanager
@@ -139,15 +145,20 @@ class Stopwatch:
         return noting
 
 
+def runners_of(engine: Engine) -> dict[str, Reader]:
+    """What runs the passes of each of an engine's models."""
+    return {role: model.runner for role, model in engine.models.items()}
+
+
 @contextmanager
 def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
     """Times the parts of an engine."""
     watch = Stopwatch()
     patches: list[tuple[Any, str, Any]] = []
-    for model in {reader.model for reader in engine.readers.values()}:
+    for model in {reader.model for reader in runners_of(engine).values()}:
         step = watch.timed(MODELS_LABEL, model.forward, lambda **inputs: inputs["input_ids"].shape[1] > 1)
         patches.append((model, "forward", step))
-    for role, reader in engine.readers.items():
+    for role, reader in runners_of(engine).items():
         patches.append((reader, "forward", watch.reading(role, reader.forward)))
         if reader.compiled:
             run = watch.timed(MODELS_LABEL, reader.compiled.run, lambda graph, arguments: arguments[0].shape[2] > 1)
@@ -157,9 +168,9 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
         ("numbers and masks", Reader, "_step_numbers"),
         ("numbers and masks", parse.local.runner, "masks"),
         ("sampling", Sampling, "__call__"),
-        ("packing and cutting", parse.engine, "pack"),
-        ("packing and cutting", parse.answer, "cut"),
-        ("evidence and verdicts", parse.engine, "token_evidence"),
+        ("packing and cutting", parse.local.model, "pack"),
+        ("packing and cutting", parse.round, "cut"),
+        ("evidence and verdicts", parse.local.model, "token_evidence"),
         ("evidence and verdicts", Scripted, "confidences"),
     ):
         patches.append((owner, name, watch.timed(label, getattr(owner, name))))
@@ -173,7 +184,7 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
 def endless(engine: Engine) -> Iterator[None]:
     """Nothing that the engine's models write ends an answer, so that each has the tokens that were asked for."""
     with ExitStack() as stack:
-        for reader in engine.readers.values():
+        for reader in runners_of(engine).values():
             stack.enter_context(patch.object(reader, "eos_ids", frozenset()))
         yield
 
@@ -184,16 +195,16 @@ def two_devices() -> Iterator[None]:
 
     A packed pass and its verdicts run in a thread of their own; whoever looks at them waits.
     """
-    threads, verify = torch.get_num_threads(), Answer.verify
+    threads, verify = torch.get_num_threads(), Round.verify
 
-    async def started(answer: Answer, draft: Written) -> Verdict:
-        return cast(Verdict, _Awaited(device.submit(lambda: run(verify(answer, draft)))))
+    async def started(answer: Round, draft: Written, ends: Sequence[int]) -> Tensor:
+        return cast(Tensor, _Awaited(device.submit(lambda: run(verify(answer, draft, ends)))))
 
     torch.set_num_threads(1)
     try:
         with (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as device,
-            patch.object(Answer, "verify", started),
+            patch.object(Round, "verify", started),
         ):
             yield
     finally:

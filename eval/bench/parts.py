@@ -22,6 +22,7 @@ from eval.bench.fakes import (
     Scripted,
     agreeing,
     endless,
+    runners_of,
     seconds_of,
     split_of,
     stopwatch,
@@ -187,7 +188,7 @@ def _split(bench: Bench, n: int, k: int, s: int) -> dict[str, float]:
 
 def _masks(bench: Bench, n: int, k: int, s: int) -> dict[str, float]:
     """A packed pass that is not compiled, with dense masks and with FlexAttention's."""
-    model, seconds = bench.engine.readers["target"].model, {}
+    model, seconds = bench.engine.models["target"].runner.model, {}
     for name, attention in (("dense", SDPA), ("flex", FLEX)):
         model.set_attn_implementation(attention)
         try:
@@ -245,7 +246,7 @@ def _answers(bench: Bench, batch: int, **settings: Any) -> tuple[float, list[Gen
             before = _compiled_so_far(engine)
             synchronize()
             started = perf_counter()
-            steps = (engine._steps(engine._start(ids, ids, asked)) for ids in prompts)
+            steps = (engine._start(ids, ids, asked).answer() for ids in prompts)
             results = [result for _, result in run_together(steps, batch)]
             synchronize()
             seconds = perf_counter() - started
@@ -257,7 +258,7 @@ def _answers(bench: Bench, batch: int, **settings: Any) -> tuple[float, list[Gen
 def _compiled_so_far(engine: Engine) -> list[tuple[int, int]]:
     """What there is of compiled passes and of recorded steps, and where the buffers of those are."""
     made = []
-    for reader in engine.readers.values():
+    for reader in runners_of(engine).values():
         assert reader.compiled
         kept = [*reader.compiled.kept.values(), *reader.cache.recorded.values()]
         made += [(id(graph), len(kept)) for graph in kept]
@@ -296,7 +297,7 @@ def _peak_memory(bench: Bench) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     held = 0
-    for reader in bench.engine.readers.values():
+    for reader in runners_of(bench.engine).values():
         held += sum(weight.nbytes for weight in reader.model.parameters())
         held += sum(keys.nbytes + values.nbytes for keys, values in reader.cache.buffers())
     peak = torch.cuda.max_memory_allocated()

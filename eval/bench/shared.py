@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from eval.bench.fakes import Scripted, ScriptedEngine
+from eval.bench.fakes import Scripted, ScriptedEngine, runners_of
 from eval.bench.models import EMBEDDED
 from parse.local.compiled import Compiled
 from parse.local.runner import Reader
@@ -121,14 +121,14 @@ class Bench:
         script = Scripted((), suffix_ids=[7, 8, 9, 10], reads_draft=False)
         engine = ScriptedEngine(models[0], tokenizer, models[1], tokenizer, script, sizes.step, compile=True)
         if self.device.type == "cpu":  # the same way, but for what a GPU's compiler and CUDA graphs do
-            for reader in engine.readers.values():
+            for reader in runners_of(engine).values():
                 reader.compiled = Compiled(reader.model, 0.0, backend=lambda graph, inputs, **_: graph)
                 reader.compiled.graph, reader.compiled.pays = True, {"steps": True, "wide": True}
         return engine
 
     def reader(self, role: str, compiled: bool = True) -> Reader:
         """A reader of the "target" or the "draft" with a cache of its own; nothing that is written ends a text."""
-        shared = self.engine.readers[role]
+        shared = self.engine.models[role].runner
         return Reader(shared.model, frozenset(), shared.compiled if compiled else None)
 
     def figure(self, part: str, table: str, key: str, **where: Any) -> float | None:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -70,9 +70,9 @@ class Reader:
     eos_ids: frozenset[int] = frozenset()
     compiled: Compiled | None = None
     width: int | None = None  # how many logits are kept: not those of tokens that another model lacks
-    reads: int | None = None  # tokens from it on are another model's alone, and left out of texts
     cache: PrefixCache = field(init=False)
     longest: int | None = field(init=False)  # tokens of a text, see `context_length`
+    vocabulary: int = field(init=False)  # tokens that it has an embedding for
     _device: torch.device = field(init=False)
     _free: list[int] = field(init=False)  # a heap: low rows are taken first
     _linears: list[nn.Module] = field(init=False)
@@ -80,16 +80,12 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.cache, self._device = PrefixCache(), self.model.device  # the model's own property is slow
-        self.longest = context_length(self.model.config)
+        self.longest, self.vocabulary = context_length(self.model.config), embeddings(self.model)
         if self.model.config._attn_implementation == FLEX:
             self.cache.window.multiple = FLEX_BLOCK
         self._free = [0]
         self._linears = linears(self.model)
         self._lock = lock_of(self.model)
-
-    def readable(self, ids: Sequence[int]) -> list[int]:
-        """The tokens that the model has an embedding for."""
-        return list(ids) if self.reads is None else [token for token in ids if token < self.reads]
 
     def open(self) -> int:
         """A row for a new text."""
@@ -260,6 +256,11 @@ def _of_like_width(passes: Sequence[Pass]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model can read."""
+    return int(cast(Any, model.get_input_embeddings()).weight.shape[0])
 
 
 def check_packing(model: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Context:
         self.next_logits: Tensor | None = None  # [V]; None where the next token's logits are not known
         self.layers: tuple[int, ...] = ()  # whose states are kept for whoever reads them, see `states`
         self.states: Tensor | None = None  # [n, D * layers]: of the first n tokens, where they were read with states
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's states are."""
+        return self.reader.model.device
 
     def close(self) -> None:
         """Make room for another text."""
@@ -99,18 +104,27 @@ class Context:
         if self.states is not None:
             self.states = self.states[:length]
 
-    async def becoming(self, ids: Sequence[int]) -> None:
-        """Make the text `ids`: keep the prefix that is cached already, drop the rest, read what is new."""
+    async def set_prefix(
+        self, ids: Sequence[int], boundary_logits: Mapping[int, Tensor] | None = None, defer: bool = False
+    ) -> None:
+        """Make the text `ids`: keep what is cached of it, drop the rest, and read what is new.
+
+        Args:
+            boundary_logits: the logits [V] that are known, by the length of the text behind which they are.
+            defer: let the next pass read what is new, see `awaiting`.
+        """
         common = 0
         for mine, theirs in zip(self.ids, ids, strict=False):
             if mine != theirs:
                 break
             common += 1
-        if common == len(ids) == len(self.ids) and self.next_logits is not None:
-            return
-        common = min(common, len(ids) - 1)  # the last token is read again where its logits are gone
-        self.rollback(common)
-        await self.reading(ids[common:])
+        if common < len(self.ids):
+            self.rollback(common, (boundary_logits or {}).get(common))
+        if common == len(ids) and self.next_logits is None and not self.waiting:
+            common -= 1  # the logits behind it are gone: its last token is read again
+            self.rollback(common)
+        if common < len(ids):
+            await (self.awaiting if defer else self.reading)(ids[common:])
 
     async def writing(
         self,
@@ -141,17 +155,6 @@ class Context:
             if stop and stop(written):
                 break
         return Written(written, ended=False)
-
-    async def continuing(
-        self, ids: Sequence[int], limit: int, sample: Sampling = GREEDY, stop: Stop | None = None
-    ) -> Written:
-        """Write on behind these tokens, see `becoming` and `writing`, as far as the model's context reaches."""
-        longest = self.reader.longest
-        room = limit if longest is None else min(limit, longest - len(ids))
-        if room < 1:
-            return Written([], ended=False)
-        await self.becoming(ids)
-        return await self.writing(room, sample, stop)
 
     async def knowing(self) -> Tensor:
         """The logits [V] of the next token; what waits is read."""

@@ -40,7 +40,7 @@ async def speculating(
             target.append(token)
             return Written(written, ended=False)
         start = len(target.ids) + 1  # behind the token
-        await draft.becoming(draft.reader.readable([*target.ids, token]))
+        await draft.set_prefix([each for each in (*target.ids, token) if each < draft.reader.vocabulary])
         proposed, proposers = await _proposing(draft, min(lookahead, limit - len(written)), sample)
         read = [token, *(t for t in proposed if t not in draft.reader.eos_ids)]  # the draft's end may only be the last
         logits = (await Pass(target.reader, target.row, read, keep=range(len(read)))).logits  # [1 + read, V]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from eval.tasks import ledger
-from parse.verifiers import Prompt
+from parse.verifiers import PromptVerifier
 from recipes.demo import verdicts as judging
 from recipes.demo.corpus import LessonBook, Lessons, Phase, make_tokenizer
 from recipes.demo.timed import train_for
@@ -88,7 +88,7 @@ def _train(
         told.with_suffix(".part").rename(told)
     if section.judge_minutes:
         book = LessonBook(Lessons(tokenizer, section.speaker, seed + 1), section.batch_size)
-        judging.Judging(name, model, book, section, Prompt.of(tokenizer)).learn()
+        judging.Judging(name, model, book, section, PromptVerifier.of(tokenizer)).learn()
     plain.load_state_dict(model.state_dict())
     return plain
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from eval.tasks import ledger
 from parse.layout import Layout, pack, stack_layouts, visible
-from parse.verifiers import Prompt
+from parse.verifiers import PromptVerifier
 from recipes.demo.corpus import IGNORE, Lesson, LessonBook, Phase
 from recipes.demo.timed import train_for
 from recipes.schema import Pretrain
@@ -116,7 +116,7 @@ def telling_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def verdict_loss(logits: Tensor, batch: Packed, judge: Prompt) -> Tensor:
+def verdict_loss(logits: Tensor, batch: Packed, judge: PromptVerifier) -> Tensor:
     """Mean cross-entropy of yes and no behind every judging turn, read from logits [B, T, V]."""
     right = [verdict for lesson in batch.lessons for verdict in lesson.asked.values()]
     if not right:
@@ -131,7 +131,9 @@ def verdict_loss(logits: Tensor, batch: Packed, judge: Prompt) -> Tensor:
 class Judging:
     """The three parts of learning to judge, on one model."""
 
-    def __init__(self, name: str, model: PreTrainedModel, book: LessonBook, section: Pretrain, judge: Prompt) -> None:
+    def __init__(
+        self, name: str, model: PreTrainedModel, book: LessonBook, section: Pretrain, judge: PromptVerifier
+    ) -> None:
         assert section.exit_layer is not None
         self.name, self.model, self.book, self.section, self.judge = name, model, book, section, judge
         self.exit, self.layers = section.exit_layer, list(model.model.layers)

@@ -1,0 +1,208 @@
+"""A model of `transformers` on this machine, as rounds know it; see `parse.model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parse.layout import integers, pack
+from parse.local.compiled import PATIENCE, Compiled
+from parse.local.evidence import token_divergence, token_evidence
+from parse.local.runner import Pass, Reader
+from parse.local.sequence import Context
+from parse.local.speculation import speculating
+from parse.model import OnToken, Proposer, Stop
+from parse.sampling import GREEDY, Sampling, Written
+from parse.verifiers import PROVIDED, Evidence, Needs
+
+
+class LocalModel:
+    """A model, its tokenizer, and the sequences that it reads at the same time."""
+
+    provides: frozenset[str] = PROVIDED
+
+    def __init__(self, runner: Reader, tokenizer: Any = None) -> None:
+        self.runner, self.tokenizer = runner, tokenizer
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        eos_ids: frozenset[int] = frozenset(),
+        compile: bool | None = False,
+        width: int | None = None,
+    ) -> LocalModel:
+        """A loaded model.
+
+        Args:
+            compile: compile forward passes where that pays: True at their first use, None after a while, False never.
+            width: only the first so many logits are kept: not those of tokens that another model lacks.
+        """
+        patience = 0.0 if compile else PATIENCE
+        compiled = None if compile is False else Compiled(model, patience, width=width)
+        return cls(Reader(model, eos_ids, compiled, width), tokenizer)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self.runner.eos_ids
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has an embedding for."""
+        return self.runner.vocabulary
+
+    @property
+    def context_length(self) -> int | None:
+        """The tokens of the longest sequence; None where no limit is known."""
+        return self.runner.longest
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first weights lie."""
+        return self.runner.model.device
+
+    def open(self, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> LocalSequence:
+        """A sequence that begins with a prompt; see `parse.model.Model`."""
+        return LocalSequence(self, prompt_ids, layers)
+
+    def apart(self, compiled: bool = True) -> LocalModel:
+        """The same model over a cache of its own, which is given back with it."""
+        mine = self.runner
+        return type(self)(
+            Reader(mine.model, mine.eos_ids, mine.compiled if compiled else None, mine.width), self.tokenizer
+        )
+
+    def warm_up(self, ids: Sequence[int]) -> None:
+        """Compile steps and wide passes, by running each over a few of these tokens."""
+        text = Context(self.runner)
+        try:
+            for width in (8, 1, 8):  # a cache's first pass is never compiled
+                text.read(ids[:width])
+        finally:
+            text.close()
+
+    async def logits(self, ids: Sequence[int], first: int = -1) -> Tensor:
+        """The logits behind each token of a text from index `first` on, [len(ids) - first, V]."""
+        text = Context(self.runner)
+        try:
+            return (await Pass(self.runner, text.row, ids, keep=range(first % len(ids), len(ids)))).logits
+        finally:
+            text.close()
+
+
+class LocalSequence:
+    """A prompt and an answer in the making, in a row of the model's cache; see `parse.model.ModelSequence`.
+
+    What was read stays in the cache for as long as the next call's tokens begin with it: an accepted prefix is not read
+    again, and the logits behind each cut of a verified draft are kept, so that none of its tokens are.
+    """
+
+    def __init__(self, model: LocalModel, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> None:
+        self.model, self.prompt_ids = model, list(prompt_ids)
+        self.text = Context(model.runner)
+        self.text.layers = layers
+        self._boundary_logits: dict[int, Tensor] = {}  # [V] each, by the length of the text that they are behind
+
+    async def prefill(self) -> None:
+        """Read the prompt now."""
+        await self.text.set_prefix(self.prompt_ids)
+
+    async def decode(
+        self,
+        ids: Sequence[int],
+        limit: int,
+        sampling: Sampling = GREEDY,
+        stop: Stop | None = None,
+        on_token: OnToken | None = None,
+        proposer: Proposer | None = None,
+    ) -> Written:
+        """What the model writes after the prompt and `ids`, as far as its context reaches."""
+        prefix, longest = [*self.prompt_ids, *ids], self.model.context_length
+        room = limit if longest is None else min(limit, longest - len(prefix))
+        if room < 1:
+            return Written([], ended=False)
+        await self.text.set_prefix(prefix, self._boundary_logits)
+        self._boundary_logits = {}
+        if proposer is None:
+            return await self.text.writing(room, sampling, stop, on_token)
+        draft = cast(LocalSequence, proposer.sequence)
+        draft._boundary_logits = {}
+        return await speculating(self.text, draft.text, room, sampling, proposer.count, stop, on_token)
+
+    async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
+        """The packed pass over a draft; see `packed_evidence`."""
+        await self.text.set_prefix([*self.prompt_ids, *ids], self._boundary_logits, defer=True)
+        start = len(self.text.ids)
+        evidence, behind = await packed_evidence(self.text, draft, ends, needs)
+        self._boundary_logits = {start + end: logits for end, logits in zip((0, *ends), behind, strict=True)}
+        return evidence
+
+    def close(self) -> None:
+        """Make room for another sequence."""
+        self.text.close()
+
+
+async def packed_evidence(text: Context, draft: Written, ends: Sequence[int], needs: Needs) -> tuple[Evidence, Tensor]:
+    """The packed pass: read a draft of N tokens behind a text, and collect what is needed to judge K prefixes.
+
+    What of the text was not read yet goes first in the pass. Afterwards the cache holds the text and the whole draft;
+    the suffixes are dropped.
+
+    Returns:
+        the evidence for a verifier, and the logits behind the text and behind each end, [K + 1, V].
+    """
+    if needs.context_states:
+        text.layers = needs.layers
+        text.read_again_from_known()
+    first, device = text.waiting, text.device
+    w, n = len(first), len(draft.ids)
+    before = text.next_logits
+    assert before is not None or first, "the logits behind this text are neither known nor about to be"
+    lead = int(w > 0)  # the logits behind what waited are those before the draft
+    layout = pack([*first, *draft.ids], [w + end for end in ends], needs.suffix_ids, len(text.ids) - w)
+    whole = needs.token_logprobs or needs.draft_logits is not None
+    read = range(w - lead, w + n) if whole else sorted({*range(w - lead, w), w + n - 1, *(w + e - 1 for e in ends)})
+    verdicts = layout.last_suffix
+    keep = [*read, *verdicts] if needs.adapter is None else list(read)
+    with_states = bool(needs.layers) or needs.adapter is not None
+    output = await Pass(text.reader, text.row, layout.ids, layout, keep, with_states, needs.adapter)
+    if before is None:
+        before = output.logits[0]  # [V]
+    drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
+    places = [read.index(w + end - 1) - lead for end in [*ends, n]]
+    behind = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
+    length = len(text.ids)
+    context_states = None
+    if needs.context_states:
+        text.remember(output.states, w + n)
+        assert text.states is not None
+        context_states = text.states[:length]  # [C, D * layers]
+    text.has_read([*draft.ids, *layout.ids[w + n :]])
+    text.rollback(length + n, behind[-1])
+    end_ids = sorted(text.reader.eos_ids) if draft.ended else []
+    log_prob = entropy = margin = torch.empty(0, device=device)
+    if whole:
+        log_prob, entropy, margin = token_evidence(before, drafted, integers(draft.ids).to(device), end_ids)
+    divergence = None
+    if needs.draft_logits is not None:
+        compared = torch.cat([before[None], drafted])[: len(log_prob)]  # [M, V]
+        divergence = token_divergence(compared, needs.draft_logits, sorted(text.reader.eos_ids | needs.draft_end_ids))
+    states = [output.states[layer][w : w + n] for layer in needs.layers]  # [N, D] each
+    evidence = Evidence(
+        ends,
+        log_prob,
+        entropy,
+        margin,
+        states=torch.cat(states, dim=-1) if states else None,  # [N, D * layers]
+        suffix_logits=suffix_logits if len(suffix_logits) else None,
+        suffix_states=output.states[-1][verdicts] if needs.adapter is not None else None,  # [K, D]
+        divergence=divergence,
+        context_states=context_states,
+    )
+    return evidence, behind[:-1]

@@ -1,0 +1,90 @@
+"""The seam between rounds and machines: what a round knows of a model, wherever that runs.
+
+A round names neither caches nor passes nor HTTP. It opens a sequence on a model, and lets it decode and verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from parse.sampling import Sampling, Written
+from parse.verifiers import Evidence, Needs
+
+Stop = Callable[[list[int]], bool]  # the tokens written so far -> whether to stop after the last
+OnToken = Callable[[list[int]], None]  # is given the tokens written so far, whenever there are more
+
+
+class Model(Protocol):
+    """A language model that reads and writes token ids."""
+
+    tokenizer: Any
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of prompt, answer and verdict suffix; None where no limit is known."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has an embedding for."""
+        ...
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What `ModelSequence.verify` can give, of `parse.verifiers.PROVIDED`."""
+        ...
+
+    def open(self, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> ModelSequence:
+        """A sequence that begins with a prompt.
+
+        Args:
+            layers: keep these hidden states of all that is read, for a verifier that needs them.
+        """
+        ...
+
+
+class ModelSequence(Protocol):
+    """A prompt and an answer in the making. `ids` are always the tokens of the answer so far, after the prompt."""
+
+    async def prefill(self) -> None:
+        """Read the prompt now, rather than with what follows it."""
+        ...
+
+    async def decode(
+        self,
+        ids: Sequence[int],
+        limit: int,
+        sampling: Sampling,
+        stop: Stop | None = None,
+        on_token: OnToken | None = None,
+        proposer: Proposer | None = None,
+    ) -> Written:
+        """What the model writes after the prompt and `ids`: up to `limit` tokens, to an end token, or until `stop`.
+
+        Args:
+            proposer: a draft that proposes tokens, of which those are kept that the model chooses itself.
+        """
+        ...
+
+    async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
+        """What the model tells, in one pass, about K prefixes `draft.ids[:end]` that follow the prompt and `ids`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the sequence holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Proposer:
+    """A draft with the target's tokens, which proposes some at a time."""
+
+    sequence: ModelSequence
+    count: int  # tokens at a time

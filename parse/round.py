@@ -1,0 +1,258 @@
+"""One answer, in rounds: draft, cut, verify, accept, continue.
+
+A draft model writes up to `horizon` tokens, the target judges every prefix in one packed pass, the longest accepted
+prefix is kept, and the target writes on from there. With a threshold above 1 the output is the target's own greedy
+answer, with threshold 0 it is the draft's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from parse.generation import Generation, Segment, Settings, Stats, accept
+from parse.model import Model, ModelSequence, Proposer, Stop
+from parse.sampling import Sampling, Written
+from parse.segments import Segmenter, cut, ends_segment
+from parse.text import certain_text, encode_continuation, text_behind, text_of
+from parse.verifiers import Verifier
+
+
+@dataclass
+class Pair:
+    """The models that answer together, and how drafts are cut and judged."""
+
+    target: Model
+    draft: Model | None
+    verifier: Verifier | None
+    segments: Segmenter
+    apart: bool = False  # the models do not wait for each other, as on two devices: the next draft is written meanwhile
+
+    def __post_init__(self) -> None:
+        self.same_tokens = self.draft is None or self.draft.tokenizer.get_vocab() == self.target.tokenizer.get_vocab()
+
+    def to_target(self, draft_ids: Sequence[int]) -> list[int]:
+        """The draft's tokens as the target's; as text where the vocabularies differ."""
+        if self.same_tokens or self.draft is None:
+            return list(draft_ids)
+        return encode_continuation(text_behind(draft_ids, self.draft.tokenizer), self.target.tokenizer)
+
+    def to_draft(self, target_ids: Sequence[int]) -> list[int]:
+        """The target's tokens as the draft's; as text where the vocabularies differ.
+
+        With the same words, those of the target's padding that the draft has no embedding for are left out.
+        """
+        if self.draft is None:
+            return list(target_ids)
+        if self.same_tokens:
+            return [token for token in target_ids if token < self.draft.vocabulary]
+        return encode_continuation(text_behind(target_ids, self.target.tokenizer), self.draft.tokenizer)
+
+    async def write_draft(
+        self,
+        draft: ModelSequence,
+        ids: Sequence[int],
+        room: int,
+        horizon: int | str | None,
+        sampling: Sampling,
+    ) -> Written:
+        """What the draft writes after an answer of these tokens, up to the horizon, in its own tokens."""
+        assert self.draft is not None
+        tokenizer = self.draft.tokenizer
+        stop: Stop | None = None
+        if horizon == "segment":
+            stop = lambda written: ends_segment(written, tokenizer, self.segments)
+        elif horizon is not None:
+            room = min(room, int(horizon))
+        return await draft.decode(self.to_draft(ids), room, sampling, stop)
+
+
+class Round:
+    """An answer in the making: what is accepted so far, and the steps that add to it."""
+
+    def __init__(
+        self, pair: Pair, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings, budget: int
+    ) -> None:
+        self.pair, self.settings, self.budget = pair, settings, budget
+        self.prompt_ids, self.draft_prompt_ids = prompt_ids, draft_prompt_ids
+        self.tokenizer = pair.target.tokenizer
+        self.threshold = settings.threshold or 0.0
+        self.sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+        self.sequences: dict[str, ModelSequence] = {}
+        self.ids: list[int] = []  # the accepted answer, the target's tokens
+        self.segments: list[Segment] = []
+        self.stats = Stats()
+        self.done = False
+        self.ended = False
+        self._ahead: tuple[Written, Tensor] | None = None  # the next draft, and the sampler's state before it
+        self._started = self._mark = perf_counter()
+
+    async def answer(self) -> Generation:
+        """The algorithm."""
+        self._started = self._mark = perf_counter()
+        try:
+            await self._open()
+            if self.settings.method != "parse":
+                await self.write_alone(self.settings.method)
+            while not self.done:
+                draft = await self.write_draft()
+                ends = cut(draft.ids, self.tokenizer, self.pair.segments)
+                verdicts = await self.verify(draft, ends)
+                if self.pair.apart:
+                    await self.draft_ahead(draft)
+                if self.settings.policy == "whole":  # cut as for the calibration, and judged by the last cut
+                    ends, verdicts = ends[-1:], verdicts[-1:]
+                confidences = verdicts.tolist()
+                kept = accept(confidences, self.threshold, self.settings.policy)
+                self.keep(draft, ends, confidences, kept)
+                if not self.done and not 0 < kept == len(ends):  # a draft that is kept whole continues by itself
+                    await self.continue_by_target()
+            return self.finish()
+        finally:
+            for sequence in self.sequences.values():
+                sequence.close()
+
+    async def _open(self) -> None:
+        """Open a sequence on each model that takes part.
+
+        The target reads the prompt in the pass that judges the first draft, which saves a pass, or at once where that
+        takes nobody's time.
+        """
+        settings, pair = self.settings, self.pair
+        judged = settings.method == "parse"
+        if judged or settings.method == "target":
+            needs = pair.verifier.needs if judged and pair.verifier else None
+            layers = needs.layers if needs and needs.context_states else ()
+            self.sequences["target"] = pair.target.open(self.prompt_ids, layers)
+        if judged or settings.method == "draft" or settings.lookahead:
+            assert pair.draft is not None
+            self.sequences["draft"] = pair.draft.open(self.draft_prompt_ids)
+        if settings.method == "target" or (judged and pair.apart):
+            await self.sequences["target"].prefill()
+        self._clock("target")
+
+    async def write_draft(self) -> Written:
+        """Let the draft write on from the accepted answer; its tokens come back as the target's."""
+        written = self._ahead[0] if self._ahead else await self._drafted(self.ids)
+        self._ahead = None
+        ids = self.pair.to_target(written.ids)
+        cropped = ids[: self.budget - len(self.ids)]
+        self.stats.rounds += 1
+        self.stats.draft_tokens += len(cropped)
+        self._clock("draft")
+        return Written(cropped, written.ended and len(cropped) == len(ids))
+
+    async def _drafted(self, ids: list[int]) -> Written:
+        """What the draft writes after an answer of these tokens, in its own tokens."""
+        room = self.budget - len(ids)
+        return await self.pair.write_draft(self.sequences["draft"], ids, room, self.settings.horizon, self.sampling)
+
+    async def verify(self, draft: Written, ends: Sequence[int]) -> Tensor:
+        """The confidence in each of K prefixes, float32 [K]; on a GPU they may still be on their way."""
+        if not ends:
+            return torch.empty(0)
+        self._clock("other")
+        verifier = self.pair.verifier
+        assert verifier is not None
+        evidence = await self.sequences["target"].verify(self.ids, draft, ends, verifier.needs)
+        self.stats.verify_passes += 1
+        return verifier.confidences(evidence)
+
+    async def draft_ahead(self, draft: Written) -> None:
+        """Write the draft of the next round as if this one were kept whole, while the target still judges it.
+
+        Where that does not come true nothing is left of it, neither tokens nor draws of the sampler. What is accepted
+        is known only when this draft is written, so a slow draft delays it, by the horizon at most.
+        """
+        ids = [*self.ids, *draft.ids]
+        if draft.ids and not draft.ended and len(ids) < self.budget:
+            self._clock("verify")
+            before = self.sampling.state
+            self._ahead = await self._drafted(ids), before
+            self._clock("draft")
+
+    def keep(self, draft: Written, ends: Sequence[int], confidences: Sequence[float], kept: int) -> None:
+        """Add the first `kept` segments of the draft to the answer."""
+        self._clock("verify")
+        texts = [certain_text([*self.ids, *draft.ids[:stop]], self.tokenizer) for stop in (0, *ends)]
+        for index, (before, text) in enumerate(pairwise(texts)):
+            self.segments.append(Segment(text[len(before) :], "draft", confidences[index], index < kept))
+        end = ends[kept - 1] if kept else 0
+        self.ids += draft.ids[:end]
+        self.stats.accepted_tokens += end
+        if end:
+            self._first_token()
+        all_kept = kept == len(ends) and (kept > 0 or self.threshold <= 0)
+        if self._ahead and not (kept and all_kept):
+            self.sampling.state, self._ahead = self._ahead[1], None
+        self.ended = all_kept and draft.ended
+        self.done = self.ended or len(self.ids) >= self.budget
+        self._clock("other")
+
+    async def continue_by_target(self) -> None:
+        """Let the target write on: to the next cut or, with handback "never", to the end."""
+        settings, segments = self.settings, self.pair.segments
+        to_the_end = settings.handback == "never" or settings.policy == "whole"
+        stop = lambda written: ends_segment(written, self.tokenizer, segments)
+        await self._write("target", None if to_the_end else stop)
+        self.done = self.ended or to_the_end or len(self.ids) >= self.budget
+
+    async def write_alone(self, role: str) -> None:
+        """Let one model write the whole answer."""
+        await self._write(role)
+        self.done = True
+
+    async def _write(self, role: str, stop: Stop | None = None) -> None:
+        """Add to the answer what a model writes, token by token."""
+        before, room = self.ids, self.budget - len(self.ids)
+        same = role == "target" or self.pair.same_tokens
+        proposer = None
+        if role == "target" and self.settings.lookahead:
+            proposer = Proposer(self.sequences["draft"], self.settings.lookahead)
+
+        def grown(written: list[int]) -> None:
+            self._first_token()
+            if same:
+                self.ids = before + written
+
+        read = before if role == "target" else self.pair.to_draft(before)
+        written = await self.sequences[role].decode(read, room, self.sampling, stop, grown, proposer)
+        self.ended = written.ended
+        added = written.ids if same else self.pair.to_target(written.ids)
+        if len(added) > room:  # the same text in more tokens
+            added, self.ended = added[:room], False
+        self.ids = before + added
+        if added:
+            texts = [certain_text(ids, self.tokenizer) for ids in (before, self.ids)]
+            self.segments.append(Segment(texts[1][len(texts[0]) :], role, None, True))
+        if role == "target":
+            self.stats.target_tokens += len(added)
+        else:
+            self.stats.draft_tokens += len(added)
+            self.stats.accepted_tokens += len(added)
+        self._clock(role)
+
+    def finish(self) -> Generation:
+        """The finished answer."""
+        text = text_of(self.ids, self.tokenizer)
+        if rest := text[len(certain_text(self.ids, self.tokenizer)) :]:  # its other bytes never came
+            last = max(i for i, segment in enumerate(self.segments) if segment.accepted)
+            self.segments[last] = replace(self.segments[last], text=self.segments[last].text + rest)
+        self._clock("other")
+        return Generation(text, self.ids, "stop" if self.ended else "length", self.segments, self.stats)
+
+    def _first_token(self) -> None:
+        """The user can see something from now on."""
+        if not self.stats.first_token_seconds:
+            self.stats.first_token_seconds = perf_counter() - self._started
+
+    def _clock(self, phase: str) -> None:
+        """Charge the time since the last call to a phase."""
+        now = perf_counter()
+        self.stats.seconds[phase] += now - self._mark
+        self._mark = now

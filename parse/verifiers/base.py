@@ -1,0 +1,114 @@
+"""What a verifier is: what it needs of the target's pass over a draft, and what it makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a verifier needs of the target's pass over a draft."""
+
+    token_logprobs: bool = False  # log-probability, entropy and margin of the draft's own tokens
+    layers: tuple[int, ...] = ()  # hidden states of the draft's tokens, by index; 0 is the embedding
+    context_states: bool = False  # these states of all that stands before the draft as well
+    suffix_ids: tuple[int, ...] = ()  # S tokens that follow each prefix, whose logits are read
+    adapter: Any = (
+        None  # a PEFT model, the target under a LoRA that acts on the suffixes: their states are read instead
+    )
+    draft_logits: Tensor | None = None  # [M, V], those that the draft's tokens were drawn from, to be compared
+    draft_end_ids: frozenset[int] = frozenset()  # the tokens that end a text for the draft
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Which of `PROVIDED` they are."""
+        return frozenset(
+            name
+            for name, needed in {
+                "token_logprobs": self.token_logprobs or self.draft_logits is not None,
+                "states": bool(self.layers),
+                "label_scores": bool(self.suffix_ids) and self.adapter is None,
+                "adapter": self.adapter is not None,
+            }.items()
+            if needed
+        )
+
+
+PROVIDED = frozenset({"token_logprobs", "states", "label_scores", "adapter"})  # what models may provide
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one packed pass tells about a draft of N tokens and its K prefixes.
+
+    Where the draft ended, that counts as token N+1, in the last segment: the event that the text ends, by any of the
+    target's end-of-sequence tokens. M is N, or N+1 where the draft ended; 0 where the verifier does not read the
+    draft's own tokens.
+    """
+
+    ends: Sequence[int]  # K prefix ends; the last one covers token N+1
+    log_prob: Tensor  # [M] float32: the target's log-probability of each token, nats
+    entropy: Tensor  # [M] float32: of the target's distribution there, nats
+    margin: Tensor  # [M] float32: log-probability of the target's first choice less the token's, nats
+    states: Tensor | None  # [N, D * layers]: the target's hidden states, where the verifier reads them
+    suffix_logits: Tensor | None  # [K, V]: behind each suffix copy, where there is a suffix
+    suffix_states: Tensor | None = None  # [K, D]: the target's last hidden states there, where the verifier adapts it
+    divergence: Tensor | None = None  # [M] float32: of the draft's distribution from the target's, where it is at hand
+    context_states: Tensor | None = (
+        None  # [C, D * layers]: of the C tokens before the draft, where the verifier reads them
+    )
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Token range [start, stop) of each segment within 0..M."""
+        stops = [*self.ends[:-1], len(self.log_prob)]
+        return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a verifier's thresholds were calibrated for: they keep their promise there alone."""
+
+    thresholds: dict[str, float]  # by acceptance policy
+    handback: str
+    horizon: int | str | None
+    segments: str | int
+
+    def threshold(self, policy: str, handback: str, horizon: int | str | None) -> float:
+        """The threshold for these settings of the engine.
+
+        Raises:
+            ValueError: where it was calibrated for others.
+        """
+        # "whole" lets the target write to the end whatever the handback
+        asked = {"horizon": horizon} if policy == "whole" else {"handback": handback, "horizon": horizon}
+        if wrong := [name for name, value in asked.items() if getattr(self, name) != value]:
+            given = " and ".join(f"{name}={asked[name]!r}" for name in wrong)
+            known = " and ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            raise ValueError(
+                f"{given}, and the verifier's threshold was calibrated for {known}: use that, calibrate it for yours "
+                "(set it in the recipe's section `engine` and run the stage `verifier`), or give a threshold of your "
+                "own, which promises nothing"
+            )
+        return self.thresholds[policy]
+
+
+class Verifier(Protocol):
+    """How confident to be in each prefix of a draft."""
+
+    kind: str
+    threshold: float  # confidences at or above it accept
+    calibration: Calibration | None  # of its thresholds, where it was saved with one
+
+    @property
+    def needs(self) -> Needs:
+        """What it needs of the target's pass."""
+        ...
+
+    def confidences(self, evidence: Evidence) -> Tensor:
+        """Confidence that each prefix is right: float32 [K] in [0, 1]."""
+        ...
