@@ -22,7 +22,7 @@ from parse.round import Pair, Round
 from parse.sampling import Written
 from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
-from parse.text import certain_text, eos_ids, shared_ends, text_of
+from parse.text import eos_ids, shared_ends
 from parse.verifiers import Verifier
 from parse.verifiers.saved import load as load_verifier
 
@@ -157,6 +157,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         lookahead: int = 0,
+        stop: str | Sequence[str] | None = None,
         batch_size: int = 16,
         raw: bool = False,
     ) -> list[Generation]:
@@ -180,6 +181,8 @@ class Engine:
             seed: the same seed gives the same answer, whatever the other prompts.
             lookahead: while the target writes, let the draft propose so many tokens at a time (token-level
                 speculation: the target's words, in fewer passes); needs a draft with the target's vocabulary.
+            stop: strings that end an answer where the first of them begins; that one is not part of its text, and its
+                tokens are the last ones of the answer.
             batch_size: answer at most so many prompts at once. Each goes through its rounds by itself; whatever
                 passes they need of a model at a moment run as one. 1 gives the least seconds a request.
             raw: prompts are the whole text that the models read: no chat template, and control tokens count.
@@ -203,6 +206,7 @@ class Engine:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            stop=stop,
         )
         whole_number("batch_size", batch_size, least=1)
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
@@ -239,14 +243,12 @@ class Engine:
         return self._streamed(self._start(*self._encoded(prompt, raw), self.settings(**options)))
 
     def _streamed(self, answer: Round) -> Iterator[str]:
-        shown = ""
+        shown = 0
         for _ in self.scheduler.watch(answer.answer()):
-            text = certain_text(answer.ids, self.tokenizer)
-            if len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
-        if rest := text_of(answer.ids, self.tokenizer)[len(shown) :]:
-            yield rest
+            text = answer.text
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
 
     def generate_ids(
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
@@ -345,7 +347,9 @@ class Engine:
         names = [field.name for field in dataclasses.fields(Settings)]
         if unknown := sorted(set(options) - set(names)):
             raise ValueError(f"unknown settings {unknown}: use {', '.join(names)}")
-        settings = Settings(**options)
+        stop = options.pop("stop", None)
+        stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
+        settings = Settings(**options, stop=tuple(stops) if isinstance(stops, Sequence) else stops)
         if settings.method == "parse":
             verifier = self.need_verifier()
             if settings.threshold is None:

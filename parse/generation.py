@@ -69,6 +69,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("policy", POLICIES), ("handback", HANDBACKS), ("method", METHODS)):
@@ -84,6 +85,8 @@ class Settings:
         whole_number("top_k", self.top_k, least=0)
         if not 0 < finite_number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p={self.top_p} is no share of the probability: use a number above 0, up to 1")
+        if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ValueError(f"stop={self.stop!r:.100}: use None, a string, or a list of strings, none of them empty")
         if self.seed is not None:
             whole_number("seed", self.seed, least=0, most=2**63 - 1, other="None or ")
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from parse.generation import Generation, Segment, Settings, Stats, accept
 from parse.model import Model, ModelSequence, Proposer, Stop
 from parse.sampling import Sampling, Written
 from parse.segments import Segmenter, cut, ends_segment
-from parse.text import certain_text, encode_continuation, text_behind, text_of
+from parse.text import certain_text, encode_continuation, find_stop, text_behind, text_of, undecided
 from parse.verifiers import Verifier
 
 
@@ -35,6 +36,11 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.same_tokens = self.draft is None or self.draft.tokenizer.get_vocab() == self.target.tokenizer.get_vocab()
+
+    @property
+    def draft_tokenizer(self) -> Any:
+        """The draft's, or the target's where there is none."""
+        return self.draft.tokenizer if self.draft else self.target.tokenizer
 
     def to_target(self, draft_ids: Sequence[int]) -> list[int]:
         """The draft's tokens as the target's; as text where the vocabularies differ."""
@@ -60,16 +66,38 @@ class Pair:
         room: int,
         horizon: int | str | None,
         sampling: Sampling,
+        stops: Sequence[str] = (),
     ) -> Written:
         """What the draft writes after an answer of these tokens, up to the horizon, in its own tokens."""
-        assert self.draft is not None
-        tokenizer = self.draft.tokenizer
-        stop: Stop | None = None
-        if horizon == "segment":
-            stop = lambda written: ends_segment(written, tokenizer, self.segments)
-        elif horizon is not None:
-            room = min(room, int(horizon))
-        return await draft.decode(self.to_draft(ids), room, sampling, stop)
+        tokenizer, read = self.draft_tokenizer, self.to_draft(ids)
+
+        def at_cut(written: list[int]) -> bool:
+            return ends_segment(written, tokenizer, self.segments)
+
+        stop: Stop | None = at_cut if horizon == "segment" else None
+        if stops and stop is None:  # at the next cut, so that what is judged before it is the same as without
+            said = _says(stops, read, tokenizer)
+            stop = lambda written: at_cut(written) and said(written)
+        if isinstance(horizon, int):
+            room = min(room, horizon)
+        return await draft.decode(read, room, sampling, stop)
+
+
+def _says(stops: Sequence[str], before: Sequence[int], tokenizer: Any) -> Stop:
+    """Whether what is written after the tokens `before` holds one of some stop strings."""
+    window = 2 * max(len(each.encode()) for each in stops) + 8  # tokens that hold the longest of them for certain
+
+    def said(written: list[int]) -> bool:
+        last = written[-window:]
+        if len(last) < window:
+            last = [*before[len(last) - window :], *last]
+        return find_stop(text_of(last, tokenizer), stops) is not None
+
+    return said
+
+
+def _either(one: Stop | None, other: Stop) -> Stop:
+    return other if one is None else lambda written: one(written) or other(written)
 
 
 class Round:
@@ -91,6 +119,15 @@ class Round:
         self.ended = False
         self._ahead: tuple[Written, Tensor] | None = None  # the next draft, and the sampler's state before it
         self._started = self._mark = perf_counter()
+
+    @property
+    def text(self) -> str:
+        """The answer so far, as far as it is certain; whole once it is finished."""
+        stops, finished = self.settings.stop, self.done
+        text = (text_of if finished else certain_text)(self.ids, self.tokenizer)
+        if (place := find_stop(text, stops)) is not None:
+            return text[:place]
+        return text if finished else text[: len(text) - undecided(text, stops)]
 
     async def answer(self) -> Generation:
         """The algorithm."""
@@ -149,8 +186,9 @@ class Round:
 
     async def _drafted(self, ids: list[int]) -> Written:
         """What the draft writes after an answer of these tokens, in its own tokens."""
-        room = self.budget - len(ids)
-        return await self.pair.write_draft(self.sequences["draft"], ids, room, self.settings.horizon, self.sampling)
+        settings, room = self.settings, self.budget - len(ids)
+        draft = self.sequences["draft"]
+        return await self.pair.write_draft(draft, ids, room, settings.horizon, self.sampling, settings.stop)
 
     async def verify(self, draft: Written, ends: Sequence[int]) -> Tensor:
         """The confidence in each of K prefixes, float32 [K]; on a GPU they may still be on their way."""
@@ -192,6 +230,7 @@ class Round:
             self.sampling.state, self._ahead = self._ahead[1], None
         self.ended = all_kept and draft.ended
         self.done = self.ended or len(self.ids) >= self.budget
+        self.stats.accepted_tokens -= self._end_at_stop()
         self._clock("other")
 
     async def continue_by_target(self) -> None:
@@ -201,11 +240,13 @@ class Round:
         stop = lambda written: ends_segment(written, self.tokenizer, segments)
         await self._write("target", None if to_the_end else stop)
         self.done = self.ended or to_the_end or len(self.ids) >= self.budget
+        self._end_at_stop()
 
     async def write_alone(self, role: str) -> None:
         """Let one model write the whole answer."""
         await self._write(role)
         self.done = True
+        self._end_at_stop()
 
     async def _write(self, role: str, stop: Stop | None = None) -> None:
         """Add to the answer what a model writes, token by token."""
@@ -221,6 +262,9 @@ class Round:
                 self.ids = before + written
 
         read = before if role == "target" else self.pair.to_draft(before)
+        if stops := self.settings.stop:
+            tokenizer = self.tokenizer if role == "target" else self.pair.draft_tokenizer
+            stop = _either(stop, _says(stops, read, tokenizer))
         written = await self.sequences[role].decode(read, room, self.sampling, stop, grown, proposer)
         self.ended = written.ended
         added = written.ids if same else self.pair.to_target(written.ids)
@@ -237,14 +281,31 @@ class Round:
             self.stats.accepted_tokens += len(added)
         self._clock(role)
 
+    def _end_at_stop(self) -> int:
+        """End the answer with the token that completes a stop string, where it holds one; how many were behind it."""
+        stops, ids = self.settings.stop, self.ids
+        if not stops or find_stop(certain_text(ids, self.tokenizer), stops) is None:
+            return 0
+        while find_stop(certain_text(self.ids[:-1], self.tokenizer), stops) is not None:
+            self.ids = self.ids[:-1]
+        self.done = self.ended = True
+        return len(ids) - len(self.ids)
+
     def finish(self) -> Generation:
-        """The finished answer."""
-        text = text_of(self.ids, self.tokenizer)
-        if rest := text[len(certain_text(self.ids, self.tokenizer)) :]:  # its other bytes never came
+        """The finished answer; the accepted segments join to its text."""
+        text = self.text
+        joined = sum(len(segment.text) for segment in self.segments if segment.accepted)
+        if rest := text[joined:]:  # a character whose other bytes never came
             last = max(i for i, segment in enumerate(self.segments) if segment.accepted)
             self.segments[last] = replace(self.segments[last], text=self.segments[last].text + rest)
+        room, segments = len(text), list[Segment]()
+        for segment in self.segments:
+            kept = segment.text[:room] if segment.accepted else segment.text
+            room -= len(kept) if segment.accepted else 0
+            if kept or not segment.text:  # of those behind a stop string there is nothing left
+                segments.append(replace(segment, text=kept))
         self._clock("other")
-        return Generation(text, self.ids, "stop" if self.ended else "length", self.segments, self.stats)
+        return Generation(text, self.ids, "stop" if self.ended else "length", segments, self.stats)
 
     def _first_token(self) -> None:
         """The user can see something from now on."""

@@ -79,6 +79,16 @@ class Task(Generic[T]):
         self.done, self.wanted, self._result, self._error = True, None, result, error
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call that runs elsewhere, as in a thread that waits for a server; awaiting it gives its result."""
+
+    future: Future[Any]
+
+    def __await__(self) -> Generator[Future[Any], Any, Any]:
+        return (yield self.future)
+
+
 class Cancelled(Exception):
     """A request that was cancelled has no result."""
 
@@ -106,7 +116,6 @@ class Scheduler:
         """Stop a task, running or not."""
         with self._lock:
             task.close()
-            self._running = [each for each in self._running if each is not task]
 
     def step(self) -> None:
         """Admit what there is room for, run one batch for each runner that somebody waits for, and advance the tasks.
@@ -120,7 +129,7 @@ class Scheduler:
                 finished = wait(calls, timeout=None if idle else 0, return_when=FIRST_COMPLETED).done
                 for task in [task for task in self._running if task.wanted in finished]:
                     self._take(task, task.wanted)  # type: ignore[arg-type]
-            working = [task for task in self._running if not isinstance(task.wanted, Future)]
+            working = [task for task in self._running if not task.done and not isinstance(task.wanted, Future)]
             for runner in {id(task.wanted.runner): task.wanted.runner for task in working}.values():  # type: ignore[union-attr]
                 asking = [task for task in working if not task.done and task.wanted.runner is runner]  # type: ignore[union-attr]
                 self._run(runner, asking)

@@ -77,6 +77,17 @@ def certain_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return text_of(ids, tokenizer).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where in a text the first of some stop strings begins; None where it holds none of them."""
+    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+
+
+def undecided(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may turn out to be the beginning of a stop string."""
+    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(lengths, default=0)
+
+
 def text_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that tokens add to another text: some tokenizers drop the space in front of a text that stands alone."""
     line = encode_text("\n", tokenizer)

@@ -1,0 +1,195 @@
+"""Many requests at once: each answer is what it is alone, whatever runs beside it, comes late or is cancelled."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parse import Engine
+from parse.scheduler import Call, Cancelled, Scheduler, run, run_together
+from parse.verifiers import Likelihood
+from tests.conftest import runners_of
+from tests.test_engine import PROMPT
+
+PROMPTS = [PROMPT, "the fig", "tea ; tea", "list : #1 egg lima 9 ; #2 rope cairo 1 ."]
+WAYS = [
+    {"threshold": 0.05},
+    {"threshold": 1.1, "max_new_tokens": 9},
+    {"threshold": 0.0, "horizon": 5},
+    {"method": "target", "lookahead": 3},
+    {"method": "draft"},
+    {"threshold": 0.05, "policy": "longest", "temperature": 1.0, "seed": 2},
+    {"threshold": 0.05, "handback": "never"},
+]
+
+
+@pytest.fixture(scope="module")
+def engine(target, draft, tokenizer):
+    return Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3, compile=False)
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    """The answer to a request when nothing else runs."""
+    known = {}
+
+    def answer(number, way):
+        if (number, way) not in known:
+            known[number, way] = engine.generate(PROMPTS[number], **{"max_new_tokens": 18, **WAYS[way]})[0].token_ids
+        return known[number, way]
+
+    return answer
+
+
+REQUEST = st.tuples(
+    st.integers(0, len(PROMPTS) - 1),
+    st.integers(0, len(WAYS) - 1),
+    st.integers(0, 12),  # the step before which it comes
+    st.none() | st.integers(0, 12),  # how many steps later it is cancelled
+    st.booleans(),  # whether it is streamed
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(requests=st.lists(REQUEST, min_size=1, max_size=7), max_running=st.integers(1, 4))
+def test_an_answer_does_not_depend_on_what_runs_beside_it(engine, alone, requests, max_running):
+    scheduler, tasks, step = Scheduler(max_running), {}, 0
+    while len(tasks) < len(requests) or not all(task.done for task in tasks.values()):
+        for index, (number, way, comes, cancelled, streamed) in enumerate(requests):
+            if comes == step:
+                settings = engine.settings(**{"max_new_tokens": 18, **WAYS[way]})
+                answer = engine._start(*engine._encoded(PROMPTS[number]), settings)
+                tasks[index] = scheduler.submit(answer.answer(), watched=streamed)
+            if cancelled is not None and step == comes + cancelled:
+                scheduler.cancel(tasks[index])
+        scheduler.step()
+        assert len(scheduler._running) <= max_running
+        step += 1
+    for index, (number, way, _, cancelled, _) in enumerate(requests):
+        try:
+            assert tasks[index].result.token_ids == alone(number, way)
+        except Cancelled:
+            assert cancelled is not None
+    assert all(runner.cache.window.rows == len(runner._free) for runner in runners_of(engine).values())
+
+
+def test_eight_threads_share_one_batch(engine, alone, monkeypatch):
+    """All threads' requests run together, streamed or not, and each thread gets its own answer."""
+    jobs = [(number, way) for number in range(len(PROMPTS)) for way in range(len(WAYS))] * 2
+    expected = [alone(*job) for job in jobs]
+    widths, forward = [], type(engine.models["target"].runner).forward
+    noting = lambda self, passes, alone=False: widths.append(len(passes)) or forward(self, passes, alone)
+    monkeypatch.setattr(type(engine.models["target"].runner), "forward", noting)
+
+    def ask(index):
+        number, way = jobs[index]
+        options = {"max_new_tokens": 18, **WAYS[way]}
+        if index % 3 == 0:
+            return "".join(engine.stream(PROMPTS[number], **options))
+        return engine.generate(PROMPTS[number], **options)[0].token_ids
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(len(jobs))))
+    for index, ids in enumerate(expected):
+        assert found[index] == (engine.tokenizer.decode(ids) if index % 3 == 0 else ids)
+    assert max(widths) > 1
+
+
+async def failing(work, error):
+    await work
+    raise error
+
+
+class Adder:
+    """Runs work that is a number: all numbers plus one."""
+
+    def __init__(self):
+        self.batches = []
+
+    def forward(self, works, alone=False):
+        self.batches.append([work.number for work in works])
+        if any(work.number < 0 for work in works):
+            raise ValueError("a negative number")
+        return [work.number + 1 for work in works]
+
+
+class Number:
+    def __init__(self, runner, number):
+        self.runner, self.number = runner, number
+
+    def __await__(self):
+        return (yield self)
+
+
+async def counting(runner, start, count):
+    for _ in range(count):
+        start = await Number(runner, start)
+    return start
+
+
+def test_one_that_fails_leaves_the_others_as_they_are():
+    adder, scheduler = Adder(), Scheduler()
+    good = scheduler.submit(counting(adder, 0, 3))
+    bad = scheduler.submit(failing(Number(adder, 5), KeyError("mine")))
+    assert scheduler.wait(good) == 3
+    assert bad.done
+    with pytest.raises(KeyError, match="mine"):
+        bad.result  # noqa: B018
+    assert adder.batches == [[0, 5], [1], [2]]
+    with pytest.raises(ValueError, match="negative"):
+        run(counting(adder, -1, 2))
+
+
+def test_what_fails_among_many_stops_the_rest_of_them():
+    adder, ended = Adder(), []
+
+    async def noted(index):
+        try:
+            return await counting(adder, -1 if index == 1 else index, 4)
+        finally:
+            ended.append(index)
+
+    with pytest.raises(ValueError, match="negative"):
+        list(run_together(map(noted, range(5)), at_once=2))
+    assert sorted(ended) == [0, 1]  # the others never began
+
+
+def test_a_call_elsewhere_holds_nobody_up():
+    """A request that waits for a server does so beside the passes of the others; its error is raised where it waits."""
+    adder, scheduler = Adder(), Scheduler()
+    with ThreadPoolExecutor(2) as threads:
+
+        async def calling(seconds, fails=False):
+            future = threads.submit(lambda: time.sleep(seconds) or (1 / 0 if fails else "answered"))
+            try:
+                return await Call(future)
+            except ZeroDivisionError:
+                return "failed"
+
+        slow, wrong = scheduler.submit(calling(0.3)), scheduler.submit(calling(0.01, fails=True))
+        quick = scheduler.submit(counting(adder, 0, 5))
+        assert scheduler.wait(quick) == 5
+        assert not slow.done
+        assert (scheduler.wait(slow), scheduler.wait(wrong)) == ("answered", "failed")
+
+
+def test_a_cancelled_request_has_no_result():
+    scheduler, adder, ended = Scheduler(max_running=1), Adder(), []
+
+    async def noted(index):
+        try:
+            return await counting(adder, index, 9)
+        finally:
+            ended.append(index)
+
+    begun, waiting = (scheduler.submit(noted(index)) for index in range(2))
+    scheduler.step()
+    for task in (begun, waiting):
+        scheduler.cancel(task)
+        with pytest.raises(Cancelled):
+            scheduler.wait(task)
+    assert ended == [0]  # at once, and the other never began
+    scheduler.step()
+    assert adder.batches == [[0]]
