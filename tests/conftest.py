@@ -24,7 +24,7 @@ from transformers import (
 from eval.bench.models import load_smollm2
 from eval.tasks import content_of_task
 from parse.local.model import packed_evidence
-from parse.local.sequence import Context
+from parse.local.sequence import CachedSequence
 from parse.sampling import Written
 from parse.verifiers import Adapter
 from parse.verifiers.adapter import adapt
@@ -195,7 +195,7 @@ def runners_of(engine):
 
 def fresh_context(engine, role="target"):
     """A text of one of an engine's models, over a cache of its own."""
-    return Context(engine.models[role].apart().runner)
+    return CachedSequence(engine.models[role].apart().runner)
 
 
 def examining(engine, context, ids, ends, ended, draft_logits=None):

@@ -10,8 +10,8 @@ from eval.bench.fakes import endless
 from parse import Engine
 from parse.layout import pack
 from parse.local.loading import check_architecture, context_length, load_model
-from parse.local.runner import Pass, Reader, check_packing
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass, check_packing
+from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood
 from tests.conftest import DEVICE
 from tests.test_cache import assert_same_cache
@@ -83,22 +83,22 @@ def make(name: str, dtype: torch.dtype = torch.float32, **others: int) -> PreTra
     return load_model(AutoModelForCausalLM.from_config(config)).to(DEVICE)
 
 
-def read(model: PreTrainedModel) -> Context:
-    context = Context(Reader(model))
+def read(model: PreTrainedModel) -> CachedSequence:
+    context = CachedSequence(ModelRunner(model))
     context.read(PROMPT)
     return context
 
 
 @torch.inference_mode()
-def both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, Context]:
+def both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, CachedSequence]:
     """Logits of the draft's tokens and of the K verdicts: from the packed pass, and from plain passes."""
     context = read(model)
     layout = pack(DRAFT, ENDS, SUFFIX, past=len(PROMPT))
     keep = [*range(len(DRAFT)), *layout.last_suffix]
-    packed = context.reader.forward([Pass(context.reader, context.row, layout.ids, layout, keep)])[
+    packed = context.runner.forward([Pass(context.runner, context.row, layout.ids, layout, keep)])[
         0
     ].logits  # [N + K, V]
-    context.reader.cache.truncate(layout.past + len(DRAFT))
+    context.runner.cache.truncate(layout.past + len(DRAFT))
     draft = model(torch.tensor([PROMPT + DRAFT], device=DEVICE)).logits[0, len(PROMPT) :]  # [N, V]
     verdicts = [model(torch.tensor([PROMPT + DRAFT[:end] + SUFFIX], device=DEVICE)).logits[0, -1] for end in ENDS]
     return packed, torch.cat([draft, torch.stack(verdicts)]), context
@@ -111,7 +111,7 @@ def test_the_packed_pass_equals_separate_passes(name):
     check_packing(model)
     packed, separate, context = both_ways(model)
     torch.testing.assert_close(packed, separate, atol=1e-4, rtol=1e-4)
-    plain = Context(Reader(model))
+    plain = CachedSequence(ModelRunner(model))
     plain.read(PROMPT + DRAFT)
     assert_same_cache(context, plain)
 
@@ -127,17 +127,17 @@ def test_texts_of_a_batch_are_read_as_each_alone(name):
 
     def passes(contexts):
         zipped = zip(contexts, reads, layouts, keeps, strict=True)
-        return [Pass(c.reader, c.row, ids, layout, keep) for c, ids, layout, keep in zipped]
+        return [Pass(c.runner, c.row, ids, layout, keep) for c, ids, layout, keep in zipped]
 
-    together = Reader(model)
+    together = ModelRunner(model)
     together.open()  # rows of which one stays empty
-    contexts = [Context(together) for _ in prompts]
+    contexts = [CachedSequence(together) for _ in prompts]
     together.forward([Pass(together, c.row, prompt) for c, prompt in zip(contexts, prompts, strict=True)])
     outputs = together.forward(passes(contexts))
     for i, prompt in enumerate(prompts):
-        alone = Context(Reader(model))
+        alone = CachedSequence(ModelRunner(model))
         alone.read(prompt)
-        expected = alone.reader.forward([dataclasses.replace(passes(contexts)[i], runner=alone.reader, row=alone.row)])
+        expected = alone.runner.forward([dataclasses.replace(passes(contexts)[i], runner=alone.runner, row=alone.row)])
         torch.testing.assert_close(outputs[i].logits, expected[0].logits, atol=1e-4, rtol=1e-4)
         assert_same_cache(contexts[i], alone)
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parse import Engine
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from parse.scheduler import run, run_together
 from parse.verifiers import Likelihood, PromptVerifier
 from tests.conftest import examining, fresh_context, random_adapter
@@ -40,19 +40,19 @@ def test_an_adapter_acts_on_its_own_suffixes_alone(target, tokenizer, forwards):
     """Packed passes of several widths and a plain one, run as one pass: the same states and caches as each alone."""
     adapter = random_adapter(target, [7, 8])
     engine = Engine(target, tokenizer, verifier=adapter, compile=False)
-    reader = fresh_context(engine).reader
+    runner = fresh_context(engine).runner
 
     async def reading(draft, ends):
-        context = Context(reader)
-        await context.reading([11, 12, 13])
+        context = CachedSequence(runner)
+        await context.prefill([11, 12, 13])
         if ends:
             evidence, _ = await examining(engine, context, draft, ends, ended=False)
             states = evidence.suffix_states
         else:
-            output = await Pass(reader, context.row, draft)
+            output = await Pass(runner, context.row, draft)
             states = output.logits
             context.has_read(draft)
-        output = await Pass(reader, context.row, [14])  # shows what the cache holds
+        output = await Pass(runner, context.row, [14])  # shows what the cache holds
         context.close()
         return states, output.logits
 
@@ -69,13 +69,13 @@ def test_an_adapter_acts_on_its_own_suffixes_alone(target, tokenizer, forwards):
 def forwards(monkeypatch):
     """The number of texts in each forward pass of any model."""
     texts = []
-    run = Reader._run
+    run = ModelRunner._run
 
     def counted(self, passes, *rest):
         texts.append(len(passes))
         return run(self, passes, *rest)
 
-    monkeypatch.setattr(Reader, "_run", counted)
+    monkeypatch.setattr(ModelRunner, "_run", counted)
     return texts
 
 
@@ -125,12 +125,12 @@ def test_texts_that_write_at_the_same_time_share_their_passes(engine, forwards):
 
 def test_a_finished_request_leaves_at_once_and_the_next_takes_its_place(engine, forwards):
     """Texts of 2, 6, 2 and 2 tokens, two at a time: the second one's 6 passes are all that it takes."""
-    reader = Reader(engine.target)
+    runner = ModelRunner(engine.target)
 
     async def writing(count):
-        context = Context(reader)
+        context = CachedSequence(runner)
         for token in range(count):
-            await Pass(reader, context.row, [5 + token])
+            await Pass(runner, context.row, [5 + token])
         context.close()
         return count
 
@@ -141,22 +141,22 @@ def test_a_finished_request_leaves_at_once_and_the_next_takes_its_place(engine, 
 
 
 def test_a_row_is_clean_for_its_next_text(target):
-    reader = Reader(target)
-    first = Context(reader)
+    runner = ModelRunner(target)
+    first = CachedSequence(runner)
     first.read([7, 8, 9, 10])
     first.close()
-    second = Context(reader)
+    second = CachedSequence(runner)
     second.read([11, 12])
-    alone = Context(Reader(target))
+    alone = CachedSequence(ModelRunner(target))
     alone.read([11, 12])
-    torch.testing.assert_close(second.next_logits, alone.next_logits)
+    torch.testing.assert_close(second.last_logits, alone.last_logits)
 
 
 def test_wide_and_narrow_passes_are_not_padded_to_one_width(target, forwards):
-    reader = Reader(target)
-    rows = [reader.open() for _ in range(3)]
+    runner = ModelRunner(target)
+    rows = [runner.open() for _ in range(3)]
     widths = [40, 30, 1]
-    outputs = reader.forward([Pass(reader, row, range(5, 5 + width)) for row, width in zip(rows, widths, strict=True)])
+    outputs = runner.forward([Pass(runner, row, range(5, 5 + width)) for row, width in zip(rows, widths, strict=True)])
     assert forwards == [2, 1]
     assert all(output.logits.shape[0] == 1 for output in outputs)
 

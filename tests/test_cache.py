@@ -6,24 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parse.local.cache import PrefixCache
-from parse.local.runner import Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner
+from parse.local.sequence import CachedSequence
 from parse.scheduler import run
 from tests.conftest import random_model
 
 MODEL = random_model("llama", 60)
 
 
-def assert_same_cache(mine: Context, theirs: Context, tolerance: float = 1e-4) -> None:
+def assert_same_cache(mine: CachedSequence, theirs: CachedSequence, tolerance: float = 1e-4) -> None:
     """Both texts' keys and values, tensor by tensor."""
-    states = [context.reader.cache.states(context.row) for context in (mine, theirs)]
+    states = [context.runner.cache.states(context.row) for context in (mine, theirs)]
     for own, others in zip(*states, strict=True):
         for a, b in zip(own, others, strict=True):
             torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-def fresh() -> Context:
-    return Context(Reader(MODEL))
+def fresh() -> CachedSequence:
+    return CachedSequence(ModelRunner(MODEL))
 
 
 @settings(max_examples=15, deadline=None)
@@ -80,7 +80,7 @@ def test_becoming_another_text_equals_reading_it(after):
     plain = fresh()
     plain.read(after)
     assert context.ids == after
-    torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(context.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
     assert_same_cache(context, plain)
 
 
@@ -88,9 +88,9 @@ def test_becoming_a_text_reads_only_what_is_new(monkeypatch):
     context = fresh()
     context.read(list(range(20)))
     read = []
-    original = Reader.forward
+    original = ModelRunner.forward
     counted = lambda self, some, alone: (read.extend(len(one.ids) for one in some), original(self, some, alone))[1]
-    monkeypatch.setattr(Reader, "forward", counted)
+    monkeypatch.setattr(ModelRunner, "forward", counted)
     run(context.set_prefix([*range(15), 40, 41]))
     assert read == [2]
 

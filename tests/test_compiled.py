@@ -13,8 +13,8 @@ from parse import Engine
 from parse.layout import pack
 from parse.local.ahead import ANY, _place, trace
 from parse.local.compiled import WIDE, Compiled
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood, PromptVerifier
 from recipes.pair import load_engine
 from recipes.schema import load_recipe
@@ -44,11 +44,11 @@ def shallow(name):
     return make(name, num_hidden_layers=3 if name in MIXED else 2)
 
 
-def compiled_reader(model, counter, as_on_gpu=False, patience=0.0, wide=False) -> Reader:
+def compiled_runner(model, counter, as_on_gpu=False, patience=0.0, wide=False) -> ModelRunner:
     compiled = Compiled(model, patience, counter)
     compiled.graph = as_on_gpu
     compiled.pays["wide"] = as_on_gpu or wide
-    return Reader(model, frozenset([1]), compiled)
+    return ModelRunner(model, frozenset([1]), compiled)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
     """The same engine without and with compiled passes, and the counters of its models' graphs."""
     pair = [Engine(target, tokenizer, draft, tokenizer, verifier, segments=4, compile=False) for _ in range(2)]
     counters = {}
-    for role, reader in runners_of(pair[1]).items():
+    for role, runner in runners_of(pair[1]).items():
         counters[role] = Counter()
-        reader.compiled = Compiled(reader.model, 0.0, counters[role])
-        reader.compiled.graph = as_on_gpu
-        reader.compiled.pays["wide"] = as_on_gpu or role == "target"
+        runner.compiled = Compiled(runner.model, 0.0, counters[role])
+        runner.compiled.graph = as_on_gpu
+        runner.compiled.pays["wide"] = as_on_gpu or role == "target"
     return *pair, counters
 
 
@@ -76,25 +76,25 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
 def test_as_on_a_gpu_layers_are_compiled_once_on_every_architecture(name):
     """No graph breaks, one graph a kind of layer for packed passes of any size and one for steps, equal logits."""
     model, counter = shallow(name), Counter()
-    readers = compiled_reader(model, counter, True), Reader(model, frozenset([1]))
-    mine, plain = (Context(reader) for reader in readers)
+    runners = compiled_runner(model, counter, True), ModelRunner(model, frozenset([1]))
+    mine, plain = (CachedSequence(runner) for runner in runners)
     for context in (mine, plain):
         context.read(list(range(5, 18)))
     for n, ends in ((20, [5, 20]), (18, [4, 9]), (21, [21])):
         layout = pack(list(range(30, 30 + n)), ends, [20, 21], past=13)
         outputs = [
-            context.reader.forward([Pass(context.reader, context.row, layout.ids, layout, range(len(layout.ids)))])[0]
+            context.runner.forward([Pass(context.runner, context.row, layout.ids, layout, range(len(layout.ids)))])[0]
             for context in (mine, plain)
         ]
         torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-4, rtol=1e-4)
         for context in (mine, plain):
-            context.reader.cache.truncate(13 + n, context.row)
+            context.runner.cache.truncate(13 + n, context.row)
             context.ids = list(range(13 + n))
-            context.next_logits = None
+            context.last_logits = None
             context.read([7])
             context.write(4)
         assert mine.ids == plain.ids
-        torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
         assert_same_cache(mine, plain)
         for context in (mine, plain):
             context.rollback(13)
@@ -106,12 +106,12 @@ def test_as_on_a_gpu_states_are_those_of_a_plain_pass():
     """Though a pass that was asked for them leaves hooks within the layers, which no compiler can read."""
     model, counter = make("qwen3 moe"), Counter()
     outputs = []
-    for reader in (compiled_reader(model, counter, True), Reader(model)):
-        reader.forward([Pass(reader, reader.open(), [5, 6])])
+    for runner in (compiled_runner(model, counter, True), ModelRunner(model)):
+        runner.forward([Pass(runner, runner.open(), [5, 6])])
         layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=2)
-        wide = reader.forward([Pass(reader, 0, layout.ids, layout, with_states=True)])[0]
-        reader.cache.truncate(2)
-        outputs.append((wide, reader.forward([Pass(reader, 0, [9], with_states=True)])[0]))
+        wide = runner.forward([Pass(runner, 0, layout.ids, layout, with_states=True)])[0]
+        runner.cache.truncate(2)
+        outputs.append((wide, runner.forward([Pass(runner, 0, [9], with_states=True)])[0]))
     for mine, plain in zip(*outputs, strict=True):
         tensors = [[output.logits, *output.states] for output in (mine, plain)]
         torch.testing.assert_close(*tensors, atol=1e-4, rtol=1e-4)
@@ -122,23 +122,26 @@ def test_as_on_a_gpu_states_are_those_of_a_plain_pass():
 def test_as_on_a_gpu_other_numbers_of_texts_need_no_other_graph():
     """A size that a compiler takes for a number compiles again for each count of texts."""
     model, counter = make("qwen3"), Counter()
-    reader = compiled_reader(model, counter, True)
-    contexts = [Context(reader) for _ in range(16)]
+    runner = compiled_runner(model, counter, True)
+    contexts = [CachedSequence(runner) for _ in range(16)]
     for count in (16, 8, 5, 2):
-        prompts = [Pass(reader, c.row, [5, 6, 7]) for c in contexts[:count]]
-        reader.forward(prompts)
+        prompts = [Pass(runner, c.row, [5, 6, 7]) for c in contexts[:count]]
+        runner.forward(prompts)
         for _ in range(2):
-            reader.forward([Pass(reader, c.row, [9]) for c in contexts[:count]])
+            runner.forward([Pass(runner, c.row, [9]) for c in contexts[:count]])
     assert counter.graphs == 2  # wide passes and steps of many texts
-    reader.forward([Pass(reader, contexts[3].row, [5, 6])])  # one text, not in the first row
+    runner.forward([Pass(runner, contexts[3].row, [5, 6])])  # one text, not in the first row
     assert counter.graphs == 3
 
 
 def test_as_on_a_gpu_steps_of_a_model_with_flex_attention_take_dense_masks():
     model, counter = make("qwen3"), Counter()
     model.set_attn_implementation("flex_attention")
-    mine, plain = Context(compiled_reader(model, counter, True)), Context(Reader(make("qwen3"), frozenset([1])))
-    mine.reader.compiled.pays["wide"] = False
+    mine, plain = (
+        CachedSequence(compiled_runner(model, counter, True)),
+        CachedSequence(ModelRunner(make("qwen3"), frozenset([1]))),
+    )
+    mine.runner.compiled.pays["wide"] = False
     with torch.compiler.set_stance("force_eager"):
         mine.read(list(range(5, 18)))
     plain.read(list(range(5, 18)))
@@ -166,17 +169,20 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(shallow_pair, tok
     for batch_size in (1, 5):
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
     assert counters["draft"].graphs
-    for role, reader in runners_of(compiled).items():
+    for role, runner in runners_of(compiled).items():
         if as_on_gpu:
             assert counters[role].graphs <= 4  # packed passes and steps, of one text and of many
         else:
-            assert counters[role].graphs == len(reader.compiled.kept)
+            assert counters[role].graphs == len(runner.compiled.kept)
 
 
 @pytest.mark.parametrize("as_on_gpu", [False, True])
 def test_a_text_is_written_on_behind_the_last_key_of_a_bucket(as_on_gpu):
     model = random_model("llama", 60)
-    mine, alone = Context(compiled_reader(model, Counter(), as_on_gpu)), Context(Reader(model, frozenset([1])))
+    mine, alone = (
+        CachedSequence(compiled_runner(model, Counter(), as_on_gpu)),
+        CachedSequence(ModelRunner(model, frozenset([1]))),
+    )
     for context in (mine, alone):
         context.read([i % 50 + 5 for i in range(254)])  # buckets end at 256 keys, and on a CPU at 320
     stop = lambda ids: len(ids) == 20
@@ -188,35 +194,35 @@ def test_a_text_is_written_on_behind_the_last_key_of_a_bucket(as_on_gpu):
 def test_one_text_writes_on_while_another_waits():
     """Steps that follow each other leave the idle text where it is, at the end of the room that there is for keys."""
     model = random_model("llama", 60)
-    reader = compiled_reader(model, Counter())
-    reader.eos_ids = frozenset()
-    waiting, writing = Context(reader), Context(reader)
+    runner = compiled_runner(model, Counter())
+    runner.eos_ids = frozenset()
+    waiting, writing = CachedSequence(runner), CachedSequence(runner)
     long = [i % 50 + 5 for i in range(440)]  # of 512
     waiting.read(long)
     writing.read([5, 6, 7])
-    alone = Context(Reader(model))
+    alone = CachedSequence(ModelRunner(model))
     alone.read([5, 6, 7])
     assert writing.write(100) == alone.write(100)
     waiting.read([9])
     alone.rollback(0)
     alone.read([*long, 9])
-    torch.testing.assert_close(waiting.next_logits, alone.next_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(waiting.last_logits, alone.last_logits, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=5, deadline=None)
 @given(texts=st.lists(st.lists(st.integers(2, 59), min_size=1, max_size=40), min_size=1, max_size=6))
 def test_any_texts_are_stepped_as_each_alone(texts):
     model = random_model("gpt2", 60)
-    reader = compiled_reader(model, Counter())
-    contexts = [Context(reader) for _ in texts]
-    reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, texts, strict=True)])
-    outputs = reader.forward([Pass(reader, c.row, [7]) for c in contexts[::2]])
+    runner = compiled_runner(model, Counter())
+    contexts = [CachedSequence(runner) for _ in texts]
+    runner.forward([Pass(runner, c.row, ids) for c, ids in zip(contexts, texts, strict=True)])
+    outputs = runner.forward([Pass(runner, c.row, [7]) for c in contexts[::2]])
     for i, (context, ids) in enumerate(zip(contexts, texts, strict=True)):
-        alone = Context(Reader(model))
+        alone = CachedSequence(ModelRunner(model))
         alone.read(ids if i % 2 else [*ids, 7])  # the others were idle, and hold what they held
         assert_same_cache(context, alone)
         if i % 2 == 0:
-            torch.testing.assert_close(outputs[i // 2].logits[-1], alone.next_logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(outputs[i // 2].logits[-1], alone.last_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["counted", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -225,22 +231,22 @@ def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(kind):
     model, counter = random_model("llama", 60), Counter()
     backend = {"counted": counter, "inductor": "inductor"}[kind]
     model.config.max_position_embeddings = 1024
-    mine, plain = Context(compiled_reader(model, backend)), Context(Reader(model))
+    mine, plain = CachedSequence(compiled_runner(model, backend)), CachedSequence(ModelRunner(model))
     for context in (mine, plain):
         context.read(list(range(5, 45)))
     ids = [i % 50 + 5 for i in range(560)]
     for token in ids:
         mine.read([token])
     plain.read(ids)
-    torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
     assert_same_cache(mine, plain)
-    assert len(mine.reader.compiled.kept) == 1
+    assert len(mine.runner.compiled.kept) == 1
     assert counter.graphs == (kind != "inductor")
 
 
 def test_a_graph_is_made_for_a_number_of_threads():
     model, counter, before = random_model("llama", 60), Counter(), torch.get_num_threads()
-    context = Context(compiled_reader(model, counter))
+    context = CachedSequence(compiled_runner(model, counter))
     context.read([5, 6, 7])
     try:
         for threads in (1, 2, 1):
@@ -253,25 +259,25 @@ def test_a_graph_is_made_for_a_number_of_threads():
 
 def test_two_models_with_the_same_code_do_not_take_each_others_graphs():
     counter = Counter()  # one backend for both, as in earnest
-    readers = []
+    runners = []
     for seed in (0, 1):
         model = random_model("llama", 60, seed=seed)
-        readers.append(compiled_reader(model, counter))
-        mine, plain = Context(readers[-1]), Context(Reader(model))
+        runners.append(compiled_runner(model, counter))
+        mine, plain = CachedSequence(runners[-1]), CachedSequence(ModelRunner(model))
         for context in (mine, plain):
             context.read([5, 6, 7])
             context.read([8])
-        torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
     assert counter.graphs == 2
 
 
 def test_nothing_is_compiled_before_a_step_has_taken_its_patience():
     model, counter = random_model("llama", 60), Counter()
-    context = Context(compiled_reader(model, counter, patience=1e9))
+    context = CachedSequence(compiled_runner(model, counter, patience=1e9))
     context.read([5, 6, 7])
     context.write(5)
     assert not counter.graphs
-    context.reader.compiled.patience = sum(context.reader.compiled._waited.values())
+    context.runner.compiled.patience = sum(context.runner.compiled._waited.values())
     context.write(2)
     assert counter.graphs == 1
 
@@ -282,7 +288,7 @@ def test_what_does_not_pay_is_left_alone(monkeypatch):
     assert compiled.shape(1, 1, 70) == (1, 0)
     assert compiled.shape(5, 1, 70) == (16, 0)
     assert compiled.shape(1, 20, 70) == WIDE
-    compiled = compiled_reader(model, Counter(), as_on_gpu=True).compiled
+    compiled = compiled_runner(model, Counter(), as_on_gpu=True).compiled
     assert compiled.shape(3, 20, 280) == WIDE
     assert compiled.shape(2, 1, 280) == (2, 512)
     assert compiled.shape(1, 1, 70) == (1, 256)
@@ -301,15 +307,15 @@ def test_steps_of_few_layers_on_a_cpu_attend_in_loops_and_nobody_else_does(layer
     sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("llama", num_hidden_layers=layers, vocab_size=60, **sizes)
     model, counter = AutoModelForCausalLM.from_config(config).eval(), Counter()
-    readers = compiled_reader(model, counter, as_on_gpu), Reader(model)
+    runners = compiled_runner(model, counter, as_on_gpu), ModelRunner(model)
     outputs = []
-    for reader in readers:
-        contexts = [Context(reader) for _ in range(3)]
+    for runner in runners:
+        contexts = [CachedSequence(runner) for _ in range(3)]
         for context, length in zip(contexts, (9, 2, 5), strict=True):
             context.read(range(length))
-        if reader is readers[0]:
+        if runner is runners[0]:
             counter.operations.clear()  # of prompts
-        outputs.append([o.logits for o in reader.forward([Pass(reader, c.row, [7]) for c in contexts[1:]])])
+        outputs.append([o.logits for o in runner.forward([Pass(runner, c.row, [7]) for c in contexts[1:]])])
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     fused = any("scaled_dot_product" in operation for operation in counter.operations)
     assert counter.operations
@@ -321,7 +327,7 @@ def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
         raise RuntimeError("no C++ compiler here")
 
     model = random_model("llama", 60)
-    mine, plain = Context(compiled_reader(model, broken)), Context(Reader(model))
+    mine, plain = CachedSequence(compiled_runner(model, broken)), CachedSequence(ModelRunner(model))
     mine.read([5, 6, 7])
     plain.read([5, 6, 7])
     with pytest.warns(UserWarning, match=r"cannot be compiled here: it runs without: .*no C\+\+ compiler here") as seen:
@@ -335,7 +341,10 @@ def test_as_on_a_gpu_steps_are_recorded_where_the_compiler_fails():
         raise RuntimeError("no Triton here")
 
     model = random_model("llama", 60)
-    mine, plain = Context(compiled_reader(model, broken, True)), Context(Reader(model, frozenset([1])))
+    mine, plain = (
+        CachedSequence(compiled_runner(model, broken, True)),
+        CachedSequence(ModelRunner(model, frozenset([1]))),
+    )
     for context in (mine, plain):
         context.read([5, 6, 7])
     with warnings.catch_warnings(record=True) as seen:
@@ -346,8 +355,8 @@ def test_as_on_a_gpu_steps_are_recorded_where_the_compiler_fails():
         assert mine.write(270) == plain.write(270)  # into the next bucket
     (said,) = [str(warning.message) for warning in seen if "Triton" in str(warning.message)]
     assert "its steps are recorded as they are: " in said
-    assert len(mine.reader.cache.recorded) == 1  # that of the buffers that there are
-    assert mine.reader.compiled.pays == {"steps": True, "wide": True}
+    assert len(mine.runner.cache.recorded) == 1  # that of the buffers that there are
+    assert mine.runner.compiled.pays == {"steps": True, "wide": True}
 
 
 @pytest.mark.parametrize(
@@ -360,20 +369,20 @@ def test_as_on_a_gpu_steps_are_recorded_where_the_compiler_fails():
 )
 def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
     model, counter = shallow(name), Counter()
-    readers = compiled_reader(model, counter), Reader(model)
+    runners = compiled_runner(model, counter), ModelRunner(model)
     prompts = [list(range(5, 18 - i)) for i in range(texts)]
     for _ in range(3):
         outputs = []
-        for reader in readers:
-            contexts = [Context(reader) for _ in prompts]
-            reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
+        for runner in runners:
+            contexts = [CachedSequence(runner) for _ in prompts]
+            runner.forward([Pass(runner, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
             for token in (7, 9):
-                outputs += [o.logits for o in reader.forward([Pass(reader, c.row, [token]) for c in contexts])]
+                outputs += [o.logits for o in runner.forward([Pass(runner, c.row, [token]) for c in contexts])]
             for context in contexts:
                 context.close()
         for mine, plain in zip(outputs[: 2 * texts], outputs[2 * texts :], strict=True):
             torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
-    assert counter.graphs == len(readers[0].compiled.kept) == 1
+    assert counter.graphs == len(runners[0].compiled.kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -387,26 +396,26 @@ def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
 def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name, deep):
     """Prompts and packed passes, alone and together; of deep models, each of the layers that do the same made once."""
     model, counter = shallow(name), Counter()
-    mine, plain = compiled_reader(model, counter, wide=True), Reader(model)
+    mine, plain = compiled_runner(model, counter, wide=True), ModelRunner(model)
     mine.compiled._deep = deep
-    for reader in (mine, plain):
-        reader.forward([Pass(reader, reader.open(), [5, 6])])  # tells what a layer keeps
+    for runner in (mine, plain):
+        runner.forward([Pass(runner, runner.open(), [5, 6])])  # tells what a layer keeps
     layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=5)
     everything = range(len(layout.ids))
     for texts, with_states in ((1, False), (3, True)):
         outputs = []
-        for reader in (mine, plain):
-            reader.cache.truncate(0, 0)
-            rows = [0, *(reader.open() for _ in range(1, texts))]
-            read = [Pass(reader, row, list(range(7, 12 + row))) for row in rows]
-            outputs += [output.logits for output in reader.forward(read)]
+        for runner in (mine, plain):
+            runner.cache.truncate(0, 0)
+            rows = [0, *(runner.open() for _ in range(1, texts))]
+            read = [Pass(runner, row, list(range(7, 12 + row))) for row in rows]
+            outputs += [output.logits for output in runner.forward(read)]
             for row in rows:
-                reader.cache.truncate(5, row)
-            packed = [Pass(reader, row, layout.ids, layout, everything, with_states) for row in rows]
-            for output in reader.forward(packed):
+                runner.cache.truncate(5, row)
+            packed = [Pass(runner, row, layout.ids, layout, everything, with_states) for row in rows]
+            for output in runner.forward(packed):
                 outputs += [output.logits, *output.states]
             for row in rows[1:]:
-                reader.close(row)
+                runner.close(row)
         half = len(outputs) // 2
         for ours, theirs in zip(outputs[:half], outputs[half:], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -443,7 +452,7 @@ def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, m
     made = set()
     for seed in (0, 1):
         model = random_model("llama", 60, seed=seed)
-        mine, plain = (Context(reader) for reader in (compiled_reader(model, "inductor"), Reader(model)))
+        mine, plain = (CachedSequence(runner) for runner in (compiled_runner(model, "inductor"), ModelRunner(model)))
         for change in range(2):
             with torch.no_grad():
                 model.get_output_embeddings().weight += change
@@ -451,8 +460,8 @@ def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, m
                 context.rollback(0)
                 context.read([5, 6, 7])
                 context.read([8])
-            torch.testing.assert_close(mine.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
-        assert len(mine.reader.compiled.kept) == 1
+            torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
+        assert len(mine.runner.compiled.kept) == 1
         (library,) = (tmp_path / "parse").iterdir()
         made.add(library.stat().st_mtime_ns)
     assert len(made) == 1  # the second model found what the first one had made
@@ -486,5 +495,5 @@ def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(shallow_pair,
     assert not engine.models["draft"].runner.compiled.kept  # those of the draft not here
     for method in ("draft", "target", "draft"):
         engine.generate(PROMPTS[0], 4, method=method)
-    assert all(len(reader.compiled.kept) == 2 for reader in runners_of(engine).values())
+    assert all(len(runner.compiled.kept) == 2 for runner in runners_of(engine).values())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()} == made

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from parse import Engine
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from parse.local.speculation import speculating
 from parse.sampling import Sampling
 from parse.scheduler import Scheduler, run, run_together
@@ -26,8 +26,10 @@ MODELS = {
 TARGET = MODELS["same"]
 
 
-def contexts(proposer: str, prompt: list[int], ends: frozenset[int] = frozenset()) -> tuple[Context, Context]:
-    target, draft = (Context(Reader(model, ends)) for model in (TARGET, MODELS[proposer]))
+def contexts(
+    proposer: str, prompt: list[int], ends: frozenset[int] = frozenset()
+) -> tuple[CachedSequence, CachedSequence]:
+    target, draft = (CachedSequence(ModelRunner(model, ends)) for model in (TARGET, MODELS[proposer]))
     target.read(prompt)
     return target, draft
 
@@ -50,8 +52,8 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     written = run(speculating(target, draft, limit, Sampling(), lookahead, stop))
     assert written == alone.write(limit, stop=stop)
     assert target.ids == alone.ids
-    torch.testing.assert_close(run(target.knowing()), run(alone.knowing()), atol=1e-4, rtol=1e-4)
-    for mine, theirs in zip(target.reader.cache.states(), alone.reader.cache.states(), strict=True):
+    torch.testing.assert_close(run(target.next_logits()), run(alone.next_logits()), atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(target.runner.cache.states(), alone.runner.cache.states(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -68,59 +70,59 @@ def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read, every)
     stop = every and (lambda ids: len(ids) % every == 0)
     contexts = []
     for _ in range(2):
-        contexts.append(Context(Reader(TARGET, frozenset([end]))))
+        contexts.append(CachedSequence(ModelRunner(TARGET, frozenset([end]))))
         if read:
             contexts[-1].read(prompt)
         else:
-            run(contexts[-1].awaiting(prompt))
+            run(contexts[-1].defer(prompt))
     alone, watched = contexts
-    asked, forward = [], alone.reader.forward
-    alone.reader.forward = lambda some, alone: asked.append(alone) or forward(some, alone)
+    asked, forward = [], alone.runner.forward
+    alone.runner.forward = lambda some, alone: asked.append(alone) or forward(some, alone)
     seen = []
-    for _ in Scheduler().watch(watched.writing(limit, Sampling(), stop, lambda ids: seen.append(list(ids)))):
+    for _ in Scheduler().watch(watched.decode(limit, Sampling(), stop, lambda ids: seen.append(list(ids)))):
         pass
     written = alone.write(limit, Sampling(), stop)
     assert seen == [written.ids[: i + 1] for i in range(len(written.ids))]
     assert asked == [True] * len(asked)
     assert len(asked) <= 2 - read
     assert alone.ids == watched.ids
-    assert alone.waiting == watched.waiting
-    torch.testing.assert_close(run(alone.knowing()), run(watched.knowing()), atol=1e-4, rtol=1e-4)
+    assert alone.deferred == watched.deferred
+    torch.testing.assert_close(run(alone.next_logits()), run(watched.next_logits()), atol=1e-4, rtol=1e-4)
     assert_same_cache(alone, watched)
 
 
-@pytest.mark.parametrize("readers", [1, 2])
-def test_texts_that_run_together_write_on_to_where_one_of_them_stops(readers):
+@pytest.mark.parametrize("runners", [1, 2])
+def test_texts_that_run_together_write_on_to_where_one_of_them_stops(runners):
     """Each leaves when it is done. Those of two models write token by token, lest one be behind with its next pass."""
-    readers = [Reader(TARGET) for _ in range(readers)]
+    runners = [ModelRunner(TARGET) for _ in range(runners)]
     stops = [(9, lambda ids: len(ids) == 4), (7, None), (12, None)]
-    texts, asked = [Context(readers[i % len(readers)]) for i in range(3)], []
+    texts, asked = [CachedSequence(runners[i % len(runners)]) for i in range(3)], []
     for context in texts:
-        run(context.awaiting([5, 6, 7]))
-    for reader in readers:
-        forward = reader.forward
-        reader.forward = lambda some, alone, forward=forward: asked.append(len(some)) or forward(some, alone)
-    writing = (context.writing(limit, stop=stop) for context, (limit, stop) in zip(texts, stops, strict=True))
+        run(context.defer([5, 6, 7]))
+    for runner in runners:
+        forward = runner.forward
+        runner.forward = lambda some, alone, forward=forward: asked.append(len(some)) or forward(some, alone)
+    writing = (context.decode(limit, stop=stop) for context, (limit, stop) in zip(texts, stops, strict=True))
     written = dict(run_together(writing, at_once=3))
-    alone = Context(Reader(TARGET))
+    alone = CachedSequence(ModelRunner(TARGET))
     alone.read([5, 6, 7])
     ids = alone.write(12).ids
     assert [written[i].ids for i in range(3)] == [ids[:4], ids[:7], ids]
     assert [context.ids for context in texts] == [[5, 6, 7, *written[i].ids] for i in range(3)]
-    assert asked == ([3, 2, 1] if len(readers) == 1 else [*[2, 1] * 4, *[1] * 6])
+    assert asked == ([3, 2, 1] if len(runners) == 1 else [*[2, 1] * 4, *[1] * 6])
 
 
 def test_proposals_that_are_kept_save_passes(monkeypatch):
     target, draft = contexts("same", [5, 6, 7])
     passes = []
-    forward = Reader.forward
+    forward = ModelRunner.forward
 
     def counting(self, some, alone=False):
-        if self is target.reader:
+        if self is target.runner:
             passes.append(len(some[0].ids))
         return forward(self, some, alone)
 
-    monkeypatch.setattr(Reader, "forward", counting)
+    monkeypatch.setattr(ModelRunner, "forward", counting)
     run(speculating(target, draft, 20, Sampling(), lookahead=4))
     assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
 
@@ -138,14 +140,14 @@ def test_sampled_speculation_is_distributed_as_the_target(options, padding):
     scale = lambda logits: logits / logits.std()  # random models are too sure of themselves
     sample = Sampling(temperature / 4, **options, seed=3)
     target, draft = contexts("other", prompt)
-    target.next_logits = nothing(scale(target.next_logits), padding[0])
+    target.last_logits = nothing(scale(target.last_logits), padding[0])
     draft.read(prompt)
-    first_of_draft = nothing(scale(draft.next_logits), padding[1])
+    first_of_draft = nothing(scale(draft.last_logits), padding[1])
     counts = torch.zeros(60 + padding[0])
     for _ in range(trials):
         proposal = sample(first_of_draft)
-        counts[sample.settle(proposal, first_of_draft, target.next_logits)] += 1
-    expected = sample._probabilities(target.next_logits) * trials
+        counts[sample.settle(proposal, first_of_draft, target.last_logits)] += 1
+    expected = sample._probabilities(target.last_logits) * trials
     assert not counts[expected == 0].any()
     common = expected >= 5
     observed = [*counts[common].tolist(), counts[~common].sum().item()]
@@ -163,7 +165,7 @@ def test_whole_texts_are_sampled_as_by_the_target_alone():
         sample = Sampling(**ways, seed=seed)
         counts: dict[tuple[int, ...], int] = {}
         target, draft = contexts("other", prompt, ends)
-        logits = target.next_logits
+        logits = target.last_logits
         for _ in range(trials):
             target.rollback(len(prompt), logits)
             ahead = lambda: run(speculating(target, draft, 3, sample, lookahead))
@@ -203,6 +205,6 @@ def test_looking_ahead_in_another_vocabulary_is_refused(target, tokenizer, smoll
 
 
 def test_a_pass_keeps_the_logits_of_its_last_token_unless_told(target):
-    reader = Reader(target)
-    assert Pass(reader, 0, [5, 6, 7]).kept == [2]
-    assert list(Pass(reader, 0, [5, 6, 7], keep=[0, 1]).kept) == [0, 1]
+    runner = ModelRunner(target)
+    assert Pass(runner, 0, [5, 6, 7]).kept == [2]
+    assert list(Pass(runner, 0, [5, 6, 7], keep=[0, 1]).kept) == [0, 1]

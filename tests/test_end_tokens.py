@@ -29,8 +29,8 @@ def test_that_the_text_ends_counts_whichever_token_ends_it(smollm, ends):
     """SmolLM2 drafts for itself: it is sure that the answer ends, by its token 2, however many others may end it."""
     model, tokenizer = smollm
     engine = Engine(model, tokenizer, model, tokenizer, Likelihood("lowest", "segment"), compile=False)
-    for reader in runners_of(engine).values():
-        reader.eos_ids = frozenset(ends)
+    for runner in runners_of(engine).values():
+        runner.eos_ids = frozenset(ends)
     result = engine.generate(QUESTION, 24, threshold=0.0)[0]
     assert result.finish_reason == "stop"
     context = fresh_context(engine)

@@ -10,7 +10,7 @@ from eval.bench.fakes import endless
 from parse import Engine
 from parse.generation import accept
 from parse.local.model import LocalSequence
-from parse.local.runner import Reader
+from parse.local.runner import ModelRunner
 from parse.sampling import Sampling
 from parse.scheduler import run
 from parse.verifiers import Likelihood, Probe, PromptVerifier
@@ -126,7 +126,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     plain.read([*prompt, *drafted[:end]])
     assert context.ids == plain.ids
     assert_same_cache(context, plain)
-    torch.testing.assert_close(context.next_logits, plain.next_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(context.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=12, deadline=None)
@@ -194,9 +194,9 @@ def test_no_token_is_read_twice_and_the_last_ones_of_a_repair_with_the_next_draf
     everything = engine.generate(PROMPT, 40, threshold=0.0)[0].segments
     threshold = sorted(segment.confidence for segment in everything)[2]  # two segments are refused
     read = []
-    run = Reader._run
+    run = ModelRunner._run
     monkeypatch.setattr(
-        Reader,
+        ModelRunner,
         "_run",
         lambda self, passes, *rest: (
             (read.append(len(passes[0].ids)) if self.model is target else 0) or run(self, passes, *rest)
@@ -267,9 +267,9 @@ def test_the_next_draft_is_written_before_the_verdicts_are_waited_for(target, dr
     def noting(name, call):
         return lambda *arguments: (events.append(name), call(*arguments))[1]
 
-    for role, reader in runners_of(engine).items():
-        monkeypatch.setattr(reader, "_run", noting(role, reader._run))
-        monkeypatch.setattr(reader, "eos_ids", frozenset())
+    for role, runner in runners_of(engine).items():
+        monkeypatch.setattr(runner, "_run", noting(role, runner._run))
+        monkeypatch.setattr(runner, "eos_ids", frozenset())
     monkeypatch.setattr("parse.round.accept", noting("accept", accept))
     engine.generate(PROMPT, 12, threshold=0.0, horizon=4)
     # prompts, 4 tokens (the last waits), the packed pass, 4 ahead of its verdicts, ...; nothing ahead of the last ones
@@ -377,9 +377,9 @@ def test_an_answer_takes_the_weights_the_caches_and_little_more(smollm, monkeypa
     model, tokenizer = smollm
     probe = Probe(HazardHead(2 * model.config.hidden_size, 4).eval(), (10, 20))
     engine = Engine(model, tokenizer, model, tokenizer, probe, segments=10, compile=False)
-    for reader in runners_of(engine).values():
-        monkeypatch.setattr(reader, "eos_ids", frozenset())
+    for runner in runners_of(engine).values():
+        monkeypatch.setattr(runner, "eos_ids", frozenset())
     peak = peak_bytes(lambda: engine.generate("Tell me of the sea.", 150, threshold=0.0))
-    caches = sum(t.nbytes for reader in runners_of(engine).values() for pair in reader.cache.buffers() for t in pair)
+    caches = sum(t.nbytes for runner in runners_of(engine).values() for pair in runner.cache.buffers() for t in pair)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert peak + weights <= (weights + caches) * 1.15

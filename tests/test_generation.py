@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from eval.generation import FAILED, TooManyFailed, finish_all, in_threads, together, write_after, write_all
 from parse.local.model import LocalModel
-from parse.local.runner import Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner
+from parse.local.sequence import CachedSequence
 from recipes.schema import RecipeError
 
 
@@ -102,7 +102,7 @@ def test_what_a_model_writes_is_what_it_writes_alone(target):
     prompts = [[5, 9, 13], [7], [20, 21, 22, 23]]
     written = write_all(model, prompts, limit=6, at_once=2, what="texts")
     for ids, text in zip(prompts, written, strict=True):
-        context = Context(Reader(target, frozenset([1])))
+        context = CachedSequence(ModelRunner(target, frozenset([1])))
         context.read(ids)
         assert context.write(6) == text
 

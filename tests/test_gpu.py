@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from parse import Engine
 from parse.layout import pack
 from parse.local.compiled import Compiled
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood, PromptVerifier
 from tests.conftest import MODELS, runners_of
 from tests.test_batch import PROMPTS, assert_same_answers
@@ -37,9 +37,9 @@ def test_cuda_graphs_and_compiled_layers_give_the_same_answers(plain, compiled, 
     expected = plain.generate(PROMPTS, 40, batch_size=batch_size, **ways)
     for _ in range(2):  # the second time graphs are replayed
         assert_same_answers(compiled.generate(PROMPTS, 40, batch_size=batch_size, **ways), expected)
-    for role, reader in runners_of(compiled).items():
-        assert reader.cache.recorded or (role, ways) == ("draft", {"method": "target"})
-        assert all(reader.compiled.pays.values())  # no compilation failed
+    for role, runner in runners_of(compiled).items():
+        assert runner.cache.recorded or (role, ways) == ("draft", {"method": "target"})
+        assert all(runner.compiled.pays.values())  # no compilation failed
 
 
 def test_heads_that_share_keys_attend_as_they_do_uncompiled():
@@ -49,15 +49,15 @@ def test_heads_that_share_keys_attend_as_they_do_uncompiled():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).cuda().eval()
     outputs = []
-    for reader in (Reader(model, compiled=Compiled(model, patience=0.0)), Reader(model)):
-        contexts = [Context(reader) for _ in range(3)]
+    for runner in (ModelRunner(model, compiled=Compiled(model, patience=0.0)), ModelRunner(model)):
+        contexts = [CachedSequence(runner) for _ in range(3)]
         for context, length in zip(contexts, (40, 90, 7), strict=True):
             context.read(list(range(5, 5 + length)))
         layout = pack(list(range(30, 80)), [9, 50], [20, 21], past=40)
         keep = range(len(layout.ids))
-        logits = reader.forward([Pass(reader, contexts[0].row, layout.ids, layout, keep, with_states=True)])[0].logits
-        reader.cache.truncate(90, contexts[0].row)
-        steps = reader.forward([Pass(reader, context.row, [9]) for context in contexts])
+        logits = runner.forward([Pass(runner, contexts[0].row, layout.ids, layout, keep, with_states=True)])[0].logits
+        runner.cache.truncate(90, contexts[0].row)
+        steps = runner.forward([Pass(runner, context.row, [9]) for context in contexts])
         outputs.append([logits, *(step.logits for step in steps)])
     torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-3)
 

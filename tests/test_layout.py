@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parse.layout import pack, stack_layouts, visible
-from parse.local.runner import Pass, Reader
+from parse.local.runner import ModelRunner, Pass
 from tests.conftest import random_model
 
 
@@ -43,9 +43,9 @@ def test_packed_pass_equals_separate_passes(kind, case, past, suffix, data):
     tokens = st.lists(st.integers(0, 59), min_size=past + n + suffix, max_size=past + n + suffix)
     drawn = data.draw(tokens)
     prompt, draft, tail = drawn[:past], drawn[past : past + n], drawn[past + n :]
-    reader, layout = Reader(model), pack(draft, ends, tail, past)
-    reader.forward([Pass(reader, 0, prompt)])
-    logits = reader.forward([Pass(reader, 0, layout.ids, layout, range(len(layout.ids)))])[0].logits
+    runner, layout = ModelRunner(model), pack(draft, ends, tail, past)
+    runner.forward([Pass(runner, 0, prompt)])
+    logits = runner.forward([Pass(runner, 0, layout.ids, layout, range(len(layout.ids)))])[0].logits
     with torch.inference_mode():
         plain = model(torch.tensor([prompt + draft])).logits[0, past:]
         torch.testing.assert_close(logits[:n], plain, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from parse.local.linear import FEW, NEAR, _FewRows, few_rows, linears
-from parse.local.runner import Pass, Reader
+from parse.local.runner import ModelRunner, Pass
 from tests.conftest import random_model
 
 
@@ -86,11 +86,11 @@ def test_layers_and_weights_of_other_kinds_stay_themselves() -> None:
 
 def test_layers_of_few_rows_use_it_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a wide pass the head alone: it reads what logits are asked for."""
-    reader, asked, by_blas = Reader(random_model("llama", 80)), list[int](), _FewRows._by_blas
+    runner, asked, by_blas = ModelRunner(random_model("llama", 80)), list[int](), _FewRows._by_blas
     monkeypatch.setattr(_FewRows, "_by_blas", lambda layer, x: asked.append(len(x)) or by_blas(layer, x))
-    count, row = len(linears(reader.model)), reader.open()
+    count, row = len(linears(runner.model)), runner.open()
     for width, expected in ((FEW + 1, [3]), (1, [1] * count), (FEW, [*[FEW] * (count - 1), 3])):
         asked.clear()
-        reader.forward([Pass(reader, row, list(range(1, width + 1)), keep=range(min(width, 3)))])
+        runner.forward([Pass(runner, row, list(range(1, width + 1)), keep=range(min(width, 3)))])
         assert asked == expected
-    assert type(reader.model.get_output_embeddings()) is nn.Linear
+    assert type(runner.model.get_output_embeddings()) is nn.Linear

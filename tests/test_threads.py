@@ -67,7 +67,7 @@ def test_nothing_is_compiled_while_another_thread_uses_a_model(engine):
 
 
 def rows_in_use(engine):
-    return [reader.cache.window.rows - len(reader._free) for reader in runners_of(engine).values()]
+    return [runner.cache.window.rows - len(runner._free) for runner in runners_of(engine).values()]
 
 
 def test_abandoned_streams_give_their_rows_back(engine):
@@ -79,7 +79,7 @@ def test_abandoned_streams_give_their_rows_back(engine):
         engine.stream(PROMPT, max_new_tokens=24, threshold=0.05)  # never begun
     gc.collect()
     assert rows_in_use(engine) == [0, 0]
-    assert [reader.cache.window.rows for reader in runners_of(engine).values()] == [1, 1]
+    assert [runner.cache.window.rows for runner in runners_of(engine).values()] == [1, 1]
 
 
 @pytest.mark.parametrize(("prompts", "batch_size"), [(PROMPTS, 1), (PROMPTS, 4), (PROMPT, 1)])

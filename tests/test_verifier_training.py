@@ -73,7 +73,7 @@ def test_the_adapter_leaves_what_was_read_bit_by_bit(name, tokenizer):
         context = fresh_context(engine)
         context.read(prompt)
         evidence, behind = run(packed_evidence(context, Written(draft, ended=False), ends, needs))
-        caches.append([part for layer in context.reader.cache.states(context.row) for part in layer])
+        caches.append([part for layer in context.runner.cache.states(context.row) for part in layer])
         logits.append(behind)
         states.append(evidence.suffix_states)
     # where suffixes choose other experts, these multiply other rows at a time: equal but for rounding
@@ -232,7 +232,7 @@ def test_layers_are_chosen_by_what_they_know_of_held_out_prompts():
     section = ProbeSection(epochs=40, learning_rate=1e-2, blocks=0)
     chosen = choose_layers(ProbeData(two_layers(200, 1), two_layers(80, 2), (3, 5), section, 0.01))
     assert 5 in chosen.layers
-    one = ProbeData(two_layers(3, 1), two_layers(3, 2), (3, 5), section, 0.01).reading(5)
+    one = ProbeData(two_layers(3, 1), two_layers(3, 2), (3, 5), section, 0.01).of_layer(5)
     assert torch.equal(one.train_set[2].evidence.states, planted(3, 1)[2].evidence.states)
     assert one.layers == (5,)
 
@@ -378,7 +378,7 @@ def assert_base_is_untouched(engine, adapter, draft):
         context = fresh_context(engine)
         context.read(draft.context_ids)
         run(packed_evidence(context, Written(draft.ids, draft.ended), draft.ends, needs))
-        states.append([part for layer in context.reader.cache.states(context.row) for part in layer])
+        states.append([part for layer in context.runner.cache.states(context.row) for part in layer])
     for mine, theirs in zip(*states, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)  # in few rows rounded otherwise
 

@@ -210,7 +210,7 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, toke
     engine = Engine(model, tokenizer, verifier=verifier, compile=False)
     context = fresh_context(engine)
     prompt = [token % 50 + 5 for token in range(200)]
-    run(context.reading(prompt) if read_before else context.awaiting(prompt))
+    run(context.prefill(prompt) if read_before else context.defer(prompt))
     peak = peak_bytes(lambda: run(examining(engine, context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others

@@ -44,7 +44,7 @@ class ProbeData:
 
         return fit(make, self.train_set, self.held_out, section, self.max_accuracy_loss, "probe", log, title)
 
-    def reading(self, layer: int) -> ProbeData:
+    def of_layer(self, layer: int) -> ProbeData:
         """The same with the states of one of the layers alone."""
         place = self.layers.index(layer)
 
@@ -64,7 +64,7 @@ class ProbeData:
 def choose_layers(data: ProbeData) -> ProbeData:
     """The data with all of its layers, or with the one by which a short training is nearer to the held-out labels."""
     trial = replace(data.section, epochs=max(1, round(TRIAL * data.section.epochs)))
-    among = [data, *(data.reading(layer) for layer in data.layers if len(data.layers) > 1)]
+    among = [data, *(data.of_layer(layer) for layer in data.layers if len(data.layers) > 1)]
     losses = [
         replace(one, section=trial).fit(f"probe of layers {', '.join(map(str, one.layers))}").least_loss
         for one in among

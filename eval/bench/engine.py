@@ -20,8 +20,8 @@ from eval.bench.fakes import MODELS_LABEL, Scripted, ScriptedEngine, endless, st
 from eval.bench.models import load_pair, load_smollm2
 from parse import Engine
 from parse.layout import pack
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from recipes.pair import with_layers
 from recipes.progress import progress_bar
 
@@ -92,7 +92,7 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
         its time over a prefill of the draft alone, over a prefill of as many tokens, and the time of K passes
         one after the other, each reusing the cache, over its own.
     """
-    ratio = take_turns(pass_ways(Reader(model), n, k, s, batch), repeats)
+    ratio = take_turns(pass_ways(ModelRunner(model), n, k, s, batch), repeats)
     return {
         "verify_over_prefill": ratio("packed", "prefill"),
         "verify_over_equal_prefill": ratio("packed", "equal"),
@@ -101,37 +101,37 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
     }
 
 
-def pass_ways(reader: Reader, n: int, k: int, s: int, batch: int) -> dict[str, Callable[[], None]]:
+def pass_ways(runner: ModelRunner, n: int, k: int, s: int, batch: int) -> dict[str, Callable[[], None]]:
     """A packed pass, and what it is compared with, behind prompts that are read here.
 
     The packed pass gives the logits behind every cut and every suffix, a plain one those behind its last token.
     "evidence" is the packed pass with the logits of all draft tokens, which verifiers of the free evidence read.
     """
-    draft, suffix = some_prompts(reader.model, 1, n)[0], some_prompts(reader.model, 1, s)[0]
+    draft, suffix = some_prompts(runner.model, 1, n)[0], some_prompts(runner.model, 1, s)[0]
     ends = [n * (i + 1) // k for i in range(k)]
-    equal = [*draft, *some_prompts(reader.model, 1, k * s)[0]]
-    contexts = [Context(reader) for _ in range(batch)]
-    prompts = some_prompts(reader.model, batch)
-    reader.forward([Pass(reader, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
+    equal = [*draft, *some_prompts(runner.model, 1, k * s)[0]]
+    contexts = [CachedSequence(runner) for _ in range(batch)]
+    prompts = some_prompts(runner.model, batch)
+    runner.forward([Pass(runner, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
 
     def forget(length: int = PROMPT_TOKENS) -> None:
         for context in contexts:
-            reader.cache.truncate(length, context.row)
+            runner.cache.truncate(length, context.row)
 
     def plain(ids: list[int]) -> None:
-        reader.forward([Pass(reader, context.row, ids) for context in contexts])
+        runner.forward([Pass(runner, context.row, ids) for context in contexts])
         forget()
 
     def packed(all_tokens: bool) -> None:
         layout = pack(draft, ends, suffix, past=PROMPT_TOKENS)
         keep = [*(range(n) if all_tokens else (end - 1 for end in ends)), *layout.last_suffix]
-        reader.forward([Pass(reader, context.row, layout.ids, layout, keep) for context in contexts])
+        runner.forward([Pass(runner, context.row, layout.ids, layout, keep) for context in contexts])
         forget()
 
     def sequential() -> None:
         for start, stop in pairwise([0, *ends]):
             ids = [*draft[start:stop], *suffix]
-            reader.forward([Pass(reader, context.row, ids) for context in contexts])
+            runner.forward([Pass(runner, context.row, ids) for context in contexts])
             forget(PROMPT_TOKENS + stop)
         forget()
 

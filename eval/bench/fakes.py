@@ -24,7 +24,7 @@ import parse.round
 from parse import Engine
 from parse.local.graphs import GROUPED, attending, grouped_attention
 from parse.local.model import LocalModel, LocalSequence
-from parse.local.runner import Reader
+from parse.local.runner import ModelRunner
 from parse.round import Round
 from parse.sampling import Sampling, Written
 from parse.scheduler import run
@@ -136,7 +136,7 @@ class Stopwatch:
         return timing
 
     def reading(self, role: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A reader's call, which sets the role of the passes inside."""
+        """A runner's call, which sets the role of the passes inside."""
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             self.role = role
@@ -145,7 +145,7 @@ class Stopwatch:
         return noting
 
 
-def runners_of(engine: Engine) -> dict[str, Reader]:
+def runners_of(engine: Engine) -> dict[str, ModelRunner]:
     """What runs the passes of each of an engine's models."""
     return {role: model.runner for role, model in engine.models.items()}
 
@@ -155,17 +155,17 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
     """Times the parts of an engine."""
     watch = Stopwatch()
     patches: list[tuple[Any, str, Any]] = []
-    for model in {reader.model for reader in runners_of(engine).values()}:
+    for model in {runner.model for runner in runners_of(engine).values()}:
         step = watch.timed(MODELS_LABEL, model.forward, lambda **inputs: inputs["input_ids"].shape[1] > 1)
         patches.append((model, "forward", step))
-    for role, reader in runners_of(engine).items():
-        patches.append((reader, "forward", watch.reading(role, reader.forward)))
-        if reader.compiled:
-            run = watch.timed(MODELS_LABEL, reader.compiled.run, lambda graph, arguments: arguments[0].shape[2] > 1)
-            patches.append((reader.compiled, "run", run))
+    for role, runner in runners_of(engine).items():
+        patches.append((runner, "forward", watch.reading(role, runner.forward)))
+        if runner.compiled:
+            run = watch.timed(MODELS_LABEL, runner.compiled.run, lambda graph, arguments: arguments[0].shape[2] > 1)
+            patches.append((runner.compiled, "run", run))
     for label, owner, name in (
-        ("numbers and masks", Reader, "_numbers"),
-        ("numbers and masks", Reader, "_step_numbers"),
+        ("numbers and masks", ModelRunner, "_numbers"),
+        ("numbers and masks", ModelRunner, "_step_numbers"),
         ("numbers and masks", parse.local.runner, "masks"),
         ("sampling", Sampling, "__call__"),
         ("packing and cutting", parse.local.model, "pack"),
@@ -184,8 +184,8 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
 def endless(engine: Engine) -> Iterator[None]:
     """Nothing that the engine's models write ends an answer, so that each has the tokens that were asked for."""
     with ExitStack() as stack:
-        for reader in runners_of(engine).values():
-            stack.enter_context(patch.object(reader, "eos_ids", frozenset()))
+        for runner in runners_of(engine).values():
+            stack.enter_context(patch.object(runner, "eos_ids", frozenset()))
         yield
 
 

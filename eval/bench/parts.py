@@ -32,8 +32,8 @@ from eval.bench.models import EMBEDDED
 from eval.bench.shared import FULL, Bench, Rows
 from parse import Engine, Generation
 from parse.local.loading import FLEX, SDPA
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from parse.scheduler import run_together
 
 ATTEMPTS = 3  # at a measurement in which nothing is compiled
@@ -108,26 +108,26 @@ def engine_speed(bench: Bench, rows: Rows) -> None:
         for role in ("target", "draft"):
             rows.note(table="steps", role=role, batch=batch, **_step(bench, role, batch))
     for i, (n, k, s) in enumerate(bench.sizes.passes):
-        rows.note(table="passes", N=n, K=k, S=s, **_packed(bench.reader("target"), n, k, s, bench.sizes.repeats))
+        rows.note(table="passes", N=n, K=k, S=s, **_packed(bench.runner("target"), n, k, s, bench.sizes.repeats))
         if i == 0:
             rows.note(table="split", N=n, K=k, S=s, **_split(bench, n, k, s))
 
 
 def _step(bench: Bench, role: str, batch: int) -> dict[str, float]:
     """A decoding step's seconds, its memory floor, and `generate`'s time over our loop's for as many tokens."""
-    sizes, reader = bench.sizes, bench.reader(role)
-    contexts = [Context(reader) for _ in range(batch)]
-    prompts = some_prompts(reader.model, batch, sizes.prompt)
+    sizes, runner = bench.sizes, bench.runner(role)
+    contexts = [CachedSequence(runner) for _ in range(batch)]
+    prompts = some_prompts(runner.model, batch, sizes.prompt)
 
     def loop(tokens: int) -> None:
-        passes = [Pass(reader, c.row, ids, more=tokens - 1) for c, ids in zip(contexts, prompts, strict=True)]
-        reader.forward(passes, alone=True)
+        passes = [Pass(runner, c.row, ids, more=tokens - 1) for c, ids in zip(contexts, prompts, strict=True)]
+        runner.forward(passes, alone=True)
         for context in contexts:
-            reader.cache.truncate(0, context.row)
+            runner.cache.truncate(0, context.row)
 
     ids = torch.tensor(prompts, device=bench.device)  # [B, L]
     length = {"min_new_tokens": sizes.written, "max_new_tokens": sizes.written}
-    model: Any = reader.model
+    model: Any = runner.model
 
     def generate() -> None:
         with torch.inference_mode():
@@ -141,7 +141,7 @@ def _step(bench: Bench, role: str, batch: int) -> dict[str, float]:
     seconds = seconds_of(ways, sizes.repeats)
     one, ours, theirs = (median(seconds[name]) for name in ways)
     step = (ours - one) / (sizes.written - 1)
-    floor = _bytes_of_step(reader, batch, sizes.prompt + sizes.written // 2) / _bandwidth(bench)
+    floor = _bytes_of_step(runner, batch, sizes.prompt + sizes.written // 2) / _bandwidth(bench)
     return {"step": step, "floor": floor, "floor_share": floor / step, "generate_over_ours": theirs / ours}
 
 
@@ -149,9 +149,9 @@ def _bandwidth(bench: Bench) -> float:
     return bench.figure("ceilings", "ceilings", "bandwidth") or float("nan")
 
 
-def _bytes_of_step(reader: Reader, batch: int, length: int) -> int:
+def _bytes_of_step(runner: ModelRunner, batch: int, length: int) -> int:
     """What a decoding step has to read: all weights but those of an embedding that is no head, and the caches."""
-    model, config = reader.model, reader.model.config
+    model, config = runner.model, runner.model.config
     weights = sum(weight.nbytes for weight in model.parameters())
     embedding: Any = model.get_input_embeddings()
     if not config.tie_word_embeddings:
@@ -165,23 +165,23 @@ def _cache_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
 
 
-def _packed(reader: Reader, n: int, k: int, s: int, repeats: int) -> dict[str, float]:
+def _packed(runner: ModelRunner, n: int, k: int, s: int, repeats: int) -> dict[str, float]:
     """A packed pass's seconds, over those of a prefill of as many tokens, and those of K passes over them."""
-    ways = pass_ways(reader, n, k, s, batch=1)
+    ways = pass_ways(runner, n, k, s, batch=1)
     seconds = seconds_of({name: ways[name] for name in ("packed", "equal", "sequential")}, repeats)
     packed, equal, sequential = (median(some) for some in seconds.values())
     return {"packed": packed, "over_equal": packed / equal, "sequential_over": sequential / packed}
 
 
-def _packed_alone(reader: Reader, n: int, k: int, s: int, repeats: int) -> float:
-    return median(seconds_of({"packed": pass_ways(reader, n, k, s, batch=1)["packed"]}, repeats)["packed"])
+def _packed_alone(runner: ModelRunner, n: int, k: int, s: int, repeats: int) -> float:
+    return median(seconds_of({"packed": pass_ways(runner, n, k, s, batch=1)["packed"]}, repeats)["packed"])
 
 
 def _split(bench: Bench, n: int, k: int, s: int) -> dict[str, float]:
     """A compiled packed pass's shares: attention, linear layers and head, each as it takes without; and the rest."""
-    whole = _packed_alone(bench.reader("target"), n, k, s, bench.sizes.repeats)
-    reader = bench.reader("target", compiled=False)
-    parts = split_of(reader.model, pass_ways(reader, n, k, s, batch=1)["packed"])
+    whole = _packed_alone(bench.runner("target"), n, k, s, bench.sizes.repeats)
+    runner = bench.runner("target", compiled=False)
+    parts = split_of(runner.model, pass_ways(runner, n, k, s, batch=1)["packed"])
     shares = {name: seconds / whole for name, seconds in parts.items()}
     return {"packed": whole, **shares, "rest": 1 - sum(shares.values())}
 
@@ -194,8 +194,8 @@ def _masks(bench: Bench, n: int, k: int, s: int) -> dict[str, float]:
         try:
             # on a CPU, as the tests: a compiled kernel would take half a minute to make
             with torch.compiler.set_stance("default" if model.device.type == "cuda" else "force_eager"):
-                reader = bench.reader("target", compiled=False)
-                seconds[name] = _packed_alone(reader, n, k, s, bench.sizes.repeats)
+                runner = bench.runner("target", compiled=False)
+                seconds[name] = _packed_alone(runner, n, k, s, bench.sizes.repeats)
         finally:
             model.set_attn_implementation(SDPA)
     return {**seconds, "flex_over_dense": seconds["flex"] / seconds["dense"]}
@@ -258,9 +258,9 @@ def _answers(bench: Bench, batch: int, **settings: Any) -> tuple[float, list[Gen
 def _compiled_so_far(engine: Engine) -> list[tuple[int, int]]:
     """What there is of compiled passes and of recorded steps, and where the buffers of those are."""
     made = []
-    for reader in runners_of(engine).values():
-        assert reader.compiled
-        kept = [*reader.compiled.kept.values(), *reader.cache.recorded.values()]
+    for runner in runners_of(engine).values():
+        assert runner.compiled
+        kept = [*runner.compiled.kept.values(), *runner.cache.recorded.values()]
         made += [(id(graph), len(kept)) for graph in kept]
     return made
 
@@ -297,9 +297,9 @@ def _peak_memory(bench: Bench) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     held = 0
-    for reader in runners_of(bench.engine).values():
-        held += sum(weight.nbytes for weight in reader.model.parameters())
-        held += sum(keys.nbytes + values.nbytes for keys, values in reader.cache.buffers())
+    for runner in runners_of(bench.engine).values():
+        held += sum(weight.nbytes for weight in runner.model.parameters())
+        held += sum(keys.nbytes + values.nbytes for keys, values in runner.cache.buffers())
     peak = torch.cuda.max_memory_allocated()
     return {"peak_gib": peak / 2**30, "peak_over_held": peak / held}
 

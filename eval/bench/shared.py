@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from eval.bench.fakes import Scripted, ScriptedEngine, runners_of
 from eval.bench.models import EMBEDDED
 from parse.local.compiled import Compiled
-from parse.local.runner import Reader
+from parse.local.runner import ModelRunner
 
 QWEN3: dict[str, Any] = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "rms_norm_eps": 1e-6}
 SMALL: dict[str, Any] = {"head_dim": 16, "num_key_value_heads": 2, "num_attention_heads": 4, "vocab_size": 600}
@@ -121,15 +121,15 @@ class Bench:
         script = Scripted((), suffix_ids=[7, 8, 9, 10], reads_draft=False)
         engine = ScriptedEngine(models[0], tokenizer, models[1], tokenizer, script, sizes.step, compile=True)
         if self.device.type == "cpu":  # the same way, but for what a GPU's compiler and CUDA graphs do
-            for reader in runners_of(engine).values():
-                reader.compiled = Compiled(reader.model, 0.0, backend=lambda graph, inputs, **_: graph)
-                reader.compiled.graph, reader.compiled.pays = True, {"steps": True, "wide": True}
+            for runner in runners_of(engine).values():
+                runner.compiled = Compiled(runner.model, 0.0, backend=lambda graph, inputs, **_: graph)
+                runner.compiled.graph, runner.compiled.pays = True, {"steps": True, "wide": True}
         return engine
 
-    def reader(self, role: str, compiled: bool = True) -> Reader:
-        """A reader of the "target" or the "draft" with a cache of its own; nothing that is written ends a text."""
+    def runner(self, role: str, compiled: bool = True) -> ModelRunner:
+        """A runner of the "target" or the "draft" with a cache of its own; nothing that is written ends a text."""
         shared = self.engine.models[role].runner
-        return Reader(shared.model, frozenset(), shared.compiled if compiled else None)
+        return ModelRunner(shared.model, frozenset(), shared.compiled if compiled else None)
 
     def figure(self, part: str, table: str, key: str, **where: Any) -> float | None:
         """A figure that an earlier part left, if it did."""

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from parse.layout import integers, pack
 from parse.local.compiled import PATIENCE, Compiled
 from parse.local.evidence import token_divergence, token_evidence
-from parse.local.runner import Pass, Reader
-from parse.local.sequence import Context
+from parse.local.runner import ModelRunner, Pass
+from parse.local.sequence import CachedSequence
 from parse.local.speculation import speculating
 from parse.model import OnToken, Proposer, Stop
 from parse.sampling import GREEDY, Sampling, Written
@@ -25,7 +25,7 @@ class LocalModel:
 
     provides: frozenset[str] = PROVIDED
 
-    def __init__(self, runner: Reader, tokenizer: Any = None) -> None:
+    def __init__(self, runner: ModelRunner, tokenizer: Any = None) -> None:
         self.runner, self.tokenizer = runner, tokenizer
 
     @classmethod
@@ -45,7 +45,7 @@ class LocalModel:
         """
         patience = 0.0 if compile else PATIENCE
         compiled = None if compile is False else Compiled(model, patience, width=width)
-        return cls(Reader(model, eos_ids, compiled, width), tokenizer)
+        return cls(ModelRunner(model, eos_ids, compiled, width), tokenizer)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -75,12 +75,12 @@ class LocalModel:
         """The same model over a cache of its own, which is given back with it."""
         mine = self.runner
         return type(self)(
-            Reader(mine.model, mine.eos_ids, mine.compiled if compiled else None, mine.width), self.tokenizer
+            ModelRunner(mine.model, mine.eos_ids, mine.compiled if compiled else None, mine.width), self.tokenizer
         )
 
     def warm_up(self, ids: Sequence[int]) -> None:
         """Compile steps and wide passes, by running each over a few of these tokens."""
-        text = Context(self.runner)
+        text = CachedSequence(self.runner)
         try:
             for width in (8, 1, 8):  # a cache's first pass is never compiled
                 text.read(ids[:width])
@@ -89,7 +89,7 @@ class LocalModel:
 
     async def logits(self, ids: Sequence[int], first: int = -1) -> Tensor:
         """The logits behind each token of a text from index `first` on, [len(ids) - first, V]."""
-        text = Context(self.runner)
+        text = CachedSequence(self.runner)
         try:
             return (await Pass(self.runner, text.row, ids, keep=range(first % len(ids), len(ids)))).logits
         finally:
@@ -105,7 +105,7 @@ class LocalSequence:
 
     def __init__(self, model: LocalModel, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> None:
         self.model, self.prompt_ids = model, list(prompt_ids)
-        self.text = Context(model.runner)
+        self.text = CachedSequence(model.runner)
         self.text.layers = layers
         self._boundary_logits: dict[int, Tensor] = {}  # [V] each, by the length of the text that they are behind
 
@@ -130,7 +130,7 @@ class LocalSequence:
         await self.text.set_prefix(prefix, self._boundary_logits)
         self._boundary_logits = {}
         if proposer is None:
-            return await self.text.writing(room, sampling, stop, on_token)
+            return await self.text.decode(room, sampling, stop, on_token)
         draft = cast(LocalSequence, proposer.sequence)
         draft._boundary_logits = {}
         return await speculating(self.text, draft.text, room, sampling, proposer.count, stop, on_token)
@@ -148,7 +148,9 @@ class LocalSequence:
         self.text.close()
 
 
-async def packed_evidence(text: Context, draft: Written, ends: Sequence[int], needs: Needs) -> tuple[Evidence, Tensor]:
+async def packed_evidence(
+    text: CachedSequence, draft: Written, ends: Sequence[int], needs: Needs
+) -> tuple[Evidence, Tensor]:
     """The packed pass: read a draft of N tokens behind a text, and collect what is needed to judge K prefixes.
 
     What of the text was not read yet goes first in the pass. Afterwards the cache holds the text and the whole draft;
@@ -160,9 +162,9 @@ async def packed_evidence(text: Context, draft: Written, ends: Sequence[int], ne
     if needs.context_states:
         text.layers = needs.layers
         text.read_again_from_known()
-    first, device = text.waiting, text.device
+    first, device = text.deferred, text.device
     w, n = len(first), len(draft.ids)
-    before = text.next_logits
+    before = text.last_logits
     assert before is not None or first, "the logits behind this text are neither known nor about to be"
     lead = int(w > 0)  # the logits behind what waited are those before the draft
     layout = pack([*first, *draft.ids], [w + end for end in ends], needs.suffix_ids, len(text.ids) - w)
@@ -171,7 +173,7 @@ async def packed_evidence(text: Context, draft: Written, ends: Sequence[int], ne
     verdicts = layout.last_suffix
     keep = [*read, *verdicts] if needs.adapter is None else list(read)
     with_states = bool(needs.layers) or needs.adapter is not None
-    output = await Pass(text.reader, text.row, layout.ids, layout, keep, with_states, needs.adapter)
+    output = await Pass(text.runner, text.row, layout.ids, layout, keep, with_states, needs.adapter)
     if before is None:
         before = output.logits[0]  # [V]
     drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
@@ -185,14 +187,14 @@ async def packed_evidence(text: Context, draft: Written, ends: Sequence[int], ne
         context_states = text.states[:length]  # [C, D * layers]
     text.has_read([*draft.ids, *layout.ids[w + n :]])
     text.rollback(length + n, behind[-1])
-    end_ids = sorted(text.reader.eos_ids) if draft.ended else []
+    end_ids = sorted(text.runner.eos_ids) if draft.ended else []
     log_prob = entropy = margin = torch.empty(0, device=device)
     if whole:
         log_prob, entropy, margin = token_evidence(before, drafted, integers(draft.ids).to(device), end_ids)
     divergence = None
     if needs.draft_logits is not None:
         compared = torch.cat([before[None], drafted])[: len(log_prob)]  # [M, V]
-        divergence = token_divergence(compared, needs.draft_logits, sorted(text.reader.eos_ids | needs.draft_end_ids))
+        divergence = token_divergence(compared, needs.draft_logits, sorted(text.runner.eos_ids | needs.draft_end_ids))
     states = [output.states[layer][w : w + n] for layer in needs.layers]  # [N, D] each
     evidence = Evidence(
         ends,

@@ -34,13 +34,13 @@ Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop b
 class Pass:
     """One text's part in a forward pass: tokens to read behind those that its row of the cache holds."""
 
-    runner: Reader
+    runner: ModelRunner
     row: int
     ids: Sequence[int]  # the T tokens; where there is a layout, its own
     layout: Layout | None = None  # a packed verification pass; None reads the tokens as they follow
     keep: Sequence[int] | None = None  # increasing indices of tokens whose logits are needed; None: the last one
     with_states: bool = False
-    adapted: PeftModel | None = None  # the reader's model under a LoRA that acts on the layout's suffixes alone
+    adapted: PeftModel | None = None  # the runner's model under a LoRA that acts on the layout's suffixes alone
     more: int = 0  # if nobody else waits, the most likely tokens may be written behind: so many at most,
     stop: Stop | None = None  # none that ends the text, and none behind which this, given all of them, stops
 
@@ -63,7 +63,7 @@ class Output:
 
 
 @dataclass
-class Reader:
+class ModelRunner:
     """A model and the texts that it reads at the same time, each in a row of one cache; for any number of threads."""
 
     model: PreTrainedModel
@@ -267,10 +267,10 @@ def check_packing(model: PreTrainedModel) -> None:
     """Raise ValueError unless a small packed pass gives what separate passes give: for architectures nobody tried."""
     ids = [token % model.config.vocab_size for token in range(7, 207, 10)]
     prompt, draft, suffix, ends = ids[:6], ids[6:16], ids[16:], (3, 7, 10)
-    reader = Reader(model)
-    reader.forward([Pass(reader, 0, prompt)])
+    runner = ModelRunner(model)
+    runner.forward([Pass(runner, 0, prompt)])
     layout = pack(draft, ends, suffix, past=len(prompt))
-    packed = reader.forward([Pass(reader, 0, layout.ids, layout, layout.last_suffix)])[0].logits  # [K, V]
+    packed = runner.forward([Pass(runner, 0, layout.ids, layout, layout.last_suffix)])[0].logits  # [K, V]
     rows = [[*prompt, *draft[:end], *suffix] for end in ends]
     with torch.inference_mode():
         alone = [

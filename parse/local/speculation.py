@@ -7,20 +7,21 @@ from collections.abc import Callable
 from torch import Tensor
 
 from parse.local.runner import Pass, Stop
-from parse.local.sequence import Context
+from parse.local.sequence import CachedSequence
 from parse.sampling import Sampling, Written
 
 
 async def speculating(
-    target: Context,
-    draft: Context,
+    target: CachedSequence,
+    draft: CachedSequence,
     limit: int,
     sample: Sampling,
     lookahead: int,
     stop: Stop | None = None,
     on_token: Callable[[list[int]], None] | None = None,
 ) -> Written:
-    """`Context.writing` of the target, the draft proposing `lookahead` tokens at a time: the same words, fewer passes.
+    """`CachedSequence.decode` of the target, the draft proposing `lookahead` tokens at a time: fewer passes.
+
 
     Each pass of the target reads the last token that it chose and the proposals behind it:
 
@@ -31,8 +32,8 @@ async def speculating(
     distributed as by the target alone, see `Sampling.settle`.
     """
     written: list[int] = []
-    token = sample(await target.knowing())
-    while token not in target.reader.eos_ids:
+    token = sample(await target.next_logits())
+    while token not in target.runner.eos_ids:
         written.append(token)
         if on_token:
             on_token(written)
@@ -40,15 +41,15 @@ async def speculating(
             target.append(token)
             return Written(written, ended=False)
         start = len(target.ids) + 1  # behind the token
-        await draft.set_prefix([each for each in (*target.ids, token) if each < draft.reader.vocabulary])
+        await draft.set_prefix([each for each in (*target.ids, token) if each < draft.runner.vocabulary])
         proposed, proposers = await _proposing(draft, min(lookahead, limit - len(written)), sample)
-        read = [token, *(t for t in proposed if t not in draft.reader.eos_ids)]  # the draft's end may only be the last
-        logits = (await Pass(target.reader, target.row, read, keep=range(len(read)))).logits  # [1 + read, V]
+        read = [token, *(t for t in proposed if t not in draft.runner.eos_ids)]  # the draft's end may only be the last
+        logits = (await Pass(target.runner, target.row, read, keep=range(len(read)))).logits  # [1 + read, V]
         target.has_read(read)
         kept = 0
         for proposal, proposer in zip(proposed, proposers, strict=True):
             token = sample.settle(proposal, proposer, logits[kept])
-            if token != proposal or token in target.reader.eos_ids or kept + 1 == len(read):
+            if token != proposal or token in target.runner.eos_ids or kept + 1 == len(read):
                 break  # the last: an end for the draft alone, not read yet
             kept += 1
             written.append(token)
@@ -63,16 +64,16 @@ async def speculating(
     return Written(written, ended=True)
 
 
-async def _proposing(draft: Context, count: int, sample: Sampling) -> tuple[list[int], list[Tensor]]:
+async def _proposing(draft: CachedSequence, count: int, sample: Sampling) -> tuple[list[int], list[Tensor]]:
     """Up to so many tokens from the draft, or to its end of sequence, and the logits [V] that each was drawn from."""
     tokens: list[int] = []
     proposers: list[Tensor] = []
     while len(tokens) < count:
-        logits = await draft.knowing()
+        logits = await draft.next_logits()
         token = sample(logits)
         tokens.append(token)
         proposers.append(logits)
-        if token in draft.reader.eos_ids:
+        if token in draft.runner.eos_ids:
             break
         draft.append(token)
     return tokens, proposers
