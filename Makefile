@@ -5,6 +5,7 @@
 # make lint         formatting, lint, types
 # make gpu          what only a GPU can show, in nine minutes: a table, and a JSON file in OUT (docs/results)
 # make results      docs/results.md out of the files in docs/results; RUNS="runs/NAME ..." adds those runs to them first
+# make docs         the guides as a site, in site/
 # Each sets up .venv by itself, once. With COVER=1 both kinds of tests take half as long again, and tell what of the code
 # they run, and fail where that is too little.
 
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
-.PHONY: quickstart smollm2 test slow lint gpu results clean
+.PHONY: quickstart smollm2 test slow lint gpu results docs clean
 
 quickstart: .venv/run.stamp
 	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train recipes/quickstart.yaml
@@ -37,11 +38,19 @@ OUT ?= docs/results
 gpu:
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m eval.bench gpu --out $(OUT) $(if $(RUN),--run $(RUN))
 
+docs: .venv/docs.stamp
+	$(BIN)/python -m recipes.reference
+	$(BIN)/mkdocs build --quiet --strict
+
+.venv/docs.stamp: .venv/run.stamp
+	PYTHON=$(PYTHON) bash install.sh docs
+	touch $@
+
 results: .venv/run.stamp
 	$(BIN)/python -m eval.results $(RUNS)
 
 clean:
-	rm -rf .venv runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/run.stamp: pyproject.toml constraints.txt install.sh
 	PYTHON=$(PYTHON) bash install.sh

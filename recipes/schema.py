@@ -118,8 +118,9 @@ class Data:
     check: Check = "contains"  # how an answer is compared with its `reference`, or a function of one's own that does
     system: Words | None = None  # the system's turn, where a row has none of its own
     fields: dict[Literal["prompt", "messages", "system", "reference", "split"], Words] = field(default_factory=dict)
-    shares: Shares = field(default_factory=lambda: Shares(answers=6, train=4, calibration=4, test=2))
-    max_rows: Count | None = None
+    # the rows' own names of these
+    shares: Shares = field(default_factory=lambda: Shares(answers=6, train=4, calibration=4, test=2))  # of the splits
+    max_rows: Count | None = None  # the first so many rows
     config: Words | None = None  # of a hub data set
     split: Words = "train"  # of a hub data set: all rows are read from it
 
@@ -132,7 +133,7 @@ class Server:
     model: Words | None = None  # its name there; None: the recipe's target
     concurrency: Annotated[int, Range(1, 4096)] = 32  # requests at a time, of each process
     timeout: Annotated[float, Range(0.001, 10**6)] = 600  # seconds a request may take
-    retries: Annotated[int, Range(0, 1000)] = 4
+    retries: Annotated[int, Range(0, 1000)] = 4  # of a request that fails
     key_variable: Variable = "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
 
 
@@ -140,8 +141,8 @@ class Server:
 class Answers:
     """What the target answers to the training prompts."""
 
-    prompts: Count = 480
-    batch_size: Count = 48
+    prompts: Count = 480  # how many the target answers
+    batch_size: Count = 48  # answers at a time
     source: Literal["target", "references"] = "target"  # "references": what the rows call right, not the target's words
     server: Server | None = None  # None: the engine here
     thinking: Literal["keep", "drop"] = "keep"  # "drop" leaves out what stands between <think> and </think>
@@ -162,7 +163,7 @@ class Distill:
 class Align:
     """The draft learns by LoRA where the target takes it up: see `train.align`."""
 
-    method: Literal["dpo", "on_policy"] = "dpo"
+    method: Literal["dpo", "on_policy"] = "dpo"  # pairs of preferred continuations, or the target's next tokens
     prompts: Count = 300  # whose rollouts give the pairs
     lora: dict[str, Any] = field(default_factory=dict)  # PEFT LoraConfig
     trainer: dict[str, Any] = field(default_factory=dict)  # TRL: DPOConfig or DistillationConfig
@@ -172,9 +173,9 @@ class Align:
 class Rollouts:
     """What the draft answers, and which of its prefixes the target can still finish rightly."""
 
-    train: Count = 2000  # prompts
-    calibration: Count = 400
-    test: Count = 400  # on which the verifier is measured
+    train: Count = 2000  # prompts that verifiers learn from
+    calibration: Count = 400  # prompts that the threshold is calibrated on
+    test: Count = 400  # prompts on which the verifier is measured
     minutes: Minutes | None = 60  # after which no other training prompt is taken up; they come last
     rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
     drafts: Count = 2  # of each training prompt: the greedy one, and others by sampling
@@ -188,14 +189,14 @@ class Rollouts:
     # the target compares with its own answer
     samples: Count = 1  # ways on from a prefix, of which the most decide; 1 is greedy
     recheck: Whole = 100  # labels to ask again, to know their noise
-    batch_size: Count = 48
+    batch_size: Count = 48  # prompts at a time
 
 
 @dataclass(frozen=True)
 class Fit:
     """How a trained verifier learns."""
 
-    epochs: Count
+    epochs: Count  # at most
     learning_rate: Rate
     batch_size: Count = 16  # drafts, over all processes
     error_weight: Annotated[float, Range(0.001, 1000)] = 1.0  # of a draft's first invalid cut beside its valid ones
@@ -242,28 +243,28 @@ class VerifierSection:
 class EngineSection:
     """How the engine answers; the arguments of `Engine.generate`, and `compile` of `Engine.from_pretrained`."""
 
-    max_new_tokens: Count = 512
-    policy: Literal["first_fail", "longest", "whole"] = "first_fail"
-    handback: Literal["segment", "never"] = "segment"
+    max_new_tokens: Count = 512  # of an answer
+    policy: Literal["first_fail", "longest", "whole"] = "first_fail"  # which of the judged prefixes are accepted
+    handback: Literal["segment", "never"] = "segment"  # after a repair the draft drafts again, or never
     horizon: Literal["segment"] | Count | None = None  # tokens that the draft writes at a time; None for whole answers
-    lookahead: Whole = 0
+    lookahead: Whole = 0  # tokens that the draft proposes at a time while the target writes
     compile: bool | None = True  # in evaluations: forward passes are compiled where that pays, before the first prompt
     target_options: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`, such as {device_map: auto}
-    draft_options: dict[str, Any] = field(default_factory=dict)
+    draft_options: dict[str, Any] = field(default_factory=dict)  # the same for the draft
 
 
 @dataclass(frozen=True)
 class Eval:
     """The end-to-end evaluation."""
 
-    prompts: Count = 200
+    prompts: Count = 200  # test prompts
     methods: list[Method] = field(default_factory=lambda: list(METHODS))
     concurrency: list[Annotated[int, Range(1, 4096)]] = field(default_factory=lambda: [1])  # requests at once; a table
     # each, the first one with plots and transcripts
     draft: Source | None = None  # the folders that are evaluated; None: the run's own
     verifier: Source | None = None
     speculation_draft: Source | None = None  # with the target's tokens, for "speculation"; None: the recipe's draft
-    warmup: Whole = 3
+    warmup: Whole = 3  # prompts that run twice
     threads: Threads | None = None  # CPU threads; None leaves torch's default
     sweep_prompts: Whole = 20  # on which PARSE is run at other thresholds too; 0 for none
 
@@ -272,8 +273,8 @@ class Eval:
 class Logging:
     """Where a run's figures go beside the console and its folder."""
 
-    wandb: Literal["online", "offline"] | None = None
-    project: Project = "parse"
+    wandb: Literal["online", "offline"] | None = None  # Weights & Biases; null: nothing leaves the machine
+    project: Project = "parse"  # there
     name: Label | None = None  # of the run there; None takes the recipe's
 
 
@@ -281,14 +282,16 @@ class Logging:
 class Recipe:
     """A whole experiment. Sections are the stages; what is above them is shared."""
 
-    name: Name
-    target: Source
+    name: Name  # of the run folder
+    target: Source  # the model that you serve: a folder, a hub id, or a PEFT folder
     draft: Source | NewDraft  # a checkpoint, or how to make one
     task: Source  # a task's name, a JSONL file, or a data set of the hub
-    segments: Literal["sentence", "line"] | Count = "sentence"  # see `parse.segments`
-    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
-    runs: Source = "runs"
-    stages: list[Stage] = field(default_factory=lambda: list(CHAIN))
+    segments: Literal["sentence", "line"] | Count = (
+        "sentence"  # where answers may be cut; a number: every so many tokens
+    )
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0  # of prompts, training and sampling
+    runs: Source = "runs"  # the folder of run folders
+    stages: list[Stage] = field(default_factory=lambda: list(CHAIN))  # what a run makes, in this order
     data: Data = field(default_factory=Data)
     pretrain: dict[Name, Pretrain] = field(default_factory=dict)
     answers: Answers = field(default_factory=Answers)
