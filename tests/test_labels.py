@@ -104,11 +104,11 @@ def test_a_target_compares_answers_where_there_is_no_checker(smollm):
     agreement = Agreement(engine, limit=12)
     prompts = [f"Name a {thing}." for thing in ("colour", "river", "bird", "metal", "planet", "tree", "fruit", "city")]
 
-    def run(many):
+    def together(many):
         finished = dict(run_together(many, 8))
         return [finished[i] for i in range(len(finished))]
 
-    noise = controls(agreement, prompts, run)
+    noise = controls(agreement, prompts, together)
     assert set(noise) == {"same_called_different", "different_called_same", "threshold"}
     assert all(0 <= value <= 1 for value in noise.values())
     assert noise["same_called_different"] + noise["different_called_same"] < 1  # better than a guess

@@ -17,7 +17,7 @@ from parse.local.model import packed_evidence
 from parse.sampling import Written
 from parse.scheduler import run
 from parse.segments import cut
-from parse.verifiers import Adapter, Evidence, Likelihood, Needs, Probe, PromptVerifier
+from parse.verifiers import Adapter, Evidence, Needs, Probe, PromptVerifier
 from parse.verifiers.adapter import adapt, suffix_of
 from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival
 from parse.verifiers.saved import fingerprint, load, save, tokenizer_hash
@@ -351,8 +351,9 @@ def test_an_adapter_for_something_else_is_refused(tmp_path, target, draft, token
 
 def check_training(engine, drafts, folder, section):
     """Train on labelled drafts, save, load, and judge in the packed pass as the trained one does."""
-    engine.verifier = Likelihood()
-    judged = gather(engine, [*map(up_to_first_invalid, drafts)], folder / "evidence", "train")
+    judged = gather(
+        engine, [*map(up_to_first_invalid, drafts)], Needs(token_logprobs=True), folder / "evidence", "train"
+    )
     before = fingerprint(engine.target)
     adapter = train_adapter(engine, judged, judged, section, 0.01)
     assert fingerprint(engine.target) == before
