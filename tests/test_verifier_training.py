@@ -17,7 +17,7 @@ from parse.local.model import packed_evidence
 from parse.sampling import Written
 from parse.scheduler import run
 from parse.segments import cut
-from parse.verifiers import Adapter, Evidence, Needs, Probe, PromptVerifier
+from parse.verifiers import Adapter, Evidence, Needs, Probe
 from parse.verifiers.adapter import adapt, suffix_of
 from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival
 from parse.verifiers.saved import fingerprint, load, save, tokenizer_hash
@@ -425,4 +425,3 @@ def test_an_adapter_on_the_shipped_target(tmp_path):
     section = AdapterSection(epochs=2, learning_rate=5e-3, batch_size=4, layers=2)
     adapter = check_training(engine, drafts, tmp_path, section)
     assert_base_is_untouched(engine, adapter, drafts[0])
-    assert isinstance(engine.verifier, PromptVerifier)
