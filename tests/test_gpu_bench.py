@@ -12,7 +12,7 @@ from eval import results
 from eval.bench import gpu
 from eval.bench.__main__ import main
 from eval.bench.parts import PARTS, Part
-from eval.bench.shared import FULL, Bench, Rows
+from eval.bench.shared import FULL, TINY, Bench, Rows
 from eval.bench.tables import COLUMNS, gpu_tables, markdown_table
 from tests.conftest import ROOT
 
@@ -44,6 +44,17 @@ def test_every_part_runs_with_tiny_shapes_anywhere_and_needs_little(tmp_path):
     assert "Whole answers by a script" in ran.stdout
     assert len([line for line in ran.stdout.splitlines() if "] " in line]) > 20  # a line a figure
     assert "No GPU has been measured yet" in results.document(tmp_path)  # tiny shapes are no measurement
+
+
+def test_parts_of_tiny_models_fill_their_tables_in_this_process_too():
+    bench = Bench(TINY, {"parts": {}}, None)
+    for part in PARTS:
+        if part.name != "tests":
+            rows = Rows(part.name, lambda: None)
+            part.run(bench, rows)
+            bench.record["parts"][part.name] = {"rows": list(rows)}
+            assert {row["table"] for row in rows} <= set(COLUMNS)
+            assert rows
 
 
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.judges import Checked
-from eval.tasks import ledger, restaurants
+from eval.tasks import draw_prompts, ledger, load_task, restaurants
+from eval.tasks.__main__ import main as write_rows
 from eval.tasks.restaurants import check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
 from eval.tasks.wordings import NAMES, NEAR, stated
 from parse import Engine
+from recipes.schema import Data, to_dict
 from recipes.vocabulary import byte_level_tokenizer
 from tests.conftest import random_model
 from train.labels import Labeller
@@ -279,3 +282,18 @@ def test_attributes_are_listed_as_people_state_them():
     located = [[each in ("area", "near") for each in some] for some in before]
     assert all(some == sorted(some, reverse=True) for some in located)
     assert len({tuple(order) for order in orders}) > 200
+
+
+def test_a_tasks_prompts_as_rows_of_a_file(tmp_path, capsys):
+    """Each with its split, none twice; and they are read as one's own prompts are."""
+    file = tmp_path / "new" / "rows.jsonl"
+    assert write_rows(["restaurants", str(file), "--rows", "30"]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert capsys.readouterr().out == f"30 prompts in {file}\n"
+    assert Counter(row["split"] for row in rows) == {"answers": 12, "train": 9, "calibration": 6, "test": 3}
+    assert len({row["prompt"] for row in rows}) == 30
+    task = load_task(str(file), to_dict(Data(check="eval.tasks.restaurants:check")))
+    assert len(draw_prompts(task, "test", 9, seed=0)) == 3
+    with pytest.raises(SystemExit):
+        write_rows(["restaurants", str(file), "--rows", "3"])
+    assert "--rows is 3: give 10 or more" in capsys.readouterr().err
