@@ -11,7 +11,7 @@ import torch
 
 from eval.bench import __main__ as command
 from eval.bench import engine as bench
-from eval.bench import fakes as instruments
+from eval.bench import fakes
 from eval.bench.engine import PROMPT
 from eval.bench.fakes import Scripted, ScriptedEngine, agreeing, endless, stopwatch, two_devices
 
@@ -135,7 +135,7 @@ def test_ratios_are_taken_within_a_turn(monkeypatch):
     """What drifts between turns is in both parts of each; the first turn warms up."""
     seconds = [9, 1, 1, 2, 40, 20, 300, 100]  # one, other; one, other; ...
     clock = iter([reading for took in seconds for reading in (0, took)])
-    monkeypatch.setattr(instruments, "perf_counter", lambda: next(clock))
-    ratio = instruments.take_turns({"one": lambda: None, "other": lambda: None}, repeats=3)
+    monkeypatch.setattr(fakes, "perf_counter", lambda: next(clock))
+    ratio = fakes.take_turns({"one": lambda: None, "other": lambda: None}, repeats=3)
     assert ratio("one", "other") == 2
     assert ratio("other", "one") == 1 / 2

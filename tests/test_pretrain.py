@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parse.local.loading import load_model
 from parse.verifiers import PromptVerifier
-from recipes.demo import verdicts as judging
+from recipes.demo import verdicts
 from recipes.demo.corpus import IGNORE, LessonBook, Lessons, Phase
 from recipes.demo.pretrain import _telling, _train
 from recipes.demo.verdicts import WRONG_WEIGHT, Judging, Packed, next_words, read, telling_loss, verdict_loss
@@ -97,22 +97,22 @@ def test_an_exit_layer_learns_the_answer_as_well(tokenizer):
 
 def test_judging_without_room_for_it_is_refused(tokenizer):
     section, words = target_section(), len(tokenizer)
-    judging.check("target", section, words)
-    judging.check("target", dataclasses.replace(section, exit_layer=None, judge_minutes=0), words)
+    verdicts.check("target", section, words)
+    verdicts.check("target", dataclasses.replace(section, exit_layer=None, judge_minutes=0), words)
     with pytest.raises(ValueError, match="exit_layer: 10 needs three layers above it.* use 1 to 9"):
-        judging.check("target", dataclasses.replace(section, exit_layer=10), words)
+        verdicts.check("target", dataclasses.replace(section, exit_layer=10), words)
     with pytest.raises(ValueError, match="judge_minutes: .*exit_layer, which is not given"):
-        judging.check("target", dataclasses.replace(section, exit_layer=None), words)
+        verdicts.check("target", dataclasses.replace(section, exit_layer=None), words)
     narrow = section.architecture | {"intermediate_size": 64}
     with pytest.raises(ValueError, match="intermediate_size: 64 is below the .* words"):
-        judging.check("target", dataclasses.replace(section, architecture=narrow), words)
+        verdicts.check("target", dataclasses.replace(section, architecture=narrow), words)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The target's section with seconds of everything."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # takes longer than the steps
-    monkeypatch.setattr(judging, "JUDGE", (Phase(1.0, (2, 3), "judge"),))
+    monkeypatch.setattr(verdicts, "JUDGE", (Phase(1.0, (2, 3), "judge"),))
     section = target_section(minutes=1e-6, judge_minutes=0.001, exit_layer=1, batch_size=2)
     section.architecture.update(num_hidden_layers=4, hidden_size=32, intermediate_size=256)
     return section

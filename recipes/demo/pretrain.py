@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from eval.tasks import ledger
 from parse.verifiers import PromptVerifier
-from recipes.demo import verdicts as judging
+from recipes.demo import verdicts
 from recipes.demo.corpus import LessonBook, Lessons, Phase, make_tokenizer
 from recipes.demo.timed import train_for
 from recipes.demo.verdicts import Packed, next_words, read, telling_loss
@@ -47,7 +47,7 @@ def run(recipe: Recipe, run: Run) -> None:
     """Write each model of the recipe's `pretrain` section to its `output` folder, in bfloat16."""
     tokenizer = make_tokenizer()
     for name, section in recipe.pretrain.items():
-        judging.check(name, section, len(tokenizer))
+        verdicts.check(name, section, len(tokenizer))
     for name, section in recipe.pretrain.items():
         model = _train(name, section, recipe.seed, tokenizer, run.folder / "pretrain")
         folder = Path(section.output)
@@ -88,7 +88,7 @@ def _train(
         told.with_suffix(".part").rename(told)
     if section.judge_minutes:
         book = LessonBook(Lessons(tokenizer, section.speaker, seed + 1), section.batch_size)
-        judging.Judging(name, model, book, section, PromptVerifier.of(tokenizer)).learn()
+        verdicts.Judging(name, model, book, section, PromptVerifier.of(tokenizer)).learn()
     plain.load_state_dict(model.state_dict())
     return plain
 
