@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from parse.sources import MODEL, OPTIONS, VERIFIER, find, read_recipe, without_code
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` and a mistyped option do not wait for them
-    from parse.answer import Generation, Segment
+    from parse.generation import Generation, Segment
     from parse.local.loading import Messages
 
 EXPECTED = (OSError, ValueError, RuntimeError, ImportError)  # what libraries raise for what users can mend
@@ -185,7 +185,7 @@ def _answer(prompts: list[str | Messages], given: dict[str, Any]) -> list[Genera
     """Answer the prompts; all that is given is checked before a model is loaded."""
     recipe = read_recipe(Path(given["run"])) if "run" in given else {}
 
-    from parse.answer import Settings
+    from parse.generation import Settings
     from parse.segments import check_segmenter
 
     names = {field.name for field in dataclasses.fields(Settings)}
