@@ -78,6 +78,11 @@ class Engine:
         """Where answers may be cut."""
         return self.pair.segments
 
+    @segments.setter
+    def segments(self, segments: Segmenter) -> None:
+        check_segmenter(segments)
+        self.pair.segments = segments
+
     @property
     def same_tokens(self) -> bool:
         """Whether draft and target have the same vocabulary."""
@@ -161,7 +166,7 @@ class Engine:
         batch_size: int = 16,
         raw: bool = False,
     ) -> list[Generation]:
-        """Answer prompts, many at once. Calls from several threads wait for each other.
+        """Answer prompts, many at once. Calls from several threads share batches.
 
         Args:
             prompts: text, chat messages, or a list of either. Text is asked as a user's turn where the
@@ -249,6 +254,8 @@ class Engine:
             if len(text) > shown:
                 yield text[shown:]
                 shown = len(text)
+        if rest := answer.text[shown:]:  # others may have run the last step
+            yield rest
 
     def generate_ids(
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
@@ -294,9 +301,10 @@ class Engine:
         verifier = verifier or self.need_verifier()
 
         async def judge() -> Tensor:
-            sequence = self.pair.target.open(prompt_ids)
+            needs = verifier.needs
+            sequence = self.pair.target.open(prompt_ids, needs.layers if needs.context_states else ())
             try:
-                evidence = await sequence.verify([], Written(list(draft_ids), ended=False), ends, verifier.needs)
+                evidence = await sequence.verify([], Written(list(draft_ids), ended=False), ends, needs)
                 return verifier.confidences(evidence)
             finally:
                 sequence.close()

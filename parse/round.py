@@ -7,6 +7,7 @@ answer, with threshold 0 it is the draft's.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -76,8 +77,7 @@ class Pair:
 
         stop: Stop | None = at_cut if horizon == "segment" else None
         if stops and stop is None:  # at the next cut, so that what is judged before it is the same as without
-            said = _says(stops, read, tokenizer)
-            stop = lambda written: at_cut(written) and said(written)
+            stop = _at_next(at_cut, _says(stops, read, tokenizer))
         if isinstance(horizon, int):
             room = min(room, horizon)
         return await draft.decode(read, room, sampling, stop)
@@ -94,6 +94,18 @@ def _says(stops: Sequence[str], before: Sequence[int], tokenizer: Any) -> Stop:
         return find_stop(text_of(last, tokenizer), stops) is not None
 
     return said
+
+
+def _at_next(cut_there: Stop, said: Stop) -> Stop:
+    """Stop at the first cut once something was said; asked at every token."""
+    seen = False
+
+    def stop_there(written: list[int]) -> bool:
+        nonlocal seen
+        seen = seen or said(written)
+        return seen and cut_there(written)
+
+    return stop_there
 
 
 def _either(one: Stop | None, other: Stop) -> Stop:
@@ -284,10 +296,13 @@ class Round:
     def _end_at_stop(self) -> int:
         """End the answer with the token that completes a stop string, where it holds one; how many were behind it."""
         stops, ids = self.settings.stop, self.ids
-        if not stops or find_stop(certain_text(ids, self.tokenizer), stops) is None:
+
+        def holds(count: int) -> bool:
+            return find_stop(certain_text(ids[:count], self.tokenizer), stops) is not None
+
+        if not stops or not holds(len(ids)):
             return 0
-        while find_stop(certain_text(self.ids[:-1], self.tokenizer), stops) is not None:
-            self.ids = self.ids[:-1]
+        self.ids = ids[: bisect_left(range(len(ids)), True, key=holds)]
         self.done = self.ended = True
         return len(ids) - len(self.ids)
 

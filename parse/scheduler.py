@@ -6,6 +6,7 @@ being advanced step by step, and awaits a call to a server in the same words as 
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -45,6 +46,7 @@ class Task(Generic[T]):
     steps: Steps[T]
     watched: bool = False  # somebody looks at it between its steps, so that they are kept small
     done: bool = False
+    cancelled: bool = False  # to be closed as soon as nothing runs
     wanted: Work | Future[Any] | None = None  # what it awaits
     _result: T | None = field(default=None, repr=False)
     _error: BaseException | None = field(default=None, repr=False)
@@ -62,12 +64,16 @@ class Task(Generic[T]):
 
     def advance(self, output: Any = None, error: BaseException | None = None) -> None:
         """Run to the next await, or to the end."""
+        self.wanted = None  # what was awaited is done, whatever happens now
         try:
             self.wanted = self.steps.throw(error) if error is not None else self.steps.send(output)
         except StopIteration as finished:
             self._finish(finished.value, None)
         except Exception as failure:
             self._finish(None, failure)
+        except BaseException as stop:  # Ctrl-C, in the thread that happens to run this
+            self._finish(None, Cancelled(f"stopped by {type(stop).__name__}"))
+            raise
 
     def close(self) -> None:
         """Stop where it stands; nothing happens where it is done."""
@@ -93,17 +99,23 @@ class Cancelled(Exception):
     """A request that was cancelled has no result."""
 
 
+def _runner_of(task: Task[Any]) -> Runner | None:
+    """Whose work a task awaits; None where it is done, or awaits a call."""
+    return None if task.wanted is None or isinstance(task.wanted, Future) else task.wanted.runner
+
+
 class Scheduler:
     """Runs tasks, at most so many at once; may be used from any number of threads.
 
     Whoever waits for a task runs steps for all. A task that fails or is cancelled leaves the others as they are.
     """
 
-    def __init__(self, max_running: int = 256) -> None:
+    def __init__(self, max_running: int = sys.maxsize) -> None:
         self.max_running = max_running
         self._waiting: deque[Task[Any]] = deque()
         self._running: list[Task[Any]] = []
         self._lock = RLock()
+        self._stepping = False
 
     def submit(self, steps: Steps[T], watched: bool = False) -> Task[T]:
         """Queue a coroutine; it begins with the next step that has room for it."""
@@ -113,9 +125,17 @@ class Scheduler:
         return task
 
     def cancel(self, task: Task[Any]) -> None:
-        """Stop a task, running or not."""
-        with self._lock:
-            task.close()
+        """Stop a task, running or not: at once, or at the end of the step that another thread runs.
+
+        It waits for no lock: an abandoned stream is cancelled by whatever thread collects it, amid whatever it does.
+        """
+        task.cancelled = True
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._stepping:
+                    task.close()
+            finally:
+                self._lock.release()
 
     def step(self) -> None:
         """Admit what there is room for, run one batch for each runner that somebody waits for, and advance the tasks.
@@ -123,38 +143,55 @@ class Scheduler:
         Where all of them wait for calls, the first of these ends before this returns.
         """
         with self._lock:
-            self._admit()
-            if calls := [task.wanted for task in self._running if isinstance(task.wanted, Future)]:
-                idle = len(calls) == len(self._running)
-                finished = wait(calls, timeout=None if idle else 0, return_when=FIRST_COMPLETED).done
-                for task in [task for task in self._running if task.wanted in finished]:
-                    self._take(task, task.wanted)  # type: ignore[arg-type]
-            working = [task for task in self._running if not task.done and not isinstance(task.wanted, Future)]
-            for runner in {id(task.wanted.runner): task.wanted.runner for task in working}.values():  # type: ignore[union-attr]
-                asking = [task for task in working if not task.done and task.wanted.runner is runner]  # type: ignore[union-attr]
-                self._run(runner, asking)
-            self._running = [task for task in self._running if not task.done]
+            before, self._stepping = self._stepping, True
+            try:
+                self._step()
+            finally:
+                self._stepping = before
+                for task in [*self._running, *self._waiting]:
+                    if task.cancelled:
+                        task.close()
+                self._running = [task for task in self._running if not task.done]
+
+    def _step(self) -> None:
+        self._admit()
+        calls = [task.wanted for task in self._running if isinstance(task.wanted, Future)]
+        if calls and len(calls) == len(self._running) and not any(call.done() for call in calls):
+            wait(calls, return_when=FIRST_COMPLETED)
+        for task in self._running:
+            if isinstance(task.wanted, Future) and task.wanted.done():
+                self._take(task, task.wanted)
+        runners = [_runner_of(task) for task in self._running]
+        for runner in {id(runner): runner for runner in runners if runner}.values():
+            self._run(runner, [task for task in self._running if _runner_of(task) is runner])
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_running:
             task = self._waiting.popleft()
             if not task.done:  # cancelled before it began
-                task.advance()
-            if not task.done:
                 self._running.append(task)
+                task.advance()
 
     def _take(self, task: Task[Any], call: Future[Any]) -> None:
-        error = call.exception()
-        task.advance(None if error else call.result(), error)
+        try:
+            output = call.result()
+        except Exception as error:  # also that it was cancelled
+            task.advance(error=error)
+        else:
+            task.advance(output)
 
     def _run(self, runner: Runner, tasks: list[Task[Any]]) -> None:
-        alone = all(task in tasks for task in self._running if not task.done) and not any(t.watched for t in tasks)
+        alone = len(tasks) == sum(not task.done for task in self._running) and not any(t.watched for t in tasks)
         try:
             outputs = runner.forward([task.wanted for task in tasks], alone)
         except Exception as error:
             for task in tasks:
                 task.advance(error=error)
             return
+        except BaseException:  # what it has done of the batch nobody knows
+            for task in tasks:
+                task.close()
+            raise
         for task, output in zip(tasks, outputs, strict=True):
             task.advance(output)
 

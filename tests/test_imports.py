@@ -39,12 +39,13 @@ def level(module):
 
 def test_every_module_that_is_imported_is_there():
     """Also within functions, where nothing else tells before they run."""
-    for file in [*modules().values(), *(ROOT / "tests").glob("*.py")]:
+    known = modules()
+    for file in [*known.values(), *(ROOT / "tests").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             own = {name for name in names if name.split(".")[0] in ("parse", "recipes", "eval", "train")}
-            assert own <= modules().keys(), f"{file.name} imports {', '.join(sorted(own - modules().keys()))}"
+            assert own <= known.keys(), f"{file.name} imports {', '.join(sorted(own - known.keys()))}"
 
 
 GRAPH = {name: imports(name, file, set(modules())) for name, file in modules().items()}

@@ -1,7 +1,7 @@
 """Many requests at once: each answer is what it is alone, whatever runs beside it, comes late or is cancelled."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -193,3 +193,72 @@ def test_a_cancelled_request_has_no_result():
     assert ended == [0]  # at once, and the other never began
     scheduler.step()
     assert adder.batches == [[0]]
+
+
+def test_streams_that_take_turns_lose_nothing(engine, alone):
+    """Whoever steps the scheduler may finish a stream that another one reads."""
+    texts = [engine.tokenizer.decode(alone(number, 0)) for number in range(3)]
+    streams = [engine.stream(PROMPTS[number], max_new_tokens=18, **WAYS[0]) for number in range(3)]
+    shown = [next(stream) for stream in streams]
+    shown[1] += "".join(streams[1])
+    engine.generate(PROMPTS[3], 18, method="target")
+    for index in (0, 2):
+        shown[index] += "".join(streams[index])
+    assert shown == texts
+
+
+def test_too_long_a_text_fails_alone(engine, alone):
+    """The others of its batch are answered."""
+    longest = engine.models["target"].context_length
+    answer = engine._start(*engine._encoded(PROMPT), engine.settings(max_new_tokens=18, **WAYS[0]))
+    good = engine.scheduler.submit(answer.answer())
+    with pytest.raises(ValueError, match=f"the model's context holds {longest}: shorten it"):
+        engine.verify([5] * (longest - 2), [6] * 8, [4, 8])
+    assert engine.scheduler.wait(good).token_ids == alone(0, 0)
+    assert all(runner.cache.window.rows == len(runner._free) for runner in runners_of(engine).values())
+
+
+class Interrupted(Adder):
+    """Ctrl-C comes within its second batch, when a part of it is done."""
+
+    def forward(self, works, alone=False):
+        super().forward(works, alone)
+        if len(self.batches) == 2:
+            raise KeyboardInterrupt
+        return [work.number + 1 for work in works]
+
+
+def test_ctrl_c_amid_a_batch_leaves_no_half_done_work_behind():
+    """What a batch has done nobody knows: its requests end, wherever they came from, and others go on."""
+    broken, adder, scheduler = Interrupted(), Adder(), Scheduler()
+    tasks = [scheduler.submit(counting(broken, number, 3)) for number in (0, 10)]
+    other = scheduler.submit(counting(adder, 100, 3))
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.wait(tasks[0])
+    for task in tasks:
+        with pytest.raises(Cancelled):
+            scheduler.wait(task)
+    assert scheduler.wait(other) == 103
+    assert broken.batches == [[0, 10], [1, 11]]
+
+
+def test_passes_and_calls_of_one_request_take_turns():
+    """Two runners, and a request that goes from a pass to a call and back; a call that is cancelled fails its own."""
+    adders, scheduler = (Adder(), Adder()), Scheduler()
+    with ThreadPoolExecutor(1) as threads:
+
+        async def mixed():
+            number = await Number(adders[0], 1)
+            number = await Call(threads.submit(lambda: number + 10))
+            return await Number(adders[1], number)
+
+        async def gone():
+            future = Future()
+            future.cancel()
+            await Call(future)
+
+        first, second, lost = (scheduler.submit(each) for each in (mixed(), counting(adders[1], 5, 6), gone()))
+        assert scheduler.wait(second) == 11
+        assert scheduler.wait(first) == 13
+        with pytest.raises(CancelledError):
+            scheduler.wait(lost)

@@ -72,3 +72,14 @@ def test_what_is_not_held_back_cannot_belong_to_a_stop_string(text, stops, more)
 def test_stop_strings_that_are_none(engine, stop):
     with pytest.raises(ValueError, match="stop="):
         engine.generate(PROMPT, 8, method="target", stop=stop)
+
+
+def test_a_draft_stops_at_the_first_cut_after_a_stop_string(target, draft, tokenizer):
+    """However long its sentence goes on: what follows would be written and judged for nothing."""
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=20, compile=False)
+    (plain,) = engine.generate(PROMPT, 60, threshold=0.0)
+    stop = engine.tokenizer.decode(plain.token_ids[:2])[-3:]
+    (result,) = engine.generate(PROMPT, 60, threshold=0.0, stop=stop)
+    assert len(plain.token_ids) > 40
+    assert result.stats.draft_tokens == 20
+    assert result.text == plain.text[: plain.text.find(stop)]

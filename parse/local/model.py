@@ -132,7 +132,6 @@ class LocalSequence:
         if proposer is None:
             return await self.text.decode(room, sampling, stop, on_token)
         draft = cast(LocalSequence, proposer.sequence)
-        draft._boundary_logits = {}
         return await speculating(self.text, draft.text, room, sampling, proposer.count, stop, on_token)
 
     async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:

@@ -45,6 +45,7 @@ class Pass:
     stop: Stop | None = None  # none that ends the text, and none behind which this, given all of them, stops
 
     def __await__(self) -> Generator[Pass, Output, Output]:
+        self.runner.check_length(self)  # here, where it fails its own request alone
         return (yield self)
 
     @property
@@ -111,7 +112,7 @@ class ModelRunner:
             ValueError: for a text that is longer than the model's context.
         """
         for one in passes:
-            self._check_length(one)
+            self.check_length(one)
         by_index: dict[int, Output] = {}
         with self._lock, attention_kernels(self._device):
             for group in _of_like_width(passes):
@@ -119,7 +120,7 @@ class ModelRunner:
             outputs = [by_index[i] for i in range(len(passes))]
             return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
 
-    def _check_length(self, one: Pass) -> None:
+    def check_length(self, one: Pass) -> None:
         """Refuse what is wrong without a word, or out of range, with positions that the model does not have."""
         past, layout = self.cache.lengths[one.row], one.layout
         length = past + (len(one.ids) if layout is None else layout.draft_length + layout.suffix_length)

@@ -18,7 +18,7 @@ class CachedSequence:
     """A text that a model reads: its tokens, its row of the runner's cache, and the logits of what follows.
 
     Its last tokens may wait: they are read in the pass that reads more, or when the logits behind them are needed.
-    What reads or writes is written as steps, see `parse.local.runner`; `read` and `write` run them alone.
+    What reads or writes is written as steps, see `parse.scheduler`; `read` and `write` run them alone.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
