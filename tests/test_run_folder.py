@@ -207,7 +207,7 @@ def test_every_stage_leaves_a_record_that_stays(copied, monkeypatch):
     assert {"target", "prompts"} <= set(record["stages"]["answers"]["read"])
     assert "notes.json" in record["stages"]["answers"]["wrote"]
     kept = load_recipe(run.folder / "recipe.yaml")  # of the last stage, not of an evaluation
-    assert (kept.answers.prompts, kept.eval.prompts) == (7, 50)
+    assert (kept.answers.prompts, kept.eval.prompts) == (7, 200)
 
 
 def test_what_is_not_the_runs_own_is_not_deleted(copied, tmp_path):
