@@ -44,6 +44,7 @@ def keep(run: Path, folder: Path) -> Path:
     content |= {"name": summary["name"], "seconds": seconds, "summary": summary}
     for key, path in {"verifier": "verifier/report.json", "labels": "rollouts/labels.json"}.items():
         content[key] = json.loads((run / path).read_text()) if (run / path).is_file() else None
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"run-{summary['name']}.json"
     write_text(file, json.dumps(content, indent=1) + "\n")
     return file

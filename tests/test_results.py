@@ -27,9 +27,9 @@ def run(tmp_path):
 
 
 def test_a_runs_figures_are_kept_with_machine_commit_and_date(run, tmp_path):
-    file = results.keep(run, tmp_path)
+    file = results.keep(run, tmp_path / "new")
     assert file.name == "run-of-mine.json"
-    text = results.document(tmp_path)
+    text = results.document(tmp_path / "new")
     assert "2026-01-02, commit aaaaaaaaaaaa, 2 cores, torch 9." in text
     assert "4 test prompts, one request at a time:" in text
     assert "4 test prompts, 8 requests at once:" in text
