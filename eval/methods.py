@@ -97,7 +97,7 @@ def _compile_draft(recipe: Recipe, ids: list[int], threads: int) -> None:
 
 def _compile(engine: Engine, role: str, ids: list[int]) -> None:
     """Run a model's steps and wide passes once, over a few tokens."""
-    engine.models[role].apart().warm_up(ids)
+    engine.models[role].with_own_cache().warm_up(ids)
 
 
 def compare(

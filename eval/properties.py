@@ -106,7 +106,7 @@ def foreign_accuracy(engine: Engine, task: Task | Rows, prompts: Sequence[Prompt
         [*engine.encode(prompt), *encode(prefix, add_special_tokens=False)]
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
-    plain = engine.models["target"].apart(compiled=False)  # not worth compiling for
+    plain = engine.models["target"].with_own_cache(compiled=False)  # not worth compiling for
     written = write_all(plain, ids, 256, 50, "foreign prefixes")
     return sum(
         answer.ended and task.check(prompt, f"{prefix} {engine.tokenizer.decode(answer.ids)}")

@@ -74,7 +74,9 @@ def examine(
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
         then: is called right after each pass; what it leaves out of the evidence takes no memory meanwhile.
     """
-    models = {role: model.apart(compiled=False) for role, model in engine.models.items()}  # the engine's own stay small
+    models = {
+        role: model.with_own_cache(compiled=False) for role, model in engine.models.items()
+    }  # the engine's own stay small
 
     async def judged(some: Sequence[Draft]) -> list[Judged]:
         target = models["target"].open(some[0].context_ids, needs.layers if needs.context_states else ())

@@ -71,6 +71,7 @@ class Engine:
 
     @verifier.setter
     def verifier(self, verifier: Verifier | None) -> None:
+        self.pair.check_verifier(verifier)
         self.pair.verifier = verifier
 
     @property

@@ -37,6 +37,21 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.same_tokens = self.draft is None or self.draft.tokenizer.get_vocab() == self.target.tokenizer.get_vocab()
+        self.check_verifier(self.verifier)
+
+    def check_verifier(self, verifier: Verifier | None) -> None:
+        """Refuse a verifier that needs what the target cannot give.
+
+        Raises:
+            ValueError: naming both.
+        """
+        missing = sorted(verifier.needs.parts - self.target.provides) if verifier else []
+        if verifier and missing:
+            given = ", ".join(sorted(self.target.provides)) or "nothing"
+            raise ValueError(
+                f"the verifier {verifier.kind!r} needs {', '.join(missing)}, and this target gives {given}: use "
+                "another kind of verifier, or a target on this machine"
+            )
 
     @property
     def draft_tokenizer(self) -> Any:

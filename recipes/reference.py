@@ -30,8 +30,12 @@ def page() -> str:
     return "\n".join([HEAD, *_section("", schema.Recipe)])
 
 
-def _section(name: str, cls: type) -> Iterator[str]:
-    """A section's table, then those of the sections within."""
+def _section(name: str, cls: type, whole: Any = None) -> Iterator[str]:
+    """A section's table, then those of the sections within.
+
+    Args:
+        whole: what the section holds where it is left out, if it may be.
+    """
     hints, meanings = typing.get_type_hints(cls, include_extras=True), _meanings(cls)
     fields = dataclasses.fields(cls)
     prefix = f"{name}." if name else ""
@@ -44,10 +48,11 @@ def _section(name: str, cls: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for f in fields:
         words = _words(hints[f.name]).replace("|", "\\|")
-        yield f"| `{prefix}{f.name}` | {words} | {_default(f)} | {meanings.get(f.name, '')} |"
+        yield f"| `{prefix}{f.name}` | {words} | {_default(f, whole)} | {meanings.get(f.name, '')} |"
     yield ""
     for key, found in inner.items():
-        yield from _section(f"{prefix}{key}", found)
+        made = next(f.default_factory for f in fields if f.name == key)
+        yield from _section(f"{prefix}{key}", found, None if made is dataclasses.MISSING else made())
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -75,14 +80,20 @@ def _words(hint: Any) -> str:
     return {bool: "`true`, `false`", type(None): "`null`", str: "text", int: "a whole number", float: "a number"}[hint]
 
 
-def _default(f: Any) -> str:
-    if f.default_factory is not dataclasses.MISSING:
+def _default(f: Any, whole: Any) -> str:
+    """What a key is where it is left out, of itself or with its section."""
+    if whole is not None:
+        value = getattr(whole, f.name)
+    elif f.default_factory is not dataclasses.MISSING:
         value = f.default_factory()
-        return "see below" if dataclasses.is_dataclass(value) else f"`{value}`"
-    if f.default is dataclasses.MISSING:
+    elif f.default is dataclasses.MISSING:
         return "required"
-    value = {True: "true", False: "false"}[f.default] if isinstance(f.default, bool) else f.default
-    return "`null`" if value is None else f"`{value}`"
+    else:
+        value = f.default
+    if dataclasses.is_dataclass(value):
+        return "see below"
+    plain = {"None": "null", "True": "true", "False": "false"}
+    return f"`{plain.get(str(value), value)}`"
 
 
 def _meanings(cls: type) -> dict[str, str]:

@@ -145,7 +145,7 @@ class Answers:
     batch_size: Count = 48  # answers at a time
     source: Literal["target", "references"] = "target"  # "references": what the rows call right, not the target's words
     server: Server | None = None  # None: the engine here
-    thinking: Literal["keep", "drop"] = "keep"  # "drop" leaves out what stands between <think> and </think>
+    thinking: Literal["keep", "drop"] = "keep"  # "drop" leaves out what stands between `<think>` and `</think>`
 
 
 @dataclass(frozen=True)

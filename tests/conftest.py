@@ -195,7 +195,7 @@ def runners_of(engine):
 
 def fresh_context(engine, role="target"):
     """A text of one of an engine's models, over a cache of its own."""
-    return CachedSequence(engine.models[role].apart().runner)
+    return CachedSequence(engine.models[role].with_own_cache().runner)
 
 
 def examining(engine, context, ids, ends, ended, draft_logits=None):

@@ -130,7 +130,14 @@ def test_every_row_that_is_shown_is_a_row():
 
 
 @pytest.mark.parametrize(
-    "override", sorted({word for word in CODE if re.match(r"(answers|draft|distill|rollouts)[\w.]*=", word)})
+    "override",
+    sorted(
+        {
+            word
+            for word in (word.strip("'") for word in CODE)
+            if re.match(r"(answers|draft|distill|rollouts)[\w.]*=", word)
+        }
+    ),
 )
 def test_every_override_that_is_shown_is_accepted(override):
     load_recipe("recipes/custom_domain.yaml", [override])

@@ -9,7 +9,7 @@ from scipy.stats import chi2
 from eval.bench.fakes import endless
 from parse import Engine
 from parse.generation import accept
-from parse.local.model import LocalSequence
+from parse.local.model import LocalModel, LocalSequence
 from parse.local.runner import ModelRunner
 from parse.sampling import Sampling
 from parse.scheduler import run
@@ -383,3 +383,17 @@ def test_an_answer_takes_the_weights_the_caches_and_little_more(smollm, monkeypa
     caches = sum(t.nbytes for runner in runners_of(engine).values() for pair in runner.cache.buffers() for t in pair)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert peak + weights <= (weights + caches) * 1.15
+
+
+def test_a_verifier_that_needs_what_the_target_cannot_give_is_refused(target, tokenizer, monkeypatch):
+    """As a target behind a server gives no hidden states."""
+    engine = Engine(target, tokenizer, verifier=Likelihood(), compile=False)
+    monkeypatch.setattr(LocalModel, "provides", frozenset({"token_logprobs", "label_scores"}))
+    engine.verifier = PromptVerifier.of(tokenizer)
+    message = "the verifier 'probe' needs states, and this target gives label_scores, token_logprobs: use another kind"
+    for verifier in (Probe(HazardHead(32, 4), (2,)), Probe(AttentiveHead(32, 4), (2,))):
+        with pytest.raises(ValueError, match=message):
+            engine.verifier = verifier
+        with pytest.raises(ValueError, match=message):
+            Engine(target, tokenizer, verifier=verifier, compile=False)
+    assert isinstance(engine.verifier, PromptVerifier)

@@ -71,7 +71,7 @@ class LocalModel:
         """A sequence that begins with a prompt; see `parse.model.Model`."""
         return LocalSequence(self, prompt_ids, layers)
 
-    def apart(self, compiled: bool = True) -> LocalModel:
+    def with_own_cache(self, compiled: bool = True) -> LocalModel:
         """The same model over a cache of its own, which is given back with it."""
         mine = self.runner
         return type(self)(

@@ -6,7 +6,7 @@ Shape letters: B texts, T tokens of the widest pass, P keys of the longest text,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -25,9 +25,9 @@ from parse.local.graphs import attending, attention_kernels
 from parse.local.linear import few_rows, linears
 from parse.local.loading import FLEX, context_length
 from parse.local.locks import lock_of
+from parse.model import Stop
 
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
-Stop = Callable[[list[int]], bool]  # tokens written so far -> whether to stop behind the last
 
 
 @dataclass(frozen=True)

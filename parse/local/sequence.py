@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from parse.local.runner import ModelRunner, Pass, Stop
+from parse.local.runner import ModelRunner, Pass
+from parse.model import Stop
 from parse.sampling import GREEDY, Sampling, Written
 from parse.scheduler import run
 

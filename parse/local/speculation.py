@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from parse.local.runner import Pass, Stop
+from parse.local.runner import Pass
 from parse.local.sequence import CachedSequence
+from parse.model import Stop
 from parse.sampling import Sampling, Written
 
 
