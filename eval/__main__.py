@@ -65,7 +65,7 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     import torch
 
     from eval.measure import summarize
-    from eval.methods import compare, compile_in_two, settings_of
+    from eval.methods import compare, settings_of
     from eval.prompts import prompts_of
     from eval.properties import measure_pair
     from eval.report import console_table, html_report, pair_table, requests
@@ -93,8 +93,8 @@ def _evaluate(recipe: Any) -> dict[str, Any]:
     labels = recipe.rollouts_folder / "labels.json"
     noise = json.loads(labels.read_text()) if labels.is_file() else {}
     agreement = noise.get("threshold", 0.5)  # where the target compares answers: as it labelled them
-    if recipe.eval.draft or not (recipe.folder / "eval").exists():  # else this pair was compiled before
-        compile_in_two(recipe, engine, prompts[0])
+    if recipe.engine.compile is not False:
+        engine.warm_up(max(recipe.eval.concurrency))
     engines = {}
     if "speculation" in methods and recipe.eval.speculation_draft:
         engines["speculation"] = _speculating(engine, recipe)

@@ -10,11 +10,8 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
-
-import torch
 
 from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
@@ -22,8 +19,7 @@ from eval.tasks.rows import Prompt, Rows, key_of
 from parse import Engine, Generation
 from parse.prompts import opens_thinking
 from parse.scheduler import run_together
-from recipes.pair import load_engine
-from recipes.progress import progress_bar, quieten
+from recipes.progress import progress_bar
 from recipes.schema import Recipe
 
 JUDGED_AT_ONCE = 16
@@ -70,34 +66,6 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
         "parse": {**limit, **rounds, **threshold, "horizon": section.horizon},
     }
     return {name: every[name] for name in recipe.eval.methods}
-
-
-def compile_in_two(recipe: Recipe, engine: Engine, prompt: Prompt) -> None:
-    """Compile the target's passes here and the draft's in a process beside, on a core each.
-
-    They are kept on disk, where this process finds the draft's. Where models are not compiled, or only on a GPU, or
-    are too large to hold twice, nothing is done.
-    """
-    compiled = [model.runner.compiled for model in engine.models.values()]
-    if not all(one and one.pays["steps"] and not one.graph for one in compiled):
-        return
-    beside = get_context("spawn").Process(
-        target=_compile_draft, args=(recipe, engine.encode_for_draft(prompt), torch.get_num_threads()), daemon=True
-    )
-    beside.start()
-    _compile(engine, "target", engine.encode(prompt))
-    beside.join()
-
-
-def _compile_draft(recipe: Recipe, ids: list[int], threads: int) -> None:
-    quieten()
-    torch.set_num_threads(threads)
-    _compile(load_engine(recipe, recipe.evaluated[0], compile=True), "draft", ids)
-
-
-def _compile(engine: Engine, role: str, ids: list[int]) -> None:
-    """Run a model's steps and wide passes once, over a few tokens."""
-    engine.models[role].with_own_cache().warm_up(ids)
 
 
 def compare(

@@ -48,7 +48,8 @@ class Engine:
         self.target, self.tokenizer = target, tokenizer
         self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
         ends = eos_ids(target, tokenizer.eos_token_id)
-        self.models = {"target": LocalModel.of(target, tokenizer, ends, compile)}
+        compiled = compile is not False
+        self.models = {"target": LocalModel.of(target, tokenizer, ends, compiled)}
         if draft is not None:
             # a base model that drafts for a chat model names other end tokens, and writes the chat model's too
             own = eos_ids(draft, self.draft_tokenizer.eos_token_id)
@@ -56,13 +57,14 @@ class Engine:
             # vocabularies are padded to other sizes: the draft must not say what the target has no embedding for
             same = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
             width = embeddings(target) if same and embeddings(draft) > embeddings(target) else None
-            self.models["draft"] = LocalModel.of(draft, self.draft_tokenizer, own, compile, width)
+            self.models["draft"] = LocalModel.of(draft, self.draft_tokenizer, own, compiled, width)
         # on two devices the next draft is written while the target judges this one; on one each would wait
         apart = draft is not None and draft.device != target.device
         self.pair = Pair(self.models["target"], self.models.get("draft"), verifier, segments, apart)
         # then several processes run this engine, in step
         self.distributed = any(is_distributed(model.runner.model) for model in self.models.values())
         self.scheduler = Scheduler()
+        self._warm: set[bool] | None = set() if compile else None  # for one request or for several; None: when asked
 
     @property
     def verifier(self) -> Verifier | None:
@@ -118,8 +120,8 @@ class Engine:
                 `parse.local.loading.ATTENTION`.
             segments: "sentence", "line" or a number of tokens; defaults to the trained verifier's own,
                 else "sentence".
-            compile: compile forward passes where that pays, see `parse.local.compiled`: True at their first use, None
-                once a pass has taken a while over all its uses (short runs never wait for a compiler), False never.
+            compile: compile forward passes where that pays, see `parse.local.compiled`: True before the first request,
+                None when `warm_up` is called, False never. No request waits for a compiler while it is answered.
             target_options, draft_options: more arguments of `transformers`' `from_pretrained` for each, such as
                 `{"device_map": "auto"}`, `{"tp_plan": "auto"}` or a `quantization_config`. Draft and target may
                 sit on different devices. With a `tp_plan`, all processes ask for the same answers, and get them.
@@ -148,6 +150,17 @@ class Engine:
             )
         chosen = segments if segments is not None else (trained_with or "sentence")
         return cls(target_model, tokenizer, draft_model, draft_tokenizer, loaded, chosen, compile)
+
+    def warm_up(self, at_once: int = 1) -> None:
+        """Compile forward passes where that pays, for as many requests at once: up to minutes, kept on disk."""
+        for model in self.models.values():
+            model.warm_up(at_once)
+
+    def _warm_up_first(self, at_once: int) -> None:
+        """Before the first request of its kind, where `compile=True` asks for it."""
+        if self._warm is not None and (at_once > 1) not in self._warm:
+            self._warm.add(at_once > 1)
+            self.warm_up(at_once)
 
     def generate(
         self,
@@ -228,12 +241,14 @@ class Engine:
             except NoRoom as error:
                 warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=2)
                 finished[index] = Generation("", [], "length", [], Stats())
+        self._warm_up_first(min(batch_size, len(answers)))
         places = list(answers)
         for place, result in self.scheduler.completed((answer.answer() for answer in answers.values()), batch_size):
             finished[places[place]] = result
         return [finished[index] for index in range(len(encoded))]
 
     def _alone(self, prompt: Any, settings: Settings, raw: bool) -> Generation:
+        self._warm_up_first(1)
         answer = self._start(*self._encoded(prompt, raw), settings)
         return self.scheduler.run(answer.answer())
 
@@ -246,7 +261,9 @@ class Engine:
         Raises:
             ValueError: as `generate` does, at once.
         """
-        return self._streamed(self._start(*self._encoded(prompt, raw), self.settings(**options)))
+        answer = self._start(*self._encoded(prompt, raw), self.settings(**options))
+        self._warm_up_first(1)
+        return self._streamed(answer)
 
     def _streamed(self, answer: Round) -> Iterator[str]:
         shown = 0

@@ -6,18 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from eval.methods import compile_in_two
 from parse import Engine
 from parse.layout import pack
-from parse.local.ahead import ANY, _place, trace
 from parse.local.compiled import WIDE, Compiled
 from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood, PromptVerifier
-from recipes.pair import load_engine
-from recipes.schema import load_recipe
 from tests.conftest import random_model, runners_of
 from tests.test_architectures import ARCHITECTURES, make
 from tests.test_batch import PROMPTS, assert_same_answers
@@ -44,10 +39,10 @@ def shallow(name):
     return make(name, num_hidden_layers=3 if name in MIXED else 2)
 
 
-def compiled_runner(model, counter, as_on_gpu=False, patience=0.0, wide=False) -> ModelRunner:
-    compiled = Compiled(model, patience, counter)
-    compiled.graph = as_on_gpu
-    compiled.pays["wide"] = as_on_gpu or wide
+def compiled_runner(model, counter, as_on_gpu=False, warm=True) -> ModelRunner:
+    """A runner that compiles whatever form of a pass comes first, as within a warm-up, where `warm`."""
+    compiled = Compiled(model, counter)
+    compiled.graph, compiled._warming = as_on_gpu, warm
     return ModelRunner(model, frozenset([1]), compiled)
 
 
@@ -63,9 +58,7 @@ def engines(target, draft, tokenizer, verifier, as_on_gpu=False):
     counters = {}
     for role, runner in runners_of(pair[1]).items():
         counters[role] = Counter()
-        runner.compiled = Compiled(runner.model, 0.0, counters[role])
-        runner.compiled.graph = as_on_gpu
-        runner.compiled.pays["wide"] = as_on_gpu or role == "target"
+        runner.compiled = compiled_runner(runner.model, counters[role], as_on_gpu).compiled
     return *pair, counters
 
 
@@ -169,11 +162,7 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(shallow_pair, tok
     for batch_size in (1, 5):
         assert_same_answers(compiled.generate(PROMPTS, 30, batch_size=batch_size, **ways), expected)
     assert counters["draft"].graphs
-    for role, runner in runners_of(compiled).items():
-        if as_on_gpu:
-            assert counters[role].graphs <= 4  # packed passes and steps, of one text and of many
-        else:
-            assert counters[role].graphs == len(runner.compiled.kept)
+    assert all(counter.graphs <= 8 for counter in counters.values())  # see `_form`
 
 
 @pytest.mark.parametrize("as_on_gpu", [False, True])
@@ -225,38 +214,6 @@ def test_any_texts_are_stepped_as_each_alone(texts):
             torch.testing.assert_close(outputs[i // 2].logits[-1], alone.last_logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["counted", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_cache_that_grows_needs_no_other_graph_on_a_cpu(kind):
-    """600 tokens: ten times more keys at the end, and buffers that were enlarged twice."""
-    model, counter = random_model("llama", 60), Counter()
-    backend = {"counted": counter, "inductor": "inductor"}[kind]
-    model.config.max_position_embeddings = 1024
-    mine, plain = CachedSequence(compiled_runner(model, backend)), CachedSequence(ModelRunner(model))
-    for context in (mine, plain):
-        context.read(list(range(5, 45)))
-    ids = [i % 50 + 5 for i in range(560)]
-    for token in ids:
-        mine.read([token])
-    plain.read(ids)
-    torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
-    assert_same_cache(mine, plain)
-    assert len(mine.runner.compiled.kept) == 1
-    assert counter.graphs == (kind != "inductor")
-
-
-def test_a_graph_is_made_for_a_number_of_threads():
-    model, counter, before = random_model("llama", 60), Counter(), torch.get_num_threads()
-    context = CachedSequence(compiled_runner(model, counter))
-    context.read([5, 6, 7])
-    try:
-        for threads in (1, 2, 1):
-            torch.set_num_threads(threads)
-            context.read([8])
-    finally:
-        torch.set_num_threads(before)
-    assert counter.graphs == 2
-
-
 def test_two_models_with_the_same_code_do_not_take_each_others_graphs():
     counter = Counter()  # one backend for both, as in earnest
     runners = []
@@ -269,57 +226,6 @@ def test_two_models_with_the_same_code_do_not_take_each_others_graphs():
             context.read([8])
         torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
     assert counter.graphs == 2
-
-
-def test_nothing_is_compiled_before_a_step_has_taken_its_patience():
-    model, counter = random_model("llama", 60), Counter()
-    context = CachedSequence(compiled_runner(model, counter, patience=1e9))
-    context.read([5, 6, 7])
-    context.write(5)
-    assert not counter.graphs
-    context.runner.compiled.patience = sum(context.runner.compiled._waited.values())
-    context.write(2)
-    assert counter.graphs == 1
-
-
-def test_what_does_not_pay_is_left_alone(monkeypatch):
-    model = random_model("llama", 60)
-    compiled = Compiled(model)
-    assert compiled.shape(1, 1, 70) == (1, 0)
-    assert compiled.shape(5, 1, 70) == (16, 0)
-    assert compiled.shape(1, 20, 70) == WIDE
-    compiled = compiled_runner(model, Counter(), as_on_gpu=True).compiled
-    assert compiled.shape(3, 20, 280) == WIDE
-    assert compiled.shape(2, 1, 280) == (2, 512)
-    assert compiled.shape(1, 1, 70) == (1, 256)
-    compiled.pays["steps"] = False
-    assert compiled.shape(1, 1, 70) is None
-    assert compiled.shape(3, 20, 280) == WIDE
-    monkeypatch.setattr("parse.local.compiled.LARGEST", 1000)
-    for width in (1, 20):
-        assert Compiled(model).shape(1, width, 70) is None  # bound by memory
-
-
-@pytest.mark.parametrize(("layers", "as_on_gpu"), [(1, False), (2, False), (1, True)])
-def test_steps_of_few_layers_on_a_cpu_attend_in_loops_and_nobody_else_does(layers, as_on_gpu, monkeypatch):
-    """Grouped heads, texts of several lengths, an idle one."""
-    monkeypatch.setattr("parse.local.compiled.DEEP", 2)
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = AutoConfig.for_model("llama", num_hidden_layers=layers, vocab_size=60, **sizes)
-    model, counter = AutoModelForCausalLM.from_config(config).eval(), Counter()
-    runners = compiled_runner(model, counter, as_on_gpu), ModelRunner(model)
-    outputs = []
-    for runner in runners:
-        contexts = [CachedSequence(runner) for _ in range(3)]
-        for context, length in zip(contexts, (9, 2, 5), strict=True):
-            context.read(range(length))
-        if runner is runners[0]:
-            counter.operations.clear()  # of prompts
-        outputs.append([o.logits for o in runner.forward([Pass(runner, c.row, [7]) for c in contexts[1:]])])
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    fused = any("scaled_dot_product" in operation for operation in counter.operations)
-    assert counter.operations
-    assert fused == (layers == 2 or as_on_gpu)
 
 
 def test_a_compiler_that_fails_is_warned_of_once_and_done_without(capsys):
@@ -359,6 +265,59 @@ def test_as_on_a_gpu_steps_are_recorded_where_the_compiler_fails():
     assert mine.runner.compiled.pays == {"steps": True, "wide": True}
 
 
+@pytest.mark.slow
+def test_really_compiled_passes_give_the_same_words(draft, tokenizer, capsys):
+    target = random_model("llama", len(tokenizer))
+    plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
+    compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
+    for method in ("target", "draft", "parse"):
+        assert compiled.generate(PROMPTS[0], 20, method=method)[0].token_ids == (
+            plain.generate(PROMPTS[0], 20, method=method)[0].token_ids
+        )
+    said = capsys.readouterr().err
+    assert said.count("compiling") == said.count("... compiled") == 2
+
+
+def test_what_does_not_pay_is_left_alone(monkeypatch):
+    model = random_model("llama", 60)
+    compiled = Compiled(model)
+    assert compiled.shape(1, 1, 70) == (1, 0)
+    assert compiled.shape(5, 1, 70) == (5, 0)
+    assert compiled.shape(1, 20, 70) == WIDE
+    compiled = compiled_runner(model, Counter(), as_on_gpu=True).compiled
+    assert compiled.shape(3, 20, 280) == WIDE
+    assert compiled.shape(2, 1, 280) == (2, 512)
+    assert compiled.shape(1, 1, 70) == (1, 256)
+    compiled.pays["steps"] = False
+    assert compiled.shape(1, 1, 70) is None
+    assert compiled.shape(3, 20, 280) == WIDE
+    monkeypatch.setattr("parse.local.compiled.LARGEST", 1000)
+    for width in (1, 20):
+        assert Compiled(model).shape(1, width, 70) is None  # bound by memory
+
+
+def test_nothing_is_compiled_while_a_request_is_answered(shallow_pair, tokenizer):
+    """Whatever shapes come, before the warm-up and after it."""
+    target, draft = shallow_pair
+    plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=None)
+    counters = {}
+    for role, runner in runners_of(engine).items():
+        counters[role] = Counter()
+        runner.compiled = compiled_runner(runner.model, counters[role], warm=False).compiled
+    seen = []
+    for at_once in (None, 1, 4):
+        if at_once:
+            engine.warm_up(at_once)
+        seen.append([counter.graphs for counter in counters.values()])
+        for batch_size in (1, 2, 5):
+            answers = engine.generate(PROMPTS, 20, batch_size=batch_size, threshold=0.05)
+            assert_same_answers(answers, plain.generate(PROMPTS, 20, batch_size=1, threshold=0.05))
+        assert seen[-1] == [counter.graphs for counter in counters.values()]
+    assert seen[0] == [0, 0]
+    assert all(0 < one < many for one, many in zip(seen[1], seen[2], strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
@@ -367,133 +326,31 @@ def test_as_on_a_gpu_steps_are_recorded_where_the_compiler_fails():
         for texts in ((1, 3) if name in KINDS else (1,))
     ],
 )
-def test_on_a_cpu_steps_are_traced_on_every_architecture(name, texts):
+def test_on_a_cpu_passes_are_compiled_on_every_architecture(name, texts):
+    """Prompts, packed passes and steps; a layer of a kind once, and the model's own forward pass around them."""
     model, counter = shallow(name), Counter()
     runners = compiled_runner(model, counter), ModelRunner(model)
     prompts = [list(range(5, 18 - i)) for i in range(texts)]
-    for _ in range(3):
-        outputs = []
-        for runner in runners:
-            contexts = [CachedSequence(runner) for _ in prompts]
-            runner.forward([Pass(runner, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
-            for token in (7, 9):
-                outputs += [o.logits for o in runner.forward([Pass(runner, c.row, [token]) for c in contexts])]
-            for context in contexts:
-                context.close()
-        for mine, plain in zip(outputs[: 2 * texts], outputs[2 * texts :], strict=True):
-            torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
-    assert counter.graphs == len(runners[0].compiled.kept) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "deep"),
-    [
-        ("llama", False),
-        *[pytest.param(name, False, marks=pytest.mark.slow) for name in sorted(KINDS - {"llama"})],
-        *[pytest.param(name, True, marks=() if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES],
-    ],
-)
-def test_on_a_cpu_wide_passes_are_one_graph_of_any_size_on_every_architecture(name, deep):
-    """Prompts and packed passes, alone and together; of deep models, each of the layers that do the same made once."""
-    model, counter = shallow(name), Counter()
-    mine, plain = compiled_runner(model, counter, wide=True), ModelRunner(model)
-    mine.compiled._deep = deep
-    for runner in (mine, plain):
-        runner.forward([Pass(runner, runner.open(), [5, 6])])  # tells what a layer keeps
-    layout = pack(list(range(30, 50)), [5, 20], [20, 21], past=5)
-    everything = range(len(layout.ids))
-    for texts, with_states in ((1, False), (3, True)):
-        outputs = []
-        for runner in (mine, plain):
-            runner.cache.truncate(0, 0)
-            rows = [0, *(runner.open() for _ in range(1, texts))]
-            read = [Pass(runner, row, list(range(7, 12 + row))) for row in rows]
-            outputs += [output.logits for output in runner.forward(read)]
-            for row in rows:
-                runner.cache.truncate(5, row)
-            packed = [Pass(runner, row, layout.ids, layout, everything, with_states) for row in rows]
-            for output in runner.forward(packed):
-                outputs += [output.logits, *output.states]
-            for row in rows[1:]:
-                runner.close(row)
-        half = len(outputs) // 2
-        for ours, theirs in zip(outputs[:half], outputs[half:], strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert counter.graphs == len(mine.compiled.kept) == 1  # two of the layers are the same
-    assert any("embedding" in operation for operation in counter.operations) != deep  # a layer, or all of the model
-
-
-def test_a_library_is_kept_under_all_that_it_depends_on(monkeypatch):
-    """Not the weights, nor the folder of the sources; but all that the code is made of, and for."""
-
-    def place(model, dtype=torch.float32):
-        return _place(trace(model.to(dtype), lambda model, x: model(x), (torch.zeros(2, 3, dtype=dtype),), ({0: ANY},)))
-
-    linear = torch.nn.Linear
-    transposed = linear(3, 4)
-    transposed.weight = torch.nn.Parameter(torch.zeros(3, 4).t())
-    same = place(linear(3, 4))
-    assert place(linear(3, 4)) == same
-    others = [linear(3, 5), linear(3, 4, bias=False), transposed, torch.nn.Sequential(linear(3, 4), torch.nn.ReLU())]
-    places = [*(place(model) for model in others), place(linear(3, 4), torch.bfloat16)]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    places.append(place(linear(3, 4)))
-    assert len({same, *places}) == 1 + len(places)
-
-    def fed(weight):
-        return _place(trace(linear(1, 1), lambda _, x, w: x @ w, (torch.zeros(2, 3), weight), ({0: ANY}, {})))
-
-    assert fed(torch.zeros(3, 3)) != fed(torch.zeros(3, 3).t())
-
-
-@pytest.mark.slow
-def test_a_library_is_made_once_and_reads_the_weights_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    made = set()
-    for seed in (0, 1):
-        model = random_model("llama", 60, seed=seed)
-        mine, plain = (CachedSequence(runner) for runner in (compiled_runner(model, "inductor"), ModelRunner(model)))
-        for change in range(2):
-            with torch.no_grad():
-                model.get_output_embeddings().weight += change
-            for context in (mine, plain):
-                context.rollback(0)
-                context.read([5, 6, 7])
-                context.read([8])
-            torch.testing.assert_close(mine.last_logits, plain.last_logits, atol=1e-4, rtol=1e-4)
-        assert len(mine.runner.compiled.kept) == 1
-        (library,) = (tmp_path / "parse").iterdir()
-        made.add(library.stat().st_mtime_ns)
-    assert len(made) == 1  # the second model found what the first one had made
-
-
-@pytest.mark.slow
-def test_really_compiled_passes_give_the_same_words(draft, tokenizer, capsys):
-    target = random_model("llama", len(tokenizer))
-    plain = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=False)
-    compiled = Engine(target, tokenizer, draft, tokenizer, Likelihood(), segments=4, compile=True)
-    compiled.models["target"].runner.compiled._deep = True
-    for method in ("target", "draft", "parse"):
-        assert compiled.generate(PROMPTS[0], 20, method=method)[0].token_ids == (
-            plain.generate(PROMPTS[0], 20, method=method)[0].token_ids
-        )
-    said = capsys.readouterr().err
-    assert said.count("compiling") == said.count("... compiled") == 4  # steps and wide passes of both
-
-
-@pytest.mark.slow
-def test_an_evaluation_finds_what_a_process_beside_it_has_compiled(shallow_pair, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    recipe = load_recipe("recipes/quickstart.yaml", [f"target={tmp_path / 'target'}", f"runs={tmp_path}"])
-    for model, folder in zip(shallow_pair, (tmp_path / "target", recipe.draft_folder), strict=True):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    engine = load_engine(recipe, recipe.draft_folder, compile=True)
-    compile_in_two(recipe, engine, PROMPTS[0])
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()}
-    assert len(made) == 4  # steps and wide passes of both
-    assert not engine.models["draft"].runner.compiled.kept  # those of the draft not here
-    for method in ("draft", "target", "draft"):
-        engine.generate(PROMPTS[0], 4, method=method)
-    assert all(len(runner.compiled.kept) == 2 for runner in runners_of(engine).values())
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/parse").iterdir()} == made
+    outputs = []
+    for runner in runners:
+        contexts = [CachedSequence(runner) for _ in prompts]
+        runner.forward([Pass(runner, c.row, [5, 6]) for c in contexts])  # tells what a layer keeps
+        for context in contexts:
+            runner.cache.truncate(0, context.row)
+        runner.forward([Pass(runner, c.row, ids) for c, ids in zip(contexts, prompts, strict=True)])
+        layouts = [pack(list(range(30, 50)), [5, 20], [20, 21], past=len(ids)) for ids in prompts]
+        packed = [
+            Pass(runner, c.row, layout.ids, layout, range(len(layout.ids)), with_states=True)
+            for c, layout in zip(contexts, layouts, strict=True)
+        ]
+        for output in runner.forward(packed):
+            outputs += [output.logits, *output.states]
+        for context, ids in zip(contexts, prompts, strict=True):
+            runner.cache.truncate(len(ids) + 20, context.row)
+        for token in (7, 9):
+            outputs += [o.logits for o in runner.forward([Pass(runner, c.row, [token]) for c in contexts])]
+    half = len(outputs) // 2
+    for mine, plain in zip(outputs[:half], outputs[half:], strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
+    kinds = 2 if name == "deepseek v3" else 1  # of layers; a window is in the mask
+    assert counter.graphs == 2 * kinds  # wide passes and steps

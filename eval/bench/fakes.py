@@ -161,7 +161,9 @@ def stopwatch(engine: Engine) -> Iterator[Stopwatch]:
     for role, runner in runners_of(engine).items():
         patches.append((runner, "forward", watch.reading(role, runner.forward)))
         if runner.compiled:
-            run = watch.timed(MODELS_LABEL, runner.compiled.run, lambda graph, arguments: arguments[0].shape[2] > 1)
+            run = watch.timed(
+                MODELS_LABEL, runner.compiled.run, lambda shape, arguments, cache: arguments[0].shape[2] > 1
+            )
             patches.append((runner.compiled, "run", run))
     for label, owner, name in (
         ("numbers and masks", ModelRunner, "_numbers"),

@@ -260,8 +260,8 @@ def _compiled_so_far(engine: Engine) -> list[tuple[int, int]]:
     made = []
     for runner in runners_of(engine).values():
         assert runner.compiled
-        kept = [*runner.compiled.kept.values(), *runner.cache.recorded.values()]
-        made += [(id(graph), len(kept)) for graph in kept]
+        recorded = list(runner.cache.recorded.values())
+        made += [(id(graph), len(recorded) + len(runner.compiled.forms)) for graph in recorded]
     return made
 
 

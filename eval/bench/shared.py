@@ -122,8 +122,9 @@ class Bench:
         engine = ScriptedEngine(models[0], tokenizer, models[1], tokenizer, script, sizes.step, compile=True)
         if self.device.type == "cpu":  # the same way, but for what a GPU's compiler and CUDA graphs do
             for runner in runners_of(engine).values():
-                runner.compiled = Compiled(runner.model, 0.0, backend=lambda graph, inputs, **_: graph)
+                runner.compiled = Compiled(runner.model, backend=lambda graph, inputs, **_: graph)
                 runner.compiled.graph, runner.compiled.pays = True, {"steps": True, "wide": True}
+        engine.warm_up(max(sizes.batches))
         return engine
 
     def runner(self, role: str, compiled: bool = True) -> ModelRunner:

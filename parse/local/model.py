@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parse.layout import integers, pack
-from parse.local.compiled import PATIENCE, Compiled
+from parse.local.compiled import Compiled
 from parse.local.evidence import token_divergence, token_evidence
 from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
@@ -34,17 +34,16 @@ class LocalModel:
         model: PreTrainedModel,
         tokenizer: Any = None,
         eos_ids: frozenset[int] = frozenset(),
-        compile: bool | None = False,
+        compile: bool = False,
         width: int | None = None,
     ) -> LocalModel:
         """A loaded model.
 
         Args:
-            compile: compile forward passes where that pays: True at their first use, None after a while, False never.
+            compile: allow `warm_up` to compile forward passes, where that pays.
             width: only the first so many logits are kept: not those of tokens that another model lacks.
         """
-        patience = 0.0 if compile else PATIENCE
-        compiled = None if compile is False else Compiled(model, patience, width=width)
+        compiled = Compiled(model, width=width) if compile else None
         return cls(ModelRunner(model, eos_ids, compiled, width), tokenizer)
 
     @property
@@ -78,14 +77,24 @@ class LocalModel:
             ModelRunner(mine.model, mine.eos_ids, mine.compiled if compiled else None, mine.width), self.tokenizer
         )
 
-    def warm_up(self, ids: Sequence[int]) -> None:
-        """Compile steps and wide passes, by running each over a few of these tokens."""
-        text = CachedSequence(self.runner)
+    def warm_up(self, at_once: int = 1) -> None:
+        """Compile the passes of as many sequences at once, where that pays, by running some over a few tokens."""
+        compiled = self.runner.compiled
+        if compiled is None or not any(compiled.pays.values()):
+            return
+        ids = [token % self.vocabulary for token in range(3, 11)]
+        texts = [CachedSequence(self.runner) for _ in range(min(at_once, 3))]
+        # one sequence, the first, and others than the first, one and two of them
+        groups = [texts[:1], texts[:2], texts[1:2], texts[1:]][: 1 if at_once == 1 else None]
         try:
-            for width in (8, 1, 8):  # a cache's first pass is never compiled
-                text.read(ids[:width])
+            self.runner.forward([Pass(self.runner, text.row, ids) for text in texts])  # tells what a layer keeps
+            with compiled.warming():
+                for group in groups:
+                    for width in (len(ids), 1, 1):
+                        self.runner.forward([Pass(self.runner, text.row, ids[:width]) for text in group])
         finally:
-            text.close()
+            for text in texts:
+                text.close()
 
     async def logits(self, ids: Sequence[int], first: int = -1) -> Tensor:
         """The logits behind each token of a text from index `first` on, [len(ids) - first, V]."""

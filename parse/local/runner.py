@@ -10,19 +10,18 @@ from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from time import perf_counter
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from parse.layout import Layout, integers, pack, row_numbers, stack
 from parse.local.cache import PrefixCache
 from parse.local.compiled import WIDE, Compiled, Read, masks
 from parse.local.graphs import attending, attention_kernels
-from parse.local.linear import few_rows, linears
+from parse.local.linear import few_rows, install
 from parse.local.loading import FLEX, context_length
 from parse.local.locks import lock_of
 from parse.model import Stop
@@ -76,7 +75,6 @@ class ModelRunner:
     vocabulary: int = field(init=False)  # tokens that it has an embedding for
     _device: torch.device = field(init=False)
     _free: list[int] = field(init=False)  # a heap: low rows are taken first
-    _linears: list[nn.Module] = field(init=False)
     _lock: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +83,7 @@ class ModelRunner:
         if self.model.config._attn_implementation == FLEX:
             self.cache.window.multiple = FLEX_BLOCK
         self._free = [0]
-        self._linears = linears(self.model)
+        install(self.model)
         self._lock = lock_of(self.model)
 
     def open(self) -> int:
@@ -181,18 +179,14 @@ class ModelRunner:
             return range(len(rows)), self._eager(passes, rows, width, kept, with_states)
         longest = max(self.cache.lengths) + width
         shape = self.compiled.shape(max(rows) + 1, width, longest)
-        if shape and self.compiled.is_due(shape):
+        if shape:
             wide = shape == WIDE
             numbers = self._numbers(passes, rows, width) if wide else self._step_numbers(passes, texts=shape[0])
             places = rows if wide else None
             output = self.compiled(shape, numbers, places, longest, self.cache, kept, with_states)
             if output is not None:
                 return range(len(rows)) if wide else rows, output
-        started = perf_counter()
-        output = self._eager(passes, rows, width, kept, with_states)
-        if shape:
-            self.compiled.waited(shape, perf_counter() - started)
-        return range(len(rows)), output
+        return range(len(rows)), self._eager(passes, rows, width, kept, with_states)
 
     def _eager(
         self, passes: Sequence[Pass], rows: list[int], width: int, kept: Sequence[int], with_states: bool
@@ -213,7 +207,7 @@ class ModelRunner:
             model, options = adapted, {"alora_offsets": [padded - _suffixes_start(one) for one in passes]}
         # FlexAttention is for wide passes: a step takes dense masks, as recorded ones do
         attention = attending(self.model) if width == 1 and block > 1 else nullcontext()
-        with self.cache.reading(rows), few_rows(self._linears), attention:
+        with self.cache.reading(rows), few_rows(), attention:
             output = model(
                 input_ids=ids,
                 position_ids=positions,
