@@ -14,7 +14,7 @@ from transformers.quantizers import AutoHfQuantizer
 from eval.judges import labeller_of
 from eval.prompts import plan, prompts_of
 from eval.tasks import load_task
-from eval.tasks.rows import Prompt, Rows
+from eval.tasks.task import Prompt
 from parse.local.loading import (
     FINDING,
     HUB_ID,
@@ -30,8 +30,8 @@ from parse.prompts import as_messages, encode_prompt, render
 from parse.text import encode_text, text_of
 from parse.verifiers import PromptVerifier as Verdict
 from parse.verifiers.adapter import suffix_of
-from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
-from recipes.schema import Recipe, RecipeError, adapted_layers, hidden_states, to_dict
+from recipes.pair import adapted_layers, draft_tokenizer, empty_draft, hidden_states, target_config, target_tokenizer
+from recipes.schema import Recipe, RecipeError, to_dict
 
 OTHER_THINKING = ("[THINK]", "<|channel|>", "<thinking>", "<reasoning>")  # tags that are not read, as <think> is
 
@@ -98,14 +98,14 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
         task = load_task(recipe.task, to_dict(recipe.data))
     except (OSError, ValueError) as error:
         raise RecipeError(f"task: {error}") from error
-    if recipe.data.check == "math" and isinstance(task, Rows) and task.checks:
+    if recipe.data.check == "math" and task.references:
         try:
             import math_verify  # noqa: F401
         except ImportError as error:
             raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
     if labeller_of(recipe, task) == "agreement" and {"rollouts", "relabel", "eval"} & set(stages):
         check_asking(recipe, "rollouts.labeller")
-    if isinstance(task, Rows) and task.duplicates:
+    if task.duplicates:
         print(f"task: {task.duplicates} rows of {recipe.task} hold a prompt of an earlier row and are left out")
     tokenizer = target_tokenizer(recipe)
     if other := [tag for tag in OTHER_THINKING if tag in str(tokenizer.chat_template)]:

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from eval.generation import write_after
 from eval.tasks import Task
-from eval.tasks.rows import Prompt, Rows, key_of
+from eval.tasks.rows import key_of
+from eval.tasks.task import Prompt
 from parse import Engine
 from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.sampling import Sampling
@@ -37,7 +38,7 @@ class Judge(Protocol):
 class Checked:
     """The task's own checker. What a model thought before its answer does not count."""
 
-    task: Task | Rows
+    task: Task
     opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
 
     async def judging(self, prompt: Prompt, answer: str) -> bool:
@@ -51,12 +52,11 @@ class Checked:
 
     def corrupted(self, prompt: Prompt, answer: str, rng: random.Random) -> str | None:
         """A right answer with a fault, behind the same thinking; None where the task makes none, or it is no fault."""
-        make = getattr(self.task, "corrupted", None)
         final = final_answer(answer, self.opened)
-        wrong = make(prompt, final, rng) if make else None
+        wrong = self.task.corrupted(prompt, final, rng) if self.task.corrupted else None
         if not wrong or self.task.check(prompt, wrong):
             return None
-        return answer.removesuffix(final) + str(wrong)
+        return answer.removesuffix(final) + wrong
 
 
 @dataclass
@@ -156,18 +156,17 @@ def question_of(prompt: Prompt, reference: str = "", answer: str = "") -> str:
     return QUESTION.format(prompt=words, reference=reference, answer=answer)
 
 
-def labeller_of(recipe: Recipe, task: Task | Rows) -> str:
+def labeller_of(recipe: Recipe, task: Task) -> str:
     """ "task" or "agreement": the recipe's choice, or what the task offers.
 
     Raises:
         RecipeError: where rows are to be checked and have no references.
     """
-    checks = not isinstance(task, Rows) or task.checks
-    if recipe.rollouts.labeller == "task" and not checks:
+    if recipe.rollouts.labeller == "task" and not task.checks:
         raise RecipeError(
             f"rollouts.labeller is 'task', and the rows of {recipe.task} have no `reference` to check answers against: "
             "give them one, or set rollouts.labeller=agreement (the target compares answers with its own)"
         )
     if recipe.rollouts.labeller == "auto":
-        return "task" if checks else "agreement"
+        return "task" if task.checks else "agreement"
     return recipe.rollouts.labeller

@@ -19,7 +19,6 @@ from scipy.stats import binomtest
 from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
-from eval.tasks.rows import Rows
 
 RESAMPLES = 2000
 
@@ -56,7 +55,7 @@ def paired(target: Sequence[bool], method: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def verdicts(outcome: Outcome, task: Task | Rows, opened: bool = False) -> Iterator[tuple[float, bool, bool]]:
+def verdicts(outcome: Outcome, task: Task, opened: bool = False) -> Iterator[tuple[float, bool, bool]]:
     """(confidence, accepted, right) for every judged cut up to and including each draft's first wrong one.
 
     None where the task cannot tell right sentences from wrong ones; the verifier's own report can.
@@ -90,7 +89,7 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def summarize(
-    name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task | Rows, opened: bool = False
+    name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task, opened: bool = False
 ) -> dict[str, Any]:
     """One row of the evaluation: the keys of the public JSON, and the paired difference.
 

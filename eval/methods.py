@@ -15,7 +15,8 @@ from typing import Any
 
 from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
-from eval.tasks.rows import Prompt, Rows, key_of
+from eval.tasks.rows import key_of
+from eval.tasks.task import Prompt
 from parse import Engine, Generation
 from parse.prompts import opens_thinking
 from parse.scheduler import run_together
@@ -70,7 +71,7 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
 
 def compare(
     engine: Engine,
-    task: Task | Rows,
+    task: Task,
     prompts: Sequence[Prompt],
     methods: dict[str, dict[str, Any]],
     warmup: int,
@@ -114,12 +115,10 @@ def _evenly(prompts: Sequence[Prompt], count: int) -> list[Sequence[Prompt]]:
     return [prompts[start:stop] for start, stop in pairwise(borders)]
 
 
-def _judged(
-    engine: Engine, task: Task | Rows, some: list[Outcome], target: list[Outcome], agreement: float
-) -> list[Outcome]:
+def _judged(engine: Engine, task: Task, some: list[Outcome], target: list[Outcome], agreement: float) -> list[Outcome]:
     """The outcomes with what is right among them."""
     judge: Judge = Checked(task, opens_thinking(engine.tokenizer))
-    if isinstance(task, Rows) and not task.checks:
+    if not task.checks:
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
         judge = Agreement(engine, limit=0, threshold=agreement, references=own)
 

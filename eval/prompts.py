@@ -9,13 +9,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from eval.judges import labeller_of, question_of
-from eval.tasks import Task, draw_prompts
-from eval.tasks.rows import Prompt, Rows
+from eval.tasks import Task
+from eval.tasks.task import Prompt
 from parse.local.loading import context_length
 from parse.prompts import encode_for_draft, encode_prompt
 from parse.verifiers import PromptVerifier as Verdict
 from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
 from recipes.schema import Recipe, RecipeError
+
+SEARCHED = 1000  # prompts of a split: where all of them are too long, no other is looked at
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Room:
 class Fitting:
     """Which prompts leave room for an answer, in all that a stage does with them."""
 
-    def __init__(self, recipe: Recipe, task: Task | Rows, stage: str) -> None:
+    def __init__(self, recipe: Recipe, task: Task, stage: str) -> None:
         self.recipe = recipe
         self._target = target_tokenizer(recipe)
         self._draft: Any = None  # where it has other tokens
@@ -108,7 +110,7 @@ class Chosen:
     remarks: list[str]  # what a user should know of them
 
 
-def prompts_of(recipe: Recipe, task: Task | Rows, stage: str) -> Chosen:
+def prompts_of(recipe: Recipe, task: Task, stage: str) -> Chosen:
     """The prompts of all splits that a stage works on.
 
     Raises:
@@ -134,21 +136,16 @@ def prompts_of(recipe: Recipe, task: Task | Rows, stage: str) -> Chosen:
 
 
 def fitting_prompts(
-    recipe: Recipe, task: Task | Rows, fitting: Fitting, split: str, count: int, seed: int
+    recipe: Recipe, task: Task, fitting: Fitting, split: str, count: int, seed: int
 ) -> tuple[list[Prompt], list[tuple[Prompt, str]]]:
     """So many prompts of a split that leave room, in an order that the seed decides; and those left out, with why.
 
     Raises:
         RecipeError: where a prompt cannot be encoded, or none is there, or none leaves room.
     """
-    drawn = draw_prompts(task, split, sum(map(len, task.prompts.values())) if isinstance(task, Rows) else count, seed)
-    if not drawn:
-        raise RecipeError(
-            f"task: {recipe.task} has no prompt for the split {split!r}: give more rows, or change data.shares"
-        )
     kept: list[Prompt] = []
     left_out: list[tuple[Prompt, str]] = []
-    for prompt in drawn:
+    for prompt in task.prompts(split, seed):
         try:
             lacking = fitting.lacks(prompt)
         except ValueError as error:
@@ -157,8 +154,12 @@ def fitting_prompts(
             kept.append(prompt)
         else:
             left_out.append((prompt, lacking))
-        if len(kept) == count:
+        if len(kept) == count or (not kept and len(left_out) == SEARCHED):
             break
+    if not kept and not left_out:
+        raise RecipeError(
+            f"task: {recipe.task} has no prompt for the split {split!r}: give more rows, or change data.shares"
+        )
     if not kept:
         raise RecipeError(
             f"task: all {len(left_out)} prompts of the split {split!r} are too long, the first {left_out[0][1]}: "

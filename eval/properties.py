@@ -17,7 +17,7 @@ from eval.generation import write_all
 from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
-from eval.tasks.rows import Prompt, Rows
+from eval.tasks.task import Prompt
 from eval.verifier_metrics import Draft, Judged, all_needs, examine, measure, score, untrained_kinds, valid_cuts
 from parse import Engine
 from parse.prompts import opens_thinking
@@ -26,9 +26,7 @@ from parse.text import text_of
 from recipes.progress import progress_bar
 
 
-def judge_drafts(
-    engine: Engine, task: Task | Rows, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
-) -> list[Judged]:
+def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:
     """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
     checked = Checked(task, opens_thinking(engine.tokenizer))
     drafts = []
@@ -48,9 +46,7 @@ def judge_drafts(
     return judged
 
 
-def measure_pair(
-    engine: Engine, task: Task | Rows, target: Sequence[Outcome], draft: Sequence[Outcome]
-) -> dict[str, Any]:
+def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]) -> dict[str, Any]:
     """The properties of target and draft on the same prompts, of a task that knows the first wrong sentence."""
     judged = judge_drafts(engine, task, draft)
     kinds = untrained_kinds(engine)
@@ -94,7 +90,7 @@ def generate_over_target_loop(engine: Engine, prompts: Sequence[Prompt], limit: 
     return theirs / ours
 
 
-def foreign_accuracy(engine: Engine, task: Task | Rows, prompts: Sequence[Prompt]) -> float | None:
+def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> float | None:
     """How often the target finishes rightly a right prefix in a foreign manner; None where the task has none."""
     write_foreign = getattr(task, "foreign_prefix", None)
     if write_foreign is None:

@@ -232,18 +232,24 @@ class Engine:
             return [self._alone(prompts, settings, raw)]
         if prompts and all(isinstance(turn, Mapping) for turn in prompts):
             return [self._alone(prompts, settings, raw)]
-        encoded = [self._encoded(prompt, raw) for prompt in cast(Sequence[str | Messages], prompts)]
+        return self._all(
+            [self._encoded(prompt, raw) for prompt in cast(Sequence[str | Messages], prompts)], settings, batch_size
+        )
+
+    def _all(
+        self, encoded: Sequence[tuple[list[int], list[int]]], settings: Settings, at_once: int
+    ) -> list[Generation]:
         answers: dict[int, Round] = {}
         finished: dict[int, Generation] = {}
         for index, ids in enumerate(encoded):
             try:
                 answers[index] = self._start(*ids, settings)
             except NoRoom as error:
-                warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=2)
+                warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=3)
                 finished[index] = Generation("", [], "length", [], Stats())
-        self._warm_up_first(min(batch_size, len(answers)))
+        self._warm_up_first(min(at_once, len(answers)))
         places = list(answers)
-        for place, result in self.scheduler.completed((answer.answer() for answer in answers.values()), batch_size):
+        for place, result in self.scheduler.completed((answer.answer() for answer in answers.values()), at_once):
             finished[places[place]] = result
         return [finished[index] for index in range(len(encoded))]
 

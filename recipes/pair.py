@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,8 @@ from parse.prompts import as_messages, end_of_answer
 from parse.text import eos_ids, named_ends
 from recipes.schema import NewDraft, Recipe, RecipeError
 from recipes.vocabulary import byte_level_tokenizer
+
+SPREAD = (0.4, 0.6, 0.8, 0.95)  # of the depth: upper layers know what was read, the last ones what comes next
 
 
 def load_engine(
@@ -221,3 +223,33 @@ def _from_config(draft: NewDraft, tokenizer: PreTrainedTokenizerBase) -> PreTrai
             f"draft.config is refused: {type(error).__name__}: {error}; name a `model_type` "
             "such as llama and that configuration's arguments"
         ) from error
+
+
+def hidden_states(layers: Sequence[int] | str, depth: int) -> tuple[int, ...]:
+    """The probe's layers as indices into `hidden_states`: 0 is the embedding, `depth` the last; negative from the end.
+
+    "auto" are those at `SPREAD` of the depth.
+
+    Raises:
+        RecipeError: where there is no such state, or one is named twice, or none.
+    """
+    if isinstance(layers, str):
+        return tuple(sorted({max(1, round(share * depth)) for share in SPREAD}))
+    states = tuple(layer % (depth + 1) for layer in layers if -depth - 1 <= layer <= depth)
+    if not layers or len({*states}) < len(layers):
+        raise RecipeError(
+            f"verifier.probe.layers is {list(layers)}: the target has hidden states 0 (the embedding) to {depth}, or "
+            f"{-depth - 1} to -1 from the end; name one or more, each of them once"
+        )
+    return states
+
+
+def adapted_layers(layers: int | None, depth: int) -> int:
+    """How many of the target's last layers the adapter works on; None is all of its `depth`.
+
+    Raises:
+        RecipeError: where it has fewer.
+    """
+    if layers is not None and not 0 < layers <= depth:
+        raise RecipeError(f"verifier.adapter.layers is {layers}: the target has {depth}; give 1 to {depth}, or null")
+    return depth if layers is None else layers

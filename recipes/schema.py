@@ -9,65 +9,39 @@ remedy, before anything expensive. `section.key=value` on the command line overr
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from recipes.strict import DEEPEST, Range, Text, build, parse, shortened
+from recipes.fields import (
+    Check,
+    Count,
+    Label,
+    Layers,
+    Minutes,
+    Name,
+    Project,
+    Rate,
+    Source,
+    Threads,
+    Url,
+    Variable,
+    Whole,
+    Words,
+)
+from recipes.strict import Range, build, read, set_value
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run as written; the message names the key and the remedy."""
 
 
-Count = Annotated[int, Range(1, 10**9)]
-Whole = Annotated[int, Range(0, 10**9)]
-Layers = Annotated[int, Range(1, 10**4)]
-Threads = Annotated[int, Range(1, 1024)]
-Rate = Annotated[float, Range(1e-12, 1)]  # a learning rate
-Minutes = Annotated[float, Range(0.001, 10**5)]
-
-Words = Annotated[str, Text(r"(?s)(?=.*\S).*", "text that is not blank, or leave the key out")]
-Source = Annotated[  # a model, a task or a folder
-    str,
-    Text(
-        r"(?=.*\S)(?!.{1001})[^/\x00-\x1f\x7f]{0,255}(/[^/\x00-\x1f\x7f]{0,255})*",
-        "a path or a name, up to 1000 printable characters and no more than 255 between slashes",
-    ),
-]
-Name = Annotated[  # of a folder
-    str,
-    Text(
-        r"(?=[\x00-\x7f]*$|.{1,60}$)\w([\w .+-]{0,98}\w)?",
-        "1 to 100 letters, digits, spaces and _ . + -, a letter or a digit first and last (60 if not all are ASCII)",
-    ),
-]
-Url = Annotated[str, Text(r"https?://[^\s/]\S{0,999}", "an address such as http://localhost:8000/v1")]
-Variable = Annotated[str, Text(r"[A-Za-z_][A-Za-z0-9_]{0,99}", "the name of an environment variable")]
-Label = Annotated[str, Text(r"(?=.*\S)[^\x00-\x1f\x7f]{1,128}", "1 to 128 printable characters")]
-Project = Annotated[  # of Weights & Biases
-    str, Text(r"(?=.*\S)[^/\\#?%:\x00-\x1f\x7f]{1,128}", "1 to 128 printable characters without / \\ # ? % :")
-]
-
-CHECKS = ("contains", "equal", "number", "math")
-Check = Annotated[
-    str,
-    Text(
-        rf"{'|'.join(CHECKS)}|(?=.{{3,200}}$)[A-Za-z_][\w.]*:[A-Za-z_]\w*",
-        f"{', '.join(CHECKS)}, or a function of your own as module:function (see `eval.tasks.user_checker`)",
-    ),
-]
-
 Stage = Literal["pretrain", "answers", "distill", "rollouts", "align", "relabel", "verifier"]
 Method = Literal["target", "speculation", "draft", "cascade", "sequential", "parse"]
 STAGES: tuple[str, ...] = typing.get_args(Stage)
 CHAIN: tuple[Stage, ...] = ("answers", "distill", "rollouts", "verifier")  # no alignment; "relabel" comes with it
 METHODS: tuple[Method, ...] = ("target", "draft", "cascade", "sequential", "parse")
-
-LARGEST = 10**6  # bytes of a recipe
-SPREAD = (0.4, 0.6, 0.8, 0.95)  # of the depth: upper layers know what was read, the last ones what comes next
 
 
 @dataclass(frozen=True)
@@ -339,11 +313,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     Raises:
         RecipeError: naming the file, the key, and what is allowed.
     """
-    content = _read(path)
-    _check_trust(content)
-    for override in overrides:
-        _override(content, override)
     try:
+        content = read(path)
+        _check_trust(content)
+        for override in overrides:
+            set_value(content, override)
         recipe: Recipe = build(Recipe, content)
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -366,46 +340,6 @@ def _check_trust(content: dict[str, Any]) -> None:
 def to_dict(recipe: Any) -> dict[str, Any]:
     """A recipe or a section as plain data."""
     return dataclasses.asdict(recipe)
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a recipe's file."""
-    what = f"recipe {shortened(str(path))}"
-    if not os.path.isfile(path):
-        near = ", ".join(str(p) for p in sorted(Path("recipes").glob("*.yaml"))) or "none here"
-        raise RecipeError(f"{what} is {'a folder' if os.path.isdir(path) else 'not there'}; recipes found: {near}")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise ValueError(f"it is larger than {LARGEST:,} bytes")
-        content = parse(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{what} is not UTF-8 text from its byte {error.start} on: save it as UTF-8") from error
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{what} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{what} must hold keys and values, and holds {shortened(repr(content))}")
-    return content
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    """Set one value, in sections that are made where they are not there."""
-    what = f"override {shortened(repr(override))}"
-    key, equals, value = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all((*sections, last)) or len(sections) > DEEPEST:
-        raise RecipeError(f"{what} must read section.key=value, such as rollouts.train=100")
-    for section in sections:
-        if content.get(section) is None:
-            content[section] = {}
-        content = content[section]
-        if not isinstance(content, dict):
-            raise RecipeError(f"{what}: {shortened(repr(section))} is a value and has no keys")
-    try:
-        content[last] = parse(value)
-    except ValueError as error:
-        raise RecipeError(f"{what} cannot be read: {error}") from error
 
 
 def _check(recipe: Recipe) -> None:
@@ -431,33 +365,3 @@ def _check(recipe: Recipe) -> None:
         )
     if not any(to_dict(recipe.data.shares).values()):
         raise RecipeError("data.shares are all 0, so that no row is in a split: give one of them 1 or more")
-
-
-def hidden_states(layers: typing.Sequence[int] | str, depth: int) -> tuple[int, ...]:
-    """The probe's layers as indices into `hidden_states`: 0 is the embedding, `depth` the last; negative from the end.
-
-    "auto" are those at `SPREAD` of the depth.
-
-    Raises:
-        RecipeError: where there is no such state, or one is named twice, or none.
-    """
-    if isinstance(layers, str):
-        return tuple(sorted({max(1, round(share * depth)) for share in SPREAD}))
-    states = tuple(layer % (depth + 1) for layer in layers if -depth - 1 <= layer <= depth)
-    if not layers or len({*states}) < len(layers):
-        raise RecipeError(
-            f"verifier.probe.layers is {list(layers)}: the target has hidden states 0 (the embedding) to {depth}, or "
-            f"{-depth - 1} to -1 from the end; name one or more, each of them once"
-        )
-    return states
-
-
-def adapted_layers(layers: int | None, depth: int) -> int:
-    """How many of the target's last layers the adapter works on; None is all of its `depth`.
-
-    Raises:
-        RecipeError: where it has fewer.
-    """
-    if layers is not None and not 0 < layers <= depth:
-        raise RecipeError(f"verifier.adapter.layers is {layers}: the target has {depth}; give 1 to {depth}, or null")
-    return depth if layers is None else layers

@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 
 DEEPEST = 20  # levels of nesting
+LARGEST = 10**6  # bytes of a file
 TEXT = "tag:yaml.org,2002:str"
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
 JSON = re.compile(r"~?|null|Null|NULL|[tT]rue|TRUE|[fF]alse|FALSE|[-+]?(0|[1-9][0-9]{0,17})")
@@ -228,3 +231,51 @@ def _hint(name: str, allowed: typing.Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
     return f"{meant} Allowed: {', '.join(allowed)}"
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a recipe's file.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    what = f"recipe {shortened(str(path))}"
+    if not os.path.isfile(path):
+        near = ", ".join(str(p) for p in sorted(Path("recipes").glob("*.yaml"))) or "none here"
+        raise ValueError(f"{what} is {'a folder' if os.path.isdir(path) else 'not there'}; recipes found: {near}")
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST:,} bytes")
+        content = parse(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not UTF-8 text from its byte {error.start} on: save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must hold keys and values, and holds {shortened(repr(content))}")
+    return content
+
+
+def set_value(content: dict[str, Any], override: str) -> None:
+    """Set one value by `section.key=value`, in sections that are made where they are not there.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    what = f"override {shortened(repr(override))}"
+    key, equals, value = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)) or len(sections) > DEEPEST:
+        raise ValueError(f"{what} must read section.key=value, such as rollouts.train=100")
+    for section in sections:
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
+        if not isinstance(content, dict):
+            raise ValueError(f"{what}: {shortened(repr(section))} is a value and has no keys")
+    try:
+        content[last] = parse(value)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be read: {error}") from error

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from eval.checks import check_models, check_prompts, check_speculation
 from eval.prompts import Fitting, prompts_of
-from eval.tasks import draw_prompts, ledger, load_task
+from eval.tasks import TASKS, draw_prompts, load_task
 from parse import Engine
 from parse.local.loading import load_model
 from parse.prompts import encode_prompt
@@ -157,13 +157,14 @@ def test_prompts_that_are_too_long_are_left_out_counted_and_named(tmp_path, caps
 
 def test_a_verdict_needs_room_as_well():
     """A prompt and a whole answer that fill the context leave none for the question behind the last cut."""
-    context, prompt = 512, draw_prompts(ledger, "train", 1, seed=1)[0]
+    context, prompt = 512, draw_prompts(TASKS["ledger"], "train", 1, seed=1)[0]
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "ledger-target")
     room = context - len(encode_prompt(prompt, tokenizer))
     suffix = len(PromptVerifier.of(tokenizer).suffix_ids)
     for stage, limit in (("answers", room), ("rollouts", room - suffix), ("eval", room - suffix)):
         fits, not_any_more = (
-            Fitting(load_recipe(QUICK, [f"engine.max_new_tokens={n}"]), ledger, stage) for n in (limit, limit + 1)
+            Fitting(load_recipe(QUICK, [f"engine.max_new_tokens={n}"]), TASKS["ledger"], stage)
+            for n in (limit, limit + 1)
         )
         assert fits.lacks(prompt) is None
         assert "leaves no room for an answer" in not_any_more.lacks(prompt)

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 from eval.__main__ import main as evaluate
 from eval.measure import summarize
 from eval.methods import compare
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import TASKS, draw_prompts
 from eval.tasks.rows import Rows
 from parse import Engine
 from recipes.schema import Data, load_recipe, to_dict
@@ -48,8 +48,8 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsy
 @pytest.mark.slow
 def test_without_references_the_target_says_what_is_right():
     """Its own answer is; so is what it calls the same, and what was cut off is not."""
-    task = Rows([{"prompt": prompt} for prompt in draw_prompts(ledger, "test", 3, seed=2)], to_dict(Data()))
-    prompts = [prompt for some in task.prompts.values() for prompt in some]
+    task = Rows([{"prompt": prompt} for prompt in draw_prompts(TASKS["ledger"], "test", 3, seed=2)], to_dict(Data()))
+    prompts = [prompt for some in task.by_split.values() for prompt in some]
     engine = Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", compile=False)
     methods = {
         "target": {"method": "target"},

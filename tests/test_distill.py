@@ -17,7 +17,7 @@ from trl import SFTTrainer
 import train.align
 import train.distill
 from eval.checks import check_models
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import TASKS, draw_prompts, ledger
 from parse import Engine
 from parse.local.loading import load_model
 from parse.prompts import encode_prompt
@@ -32,7 +32,7 @@ from train.trainers import AnswerTrainer, Guarded
 from train.trial import try_distill
 
 QUICK = "recipes/quickstart.yaml"
-PROMPTS = draw_prompts(ledger, "train", 12, seed=5)
+PROMPTS = draw_prompts(TASKS["ledger"], "train", 12, seed=5)
 STEPS = ["distill.trainer={max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1}"]
 
 

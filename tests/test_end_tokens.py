@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from eval.checks import check_models, check_prompts
 from parse import Engine
+from parse.local.compiled import Compiled
 from parse.local.evidence import token_divergence, token_evidence
 from parse.local.loading import load_model, warn_of_unheeded
 from parse.prompts import end_of_answer
@@ -107,7 +108,7 @@ def test_the_draft_never_says_what_the_target_cannot_read(target, tokenizer):
     for compile in (False, True):
         engine = Engine(target, tokenizer, wide, tokenizer, Likelihood(), compile=compile)
         if compile:
-            engine.models["draft"].runner.compiled._backend = lambda graph, _: graph  # as it is traced
+            engine.models["draft"].runner.compiled = Compiled(wide, lambda graph, _, **__: graph, width=len(tokenizer))
         for ways in ({"threshold": 0.0}, {"threshold": 0.0, "temperature": 1.0, "seed": 1}, {"method": "draft"}):
             result = engine.generate(PROMPT, 12, **ways)[0]
             assert max(result.token_ids, default=0) < len(tokenizer)

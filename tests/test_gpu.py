@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from parse import Engine
 from parse.layout import pack
-from parse.local.compiled import Compiled
-from parse.local.runner import ModelRunner, Pass
+from parse.local.model import LocalModel
+from parse.local.runner import Pass
 from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood, PromptVerifier
 from tests.conftest import MODELS, runners_of
@@ -49,7 +49,9 @@ def test_heads_that_share_keys_attend_as_they_do_uncompiled():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).cuda().eval()
     outputs = []
-    for runner in (ModelRunner(model, compiled=Compiled(model, patience=0.0)), ModelRunner(model)):
+    for local in (LocalModel.of(model, None, compile=True), LocalModel.of(model, None)):
+        local.warm_up(3)
+        runner = local.runner
         contexts = [CachedSequence(runner) for _ in range(3)]
         for context, length in zip(contexts, (40, 90, 7), strict=True):
             context.read(list(range(5, 5 + length)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.judges import Agreement, Checked, controls
-from eval.tasks import draw_prompts, ledger, load_task
+from eval.tasks import TASKS, draw_prompts, ledger, load_task
 from parse import Engine
 from parse.scheduler import run, run_together
 from recipes.schema import RecipeError, load_recipe, to_dict
@@ -46,8 +46,8 @@ def rollouts(engine, labeller, every, prompts):
 @pytest.mark.parametrize("horizon", [25, "segment"])
 def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, every, horizon):
     """Each continues the one before where that is valid; its last prefix is labelled by asking, not by how it ends."""
-    prompts = draw_prompts(ledger, "train", 6, seed=12)
-    labeller = Labeller(engine, Checked(ledger), 200)
+    prompts = draw_prompts(TASKS["ledger"], "train", 6, seed=12)
+    labeller = Labeller(engine, Checked(TASKS["ledger"]), 200)
     steps = (rolling_out(labeller, prompt, 3, "all" if every else "bisect", horizon) for prompt in prompts)
     found = dict(run_together(steps, 10))
     for index, rows in found.items():
@@ -73,8 +73,8 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
 @pytest.mark.slow
 def test_bisection_and_asking_about_every_prefix_agree(engine):
     """Validity is lost once; where the two differ, the target has mended an error by chance."""
-    prompts = draw_prompts(ledger, "train", 30, seed=12)
-    labeller = Labeller(engine, Checked(ledger), 200)
+    prompts = draw_prompts(TASKS["ledger"], "train", 30, seed=12)
+    labeller = Labeller(engine, Checked(TASKS["ledger"]), 200)
     bisected, every = (rollouts(engine, labeller, every, prompts) for every in (False, True))
     firsts = [(a[0], b[0]) for a, b in zip(bisected, every, strict=True)]
     assert all(a["draft_ids"] == b["draft_ids"] and a["ends"] == b["ends"] for a, b in firsts)
@@ -91,9 +91,9 @@ def test_bisection_and_asking_about_every_prefix_agree(engine):
 
 @pytest.mark.slow
 def test_several_ways_on_decide_together(engine):
-    prompts = draw_prompts(ledger, "train", 6, seed=13)
-    once = rollouts(engine, Labeller(engine, Checked(ledger), 200), False, prompts)
-    most = rollouts(engine, Labeller(engine, Checked(ledger), 200, samples=3), False, prompts)
+    prompts = draw_prompts(TASKS["ledger"], "train", 6, seed=13)
+    once = rollouts(engine, Labeller(engine, Checked(TASKS["ledger"]), 200), False, prompts)
+    most = rollouts(engine, Labeller(engine, Checked(TASKS["ledger"]), 200, samples=3), False, prompts)
     labels = [[row["valid"] for row in found[:1]] for found in once], [[r["valid"] for r in f[:1]] for f in most]
     assert sum(a == b for a, b in zip(*labels, strict=True)) >= 5
 
@@ -118,9 +118,9 @@ def test_a_target_compares_answers_where_there_is_no_checker(smollm):
 
 def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alone(engine):
     """The shipped target finishes every right prefix rightly, so both know the same drafts, repairs and labels."""
-    prompts = draw_prompts(ledger, "train", 12, seed=12)
-    asking = Labeller(engine, Checked(ledger), 200)
-    knowing = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
+    prompts = draw_prompts(TASKS["ledger"], "train", 12, seed=12)
+    asking = Labeller(engine, Checked(TASKS["ledger"]), 200)
+    knowing = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
     found = []
     for labeller, labels in ((asking, "bisect"), (knowing, "checker")):
         steps = (rolling_out(labeller, prompt, 3, labels) for prompt in prompts)
@@ -138,8 +138,8 @@ def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alo
 
 
 def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
-    (prompt,) = draw_prompts(ledger, "train", 1, seed=3)
-    labeller = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
+    (prompt,) = draw_prompts(TASKS["ledger"], "train", 1, seed=3)
+    labeller = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
     drafts = [run(rolling_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
     first = [rows[0]["draft_ids"] for rows in drafts]
     assert drafts[1] == drafts[3]
@@ -148,10 +148,10 @@ def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
 
 def test_labels_come_from_the_program_only_where_it_knows_them():
     words = ["rollouts.labels=checker"]
-    assert labels_of(load_recipe(QUICK), ledger, "train") == "checker"
-    assert labels_of(load_recipe(QUICK), ledger, "test") == "bisect"
-    assert labels_of(load_recipe(QUICK, ["rollouts.labels=all"]), ledger, "train") == "all"
-    assert labels_of(load_recipe(QUICK, ["rollouts.labeller=agreement"]), ledger, "train") == "bisect"
+    assert labels_of(load_recipe(QUICK), TASKS["ledger"], "train") == "checker"
+    assert labels_of(load_recipe(QUICK), TASKS["ledger"], "test") == "bisect"
+    assert labels_of(load_recipe(QUICK, ["rollouts.labels=all"]), TASKS["ledger"], "train") == "all"
+    assert labels_of(load_recipe(QUICK, ["rollouts.labeller=agreement"]), TASKS["ledger"], "train") == "bisect"
     rows = load_task("recipes/data/parcels.jsonl", to_dict(load_recipe("recipes/custom_domain.yaml").data))
     assert labels_of(load_recipe(QUICK), rows, "train") == "bisect"
     with pytest.raises(RecipeError, match="has no program that knows the first wrong sentence"):
@@ -160,8 +160,8 @@ def test_labels_come_from_the_program_only_where_it_knows_them():
 
 def test_the_program_saves_bisection_most_of_its_questions_and_changes_no_label(engine):
     """Nothing behind a wrong sentence ends up right: so the target is asked in front of it, and most often once."""
-    prompts = draw_prompts(ledger, "train", 12, seed=12)
-    labellers = [Labeller(engine, Checked(ledger), 200, program) for program in (None, ledger.first_wrong)]
+    prompts = draw_prompts(TASKS["ledger"], "train", 12, seed=12)
+    labellers = [Labeller(engine, Checked(TASKS["ledger"]), 200, program) for program in (None, ledger.first_wrong)]
     found = [rollouts(engine, labeller, False, prompts) for labeller in labellers]
     keys = ("round", "prefix_ids", "draft_ids", "valid", "continuation_ids")
     plain, knowing = ([[[row[key] for key in keys] for row in rows] for rows in some] for some in found)
@@ -170,8 +170,8 @@ def test_the_program_saves_bisection_most_of_its_questions_and_changes_no_label(
 
 
 def test_a_prefix_is_asked_once_for_all_drafts_of_a_prompt(engine):
-    (prompt,) = [p for p in draw_prompts(ledger, "train", 12, seed=12) if not whole(engine, p)][:1]
-    labeller, asked = Labeller(engine, Checked(ledger), 200), {}
+    (prompt,) = [p for p in draw_prompts(TASKS["ledger"], "train", 12, seed=12) if not whole(engine, p)][:1]
+    labeller, asked = Labeller(engine, Checked(TASKS["ledger"]), 200), {}
     rows = [run(rolling_out(labeller, prompt, 3, "bisect", asked=asked)) for _ in range(2)]
     count = labeller.asked
     assert rows[0] == rows[1]
@@ -179,12 +179,12 @@ def test_a_prefix_is_asked_once_for_all_drafts_of_a_prompt(engine):
 
 
 def whole(engine, prompt):
-    return all(run(rolling_out(Labeller(engine, Checked(ledger), 200), prompt, 1, "bisect"))[0]["valid"])
+    return all(run(rolling_out(Labeller(engine, Checked(TASKS["ledger"]), 200), prompt, 1, "bisect"))[0]["valid"])
 
 
 def test_sampled_drafts_are_labelled_without_the_target(engine):
-    prompts = draw_prompts(ledger, "train", 6, seed=12)
-    labeller = Labeller(engine, Checked(ledger), 200, ledger.first_wrong)
+    prompts = draw_prompts(TASKS["ledger"], "train", 6, seed=12)
+    labeller = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
     rows = [row for p in prompts for row in run(rolling_out(labeller, p, 1, "checker", sample=1))]
     assert len(rows) == 6
     assert not any(row["continuation_ids"] or row["met"] for row in rows)
@@ -193,9 +193,9 @@ def test_sampled_drafts_are_labelled_without_the_target(engine):
 
 @pytest.mark.parametrize("word", ["segments=12", "engine.horizon=25"])
 def test_the_program_labels_no_drafts_that_are_cut_within_sentences(word):
-    assert labels_of(load_recipe(QUICK, [word]), ledger, "train") == "bisect"
+    assert labels_of(load_recipe(QUICK, [word]), TASKS["ledger"], "train") == "bisect"
     with pytest.raises(RecipeError, match="or drafts are cut within sentences"):
-        labels_of(load_recipe(QUICK, [word, "rollouts.labels=checker"]), ledger, "train")
+        labels_of(load_recipe(QUICK, [word, "rollouts.labels=checker"]), TASKS["ledger"], "train")
 
 
 def test_a_clock_starts_when_it_is_asked_first(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from eval.measure import bootstrap, paired, speedup, summarize, verdicts, wilson
 from eval.methods import Outcome, compare
 from eval.report import console_table, html_report
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import TASKS, draw_prompts
 from parse import Engine, Generation, Segment, Stats
 from tests.conftest import MODELS
 
@@ -56,7 +56,7 @@ def test_verdicts_count_to_each_drafts_first_wrong_cut():
         Segment(" " + TEA, "target", None, True),
         Segment(" " + END, "draft", 0.8, True),
     ]
-    found = list(verdicts(outcome(segments), ledger))
+    found = list(verdicts(outcome(segments), TASKS["ledger"]))
     assert found == [(0.9, True, True), (0.2, False, False), (0.8, True, True)]
 
 
@@ -68,7 +68,7 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
         outcome([Segment(BAD, "draft", 0.9, True)], right=False),
         outcome([Segment(FIG, "draft", 0.9, True)], written=0),
     ]
-    row = summarize("parse", mine, target, ledger)
+    row = summarize("parse", mine, target, TASKS["ledger"])
     public = "name accuracy accuracy_ci95 speedup speedup_ci95 seconds_per_request tokens_per_second n".split()
     public += "first_token_seconds full_accept_rate accepted_fraction false_accept_rate".split()
     public += "false_reject_rate model_time_fraction".split()
@@ -90,7 +90,7 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
 
 def test_the_report_is_one_file_that_escapes_what_models_write():
     nasty = outcome([Segment("<script>alert(1)</script>", "draft", 0.5, False)], right=False)
-    row = summarize("parse", [nasty], [nasty], ledger)
+    row = summarize("parse", [nasty], [nasty], TASKS["ledger"])
     summary = {
         "name": "x & y",
         "hardware": "cpu",
@@ -115,15 +115,15 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
     engine, other = (
         Engine.from_pretrained(MODELS / "ledger-target", MODELS / "ledger-draft", compile=False) for _ in "ab"
     )
-    prompts = draw_prompts(ledger, "test", 12, seed=3)
+    prompts = draw_prompts(TASKS["ledger"], "test", 12, seed=3)
     methods = {"target": {"method": "target", "max_new_tokens": 20}, "draft": {"method": "draft", "max_new_tokens": 20}}
-    alone = compare(engine, ledger, prompts, methods, 0)
+    alone = compare(engine, TASKS["ledger"], prompts, methods, 0)
     calls = []
     generate = other.generate
     other.generate = lambda some, **options: (
         calls.append((len(some), options["batch_size"])) or generate(some, **options)
     )
-    together = compare(engine, ledger, prompts, methods, 2, at_once=2, engines={"draft": other})
+    together = compare(engine, TASKS["ledger"], prompts, methods, 2, at_once=2, engines={"draft": other})
     for name, some in alone.items():
         assert [one.prompt for one in together[name]] == prompts
         assert [one.generation.token_ids for one in together[name]] == [one.generation.token_ids for one in some]
@@ -137,5 +137,5 @@ def test_requests_that_were_timed_together_count_as_one_measurement():
         [replace(outcome([Segment(FIG, "draft", 0.9, True)], s[n // 5]), turn=n // 5) for n in range(10)]
         for s in ((2.0, 2.0), (1.0, 2.0))
     )
-    low, high = summarize("parse", mine, target, ledger)["speedup_ci95"]
+    low, high = summarize("parse", mine, target, TASKS["ledger"])["speedup_ci95"]
     assert (low, high) == (1.0, 2.0)  # of one turn or the other

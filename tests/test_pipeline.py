@@ -17,7 +17,7 @@ from safetensors import safe_open
 from eval.__main__ import main as evaluate
 from eval.methods import Outcome, compare, settings_of
 from eval.properties import foreign_accuracy, judge_drafts, measure_pair
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import TASKS, draw_prompts, ledger
 from eval.verifier_metrics import measure, score, untrained_kinds
 from parse import Engine
 from parse.__main__ import main as ask
@@ -65,14 +65,14 @@ def engine(recipe):
 
 @pytest.fixture(scope="session")
 def pair(engine, recipe):
-    prompts = draw_prompts(ledger, "test", 100, seed=7)
+    prompts = draw_prompts(TASKS["ledger"], "test", 100, seed=7)
 
     def answered(method):  # many at once: here no seconds are asked for
         results = engine.generate(prompts, 200, method=method)
         right = [r.finish_reason == "stop" and ledger.check(p, r.text) for p, r in zip(prompts, results, strict=True)]
         return [Outcome(*one, seconds=1.0) for one in zip(prompts, results, right, strict=True)]
 
-    return measure_pair(engine, ledger, answered("target"), answered("draft"))
+    return measure_pair(engine, TASKS["ledger"], answered("target"), answered("draft"))
 
 
 def test_the_shipped_files_are_small():
@@ -94,7 +94,7 @@ def test_the_target_is_right(pair):
 
 
 def test_the_target_goes_on_rightly_from_a_foreign_prefix(engine):
-    assert foreign_accuracy(engine, ledger, draw_prompts(ledger, "test", 200, seed=8)) >= 0.99
+    assert foreign_accuracy(engine, TASKS["ledger"], draw_prompts(TASKS["ledger"], "test", 200, seed=8)) >= 0.99
 
 
 def test_the_distilled_draft_is_right_in_part(pair):
@@ -126,7 +126,7 @@ def test_the_splits_of_the_stages_do_not_overlap(recipe):
     fitted = {r["prompt"] for r in rollouts if r["split"] == "train"}
     calibrated = {r["prompt"] for r in rollouts if r["split"] == "calibration"}
     measured = {r["prompt"] for r in rollouts if r["split"] == "test"}
-    tested = set(draw_prompts(ledger, "test", 200, recipe.seed))
+    tested = set(draw_prompts(TASKS["ledger"], "test", 200, recipe.seed))
     splits = [answers, fitted, calibrated, measured, tested]
     assert all(splits)
     assert sum(map(len, splits)) == len(set().union(*splits))
@@ -224,7 +224,7 @@ def test_too_few_prompts_promise_nothing(words, recipe, tmp_path, capsys):
     assert train([RECIPE, "verifier", *options]) == 0
     assert "It takes at least 899 more (rollouts.calibration: 999)" in capsys.readouterr().out
     engine = Engine.from_pretrained(recipe.target, folder / "draft", folder / "verifier", compile=False)
-    prompt = draw_prompts(ledger, "test", 1, seed=6)[0]
+    prompt = draw_prompts(TASKS["ledger"], "test", 1, seed=6)[0]
     assert engine.generate(prompt, 60)[0].stats.accepted_tokens == 0
 
 
@@ -311,9 +311,9 @@ def test_two_processes_train_and_calibrate_as_one(topology, some, recipe):
 
 
 def test_the_trained_verifier_beats_every_free_rule(engine, recipe):
-    prompts = draw_prompts(ledger, "test", 100, seed=9)
-    drafts = compare(engine, ledger, prompts, {"draft": {"method": "draft"}}, 0)["draft"]
-    judged = judge_drafts(engine, ledger, drafts, engine.verifier.layers)
+    prompts = draw_prompts(TASKS["ledger"], "test", 100, seed=9)
+    drafts = compare(engine, TASKS["ledger"], prompts, {"draft": {"method": "draft"}}, 0)["draft"]
+    judged = judge_drafts(engine, TASKS["ledger"], drafts, engine.verifier.layers)
     free = untrained_kinds(engine)
     free.pop("prompt")
     auc = lambda kind: measure(score(kind, judged), 0.5)["auc"]
@@ -323,7 +323,7 @@ def test_the_trained_verifier_beats_every_free_rule(engine, recipe):
 def test_the_invariants_on_the_shipped_pair(engine, recipe):
     thresholds = {"first_fail": 0.5, "whole": 0.5}
     settings = settings_of(recipe, thresholds)["parse"]
-    for prompt in draw_prompts(ledger, "test", 5, seed=3):
+    for prompt in draw_prompts(TASKS["ledger"], "test", 5, seed=3):
         target = engine.generate(prompt, 200, method="target")[0]
         draft = engine.generate(prompt, 200, method="draft")[0]
         assert engine.generate(prompt, **{**settings, "threshold": 1.1})[0].token_ids == target.token_ids
@@ -360,7 +360,7 @@ def test_an_evaluation_beside_a_training_in_the_same_folder_is_refused(words, re
 
 
 def test_an_answer_from_a_terminal(recipe, capsys):
-    prompt = draw_prompts(ledger, "test", 1, seed=4)[0]
+    prompt = draw_prompts(TASKS["ledger"], "test", 1, seed=4)[0]
     assert ask([prompt, "--run", str(recipe.folder)]) == 0
     printed = capsys.readouterr().out
     assert "draft tokens accepted" in printed

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import parse.prompts
 from eval.judges import Checked
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import TASKS, draw_prompts
 from parse import Engine
 from parse.prompts import (
     checked_prompt,
@@ -288,7 +288,7 @@ def test_answers_hold_thinking_as_the_target_writes_it(request, choice, shape, w
 
 def test_the_shipped_pair_says_what_it_was_not_made_for(recwarn):
     engine = Engine.from_pretrained(MODELS / "ledger-target", compile=False)
-    for prompt in draw_prompts(ledger, "test", 20, seed=3):
+    for prompt in draw_prompts(TASKS["ledger"], "test", 20, seed=3):
         engine.generate(prompt, 1, method="target")
     assert not [w for w in recwarn if "was made for" in str(w.message) or "know all words" in str(w.message)]
     short = "list : #1 fig rome 4 ; #2 tea oslo 7 ."

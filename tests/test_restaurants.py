@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.judges import Checked
-from eval.tasks import draw_prompts, ledger, load_task, restaurants
+from eval.tasks import TASKS, draw_prompts, load_task, restaurants
 from eval.tasks.__main__ import main as write_rows
 from eval.tasks.restaurants import check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
 from eval.tasks.wordings import NAMES, NEAR, stated
@@ -163,7 +163,7 @@ def test_a_right_answer_is_spoilt_in_one_place(seed):
 
 def test_a_draft_with_a_fault_is_labelled_where_it_is(tokenizer):
     engine = Engine(random_model("llama", len(tokenizer)), tokenizer)
-    labeller = Labeller(engine, Checked(restaurants), 200, restaurants.first_wrong)
+    labeller = Labeller(engine, Checked(TASKS["restaurants"]), 200, restaurants.first_wrong)
     labeller.engine.tokenizer = byte_level_tokenizer([RIGHT], 300)
     ids = labeller.engine.tokenizer.encode(RIGHT, add_special_tokens=False)
     row = {"prefix_ids": [], "draft_ids": ids, "ended": True, "valid": [True] * 4, "round": 0}
@@ -176,7 +176,7 @@ def test_a_draft_with_a_fault_is_labelled_where_it_is(tokenizer):
         assert len(fault["valid"]) == len(fault["ends"])
         assert fault["valid"] == sorted(fault["valid"], reverse=True)
     assert with_faults(labeller, PROMPT, {**row, "valid": [True, False]}, 5) == []
-    labeller.judge = Checked(ledger)  # a task that makes none
+    labeller.judge = Checked(TASKS["ledger"])  # a task that makes none
     assert with_faults(labeller, PROMPT, row, 5) == []
 
 

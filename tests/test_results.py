@@ -6,7 +6,7 @@ import pytest
 
 from eval import results
 from eval.measure import summarize
-from eval.tasks import ledger
+from eval.tasks import TASKS
 from parse import Segment
 from tests.test_measure import FIG, outcome
 
@@ -16,7 +16,7 @@ def run(tmp_path):
     """A run folder with an evaluation."""
     target = [outcome([Segment(FIG, "target", None, True)], 2.0, True, 0, 0, 10)] * 4
     mine = [outcome([Segment(FIG, "draft", 0.9, True)])] * 4
-    rows = [summarize(name, some, target, ledger) for name, some in (("target", target), ("parse", mine))]
+    rows = [summarize(name, some, target, TASKS["ledger"]) for name, some in (("target", target), ("parse", mine))]
     summary = {"name": "of-mine", "at_once": 1, "methods": rows, "concurrency": [{"at_once": 8, "methods": rows}]}
     made = {"finished": "2026-01-02", "git_commit": "a" * 40, "packages": {"torch": "9"}, "hardware": "2 cores"}
     folder = tmp_path / "run"

@@ -20,7 +20,7 @@ def rows(*some, **settings):
 
 
 def all_of(task):
-    return [prompt for split in task.prompts for prompt in task.prompts[split]]
+    return [prompt for split in task.by_split for prompt in task.by_split[split]]
 
 
 def test_a_prompt_is_text_or_messages():
@@ -134,7 +134,7 @@ def test_prompts_with_the_same_words_are_in_one_split_and_the_same_prompt_is_the
     task = rows(*({"prompt": text} for text in [*texts, *(f"\n{text.upper()} " for text in texts), *texts]))
     assert sorted(all_of(task)) == sorted({*texts, *(f"\n{text.upper()} " for text in texts)})
     assert task.duplicates == 3 * len(texts) - len(all_of(task))
-    splits = [{" ".join(text.casefold().split()) for text in prompts} for prompts in task.prompts.values()]
+    splits = [{" ".join(text.casefold().split()) for text in prompts} for prompts in task.by_split.values()]
     assert sum(map(len, splits)) == len(set.union(*splits))
 
 
@@ -152,7 +152,7 @@ def test_conversations_with_the_same_words_are_in_one_split(texts):
         for i in range(20):
             some = [{"prompt": f"{text} {i}"} if system else {"messages": turns_of(f"{text} {i}")} for text in texts]
             task = rows(*some, system=system)
-            assert sorted(len(prompts) for prompts in task.prompts.values()) == [0, 0, 0, 2]
+            assert sorted(len(prompts) for prompts in task.by_split.values()) == [0, 0, 0, 2]
 
 
 def turns_of(text):
@@ -212,8 +212,8 @@ def test_text_and_a_conversation_that_are_the_same_prompt_are_one():
 
 def test_shares_decide_how_many_a_split_gets():
     task = rows(*({"prompt": f"number {i}"} for i in range(2000)), shares={"answers": 1, "test": 3})
-    assert len(task.prompts["answers"]) == pytest.approx(500, abs=80)
-    assert len(task.prompts["test"]) == 2000 - len(task.prompts["answers"])
+    assert len(task.by_split["answers"]) == pytest.approx(500, abs=80)
+    assert len(task.by_split["test"]) == 2000 - len(task.by_split["answers"])
 
 
 def test_prompts_are_drawn_by_seed_and_no_more_than_there_are():

@@ -23,7 +23,8 @@ from eval.methods import WHAT
 from parse.generation import HANDBACKS, POLICIES, Settings
 from parse.local.loading import load_model
 from parse.segments import check_segmenter
-from recipes.schema import Recipe, RecipeError, adapted_layers, hidden_states, load_recipe, to_dict
+from recipes.pair import adapted_layers, hidden_states
+from recipes.schema import Recipe, RecipeError, load_recipe, to_dict
 from recipes.strict import DEEPEST, Range, Text, dump
 from train.__main__ import main
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from eval.tasks import draw_prompts, ledger
+from eval.tasks import TASKS, draw_prompts
 from eval.verifier_metrics import Draft, Judged, Scored, examine, measure
 from parse import Engine
 from parse.local.linear import FEW
@@ -413,7 +413,7 @@ def test_an_adapter_on_a_real_chat_model(smollm, tmp_path):
 def test_an_adapter_on_the_shipped_target(tmp_path):
     engine = Engine.from_pretrained(MODELS / "ledger-target", compile=False)
     drafts = []
-    prompts = draw_prompts(ledger, "train", 24, seed=4)
+    prompts = draw_prompts(TASKS["ledger"], "train", 24, seed=4)
     for number, answer in enumerate(engine.generate(prompts, 200, method="target", batch_size=24)):
         prompt, ids = prompts[number], answer.token_ids
         ends = cut(ids, engine.tokenizer, "sentence")

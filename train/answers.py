@@ -15,7 +15,8 @@ from datasets import Dataset
 from eval.generation import Row, Work, finish_all, in_threads, together, write_after
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
-from eval.tasks.rows import Prompt, Rows, key_of
+from eval.tasks.rows import key_of
+from eval.tasks.task import Prompt
 from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.text import encode_continuation, text_of
 from recipes.files import write_text
@@ -54,13 +55,13 @@ def _asked(recipe: Recipe, folder: Path, prompts: list[Prompt]) -> list[Row]:
     return finish_all(folder / KEPT, prompts, work, "answers")
 
 
-def _references(task: Task | Rows, prompts: list[Prompt]) -> list[Row]:
+def _references(task: Task, prompts: list[Prompt]) -> list[Row]:
     """The first answer that each row calls right.
 
     Raises:
         RecipeError: where the task has no rows, or they no references.
     """
-    if not isinstance(task, Rows) or not task.checks:
+    if not task.references:
         raise RecipeError("answers.source=references takes them from rows with a `reference`, and the task has none")
     return [vars(Answered(task.references[key_of(prompt)][0], ended=True)) for prompt in prompts]
 
@@ -129,7 +130,7 @@ class Encoding:
         return text.removeprefix(OPEN).lstrip() if self.opened else text
 
 
-def _row(encode: Encoding, task: Task | Rows, prompt: Prompt, answered: Answered) -> Row:
+def _row(encode: Encoding, task: Task, prompt: Prompt, answered: Answered) -> Row:
     """A row of the data set, or one with the `reason` why it is none."""
     reason = answered.error or answered.failed
     if reason is None and not answered.ended:
@@ -141,8 +142,7 @@ def _row(encode: Encoding, task: Task | Rows, prompt: Prompt, answered: Answered
         reason = "is empty without its thinking"
     if reason is not None:
         return {"prompt": prompt, "answer": answered.text, "reason": reason}
-    checks = not isinstance(task, Rows) or task.checks
-    return {**encode(prompt, answered), "right": task.check(prompt, final) if checks else None}
+    return {**encode(prompt, answered), "right": task.check(prompt, final) if task.checks else None}
 
 
 def _explain(run: Run, source: str, kept: list[Row], rejected: list[Row]) -> None:

@@ -12,8 +12,8 @@ from accelerate.utils import str_to_bool
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval.checks import check_models, check_prompts
-from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
-from recipes.schema import Recipe, RecipeError, hidden_states
+from recipes.pair import draft_tokenizer, empty_draft, hidden_states, target_config, target_tokenizer
+from recipes.schema import Recipe, RecipeError
 from train.evidence import BYTES
 
 SAVED = 4  # bytes a weight of the draft, in its folder

@@ -17,16 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from eval.judges import TEMPERATURE, Judge
-from eval.tasks.rows import Prompt
+from eval.tasks.task import FirstWrong, Prompt
 from parse import Engine
 from parse.model import ModelSequence
 from parse.sampling import GREEDY, Sampling, Written
 from parse.scheduler import Steps
 from parse.segments import ends_segment
 from parse.text import text_of
-
-FirstWrong = Callable[[Prompt, str], int | None]  # of a prompt and an answer, or a prefix of one: see `eval.tasks.Task`
-
 
 Asked = dict[tuple[int, ...], tuple[bool, Written]]  # of prefixes of answers to one prompt: valid? and the way on
 

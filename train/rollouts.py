@@ -21,8 +21,9 @@ from eval.generation import REFUSED, Row, finish_all, together
 from eval.judges import TEMPERATURE, Agreement, Checked, controls, labeller_of
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
-from eval.tasks.rows import Prompt, Rows
+from eval.tasks.task import FirstWrong, Prompt
 from parse import Engine
+from parse.model import ModelSequence
 from parse.prompts import opens_thinking
 from parse.sampling import Sampling, Written
 from parse.scheduler import run_together
@@ -32,7 +33,7 @@ from recipes.files import write_text
 from recipes.pair import load_engine
 from recipes.run import KEPT, Run
 from recipes.schema import Recipe, RecipeError, to_dict
-from train.labels import Asked, Drafted, FirstWrong, Labeller
+from train.labels import Asked, Drafted, Labeller, Labels
 
 SAMPLED = 2  # ways on by which a label is asked again
 CONTROLS = 24  # prompts whose answers measure the noise of agreement
@@ -106,7 +107,7 @@ class TimeBudget:
         return time.monotonic() - self._started > self._seconds
 
 
-def labels_of(recipe: Recipe, task: Task | Rows, split: str) -> str:
+def labels_of(recipe: Recipe, task: Task, split: str) -> str:
     """Where the labels of a split's drafts come from: "checker", "bisect" or "all".
 
     Raises:
@@ -125,7 +126,7 @@ def labels_of(recipe: Recipe, task: Task | Rows, split: str) -> str:
     return "all" if labels == "all" else "bisect"
 
 
-def program_of(recipe: Recipe, task: Task | Rows) -> FirstWrong | None:
+def program_of(recipe: Recipe, task: Task) -> FirstWrong | None:
     """The task's program that knows the first wrong sentence, where drafts are cut behind whole ones."""
     within = isinstance(recipe.segments, int) or isinstance(recipe.engine.horizon, int)
     return None if within or labeller_of(recipe, task) != "task" else task.first_wrong
@@ -160,50 +161,66 @@ async def rolling_out(
     choose = Sampling(TEMPERATURE, seed=labeller.seed * 997 + sample) if sample else Sampling()
     try:
         while repairs < rounds and len(prefix) < labeller.limit:
-            drafted = await engine.pair.write_draft(draft, prefix, labeller.limit - len(prefix), horizon, choose)
-            written = Written(engine.pair.to_target(drafted.ids), drafted.ended)
-            answer = [*prefix, *written.ids]
-            goes_on = not written.ended and len(answer) < labeller.limit
-            right = None
-            if not goes_on:
-                text = text_of(answer, engine.tokenizer)
-                right = written.ended and (await labeller.judge.judging(prompt, text))
-            ends = cut(written.ids, engine.tokenizer, engine.segments)
-            if not ends:  # the engine lets the target write the rest
+            given = await _drafting(labeller, prompt, draft, prefix, horizon, choose)
+            if not given.ends:  # the engine lets the target write the rest
                 break
-            given = Drafted(prompt, prefix, written, ends, right)
             if labels == "checker":
                 label = await labeller.checking(target, given, repair=sample == 0)
             else:
                 label = await labeller.labelling(target, given, labels == "all", asked)
-            found.append(
-                {
-                    "round": repairs,
-                    "met": sample == 0,
-                    "prompt_ids": prompt_ids,
-                    "prefix_ids": prefix,
-                    "draft_ids": written.ids,
-                    "ended": written.ended,
-                    "ends": ends,
-                    "valid": label.valid,
-                    "target_right": label.target_right,
-                    "continuation_ids": label.continuation_ids,
-                }
-            )
-            if all(label.valid) and goes_on:
-                prefix = answer
+            found.append({"round": repairs, "met": sample == 0, "prompt_ids": prompt_ids, **_row_of(given, label)})
+            if all(label.valid) and given.right is None:
+                prefix = [*prefix, *given.written.ids]
                 continue
             if all(label.valid) or not label.target_right or repairs + 1 >= rounds:
                 break
-            repair = first_segment(engine, label.continuation_ids)
-            if label.continuation_ended and len(repair) == len(label.continuation_ids):
+            repaired = _repaired(engine, given, label)
+            if repaired is None:
                 break
-            prefix = [*prefix, *written.ids[: [0, *ends][label.valid.index(False)]], *repair]
-            repairs += 1
+            prefix, repairs = repaired, repairs + 1
     finally:
         target.close()
         draft.close()
     return found
+
+
+async def _drafting(
+    labeller: Labeller,
+    prompt: Prompt,
+    draft: ModelSequence,
+    prefix: list[int],
+    horizon: int | str | None,
+    choose: Sampling,
+) -> Drafted:
+    """The draft's next part of an answer, in the target's tokens; where it ends the answer, whether that is right."""
+    engine = labeller.engine
+    drafted = await engine.pair.write_draft(draft, prefix, labeller.limit - len(prefix), horizon, choose)
+    written = Written(engine.pair.to_target(drafted.ids), drafted.ended)
+    answer = [*prefix, *written.ids]
+    right = None
+    if written.ended or len(answer) >= labeller.limit:
+        right = written.ended and (await labeller.judge.judging(prompt, text_of(answer, engine.tokenizer)))
+    return Drafted(prompt, prefix, written, cut(written.ids, engine.tokenizer, engine.segments), right)
+
+
+def _row_of(given: Drafted, label: Labels) -> Row:
+    return {
+        "prefix_ids": given.prefix,
+        "draft_ids": given.written.ids,
+        "ended": given.written.ended,
+        "ends": given.ends,
+        "valid": label.valid,
+        "target_right": label.target_right,
+        "continuation_ids": label.continuation_ids,
+    }
+
+
+def _repaired(engine: Engine, given: Drafted, label: Labels) -> list[int] | None:
+    """The answer up to the end of the target's repair of a draft that went wrong; None where that ends the answer."""
+    repair = first_segment(engine, label.continuation_ids)
+    if label.continuation_ended and len(repair) == len(label.continuation_ids):
+        return None
+    return [*given.prefix, *given.written.ids[: [0, *given.ends][label.valid.index(False)]], *repair]
 
 
 def with_faults(labeller: Labeller, prompt: Prompt, row: Row, count: int) -> list[Row]:
@@ -234,9 +251,7 @@ def first_segment(engine: Engine, ids: list[int]) -> list[int]:
     return ids
 
 
-def _labeller(
-    recipe: Recipe, engine: Engine, task: Task | Rows, prompts: list[Prompt]
-) -> tuple[Labeller, dict[str, Any]]:
+def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[Prompt]) -> tuple[Labeller, dict[str, Any]]:
     """The recipe's labeller, and what is known of its noise beforehand."""
     section, limit = recipe.rollouts, recipe.engine.max_new_tokens
     if labeller_of(recipe, task) == "task":

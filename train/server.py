@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import openai
 
-from eval.tasks.rows import Prompt
+from eval.tasks.task import Prompt
 from recipes.schema import RecipeError, Server
 
 REFUSED_PROMPT = (400, 413, 422)  # as this prompt will be at every try

@@ -38,10 +38,10 @@ from parse.verifiers.heads import SEGMENT_EVIDENCE, HazardHead
 from parse.verifiers.saved import save, tokenizer_hash
 from recipes.digests import of_values
 from recipes.files import write_text
-from recipes.pair import load_engine
+from recipes.pair import hidden_states, load_engine
 from recipes.progress import progress_bar
 from recipes.run import KEPT, Run
-from recipes.schema import AdapterSection, Recipe, hidden_states
+from recipes.schema import AdapterSection, Recipe
 from train.calibration import NEVER, prompts_needed, thresholds
 from train.evidence import gather, up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve

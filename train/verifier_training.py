@@ -172,65 +172,89 @@ def fit(
     Raises:
         ValueError: if there are no drafts for some process.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    sizes = gather_object([(len(train_set), len(held_out))])
-    if min(min(size) for size in sizes) == 0:
-        raise ValueError(
-            f"the {what} has no labelled drafts to learn from or to be tested on (drafts and held-out drafts of each "
-            f"process: {sizes}): raise rollouts.train, or see why no answer of the target is right"
-        )
-    share = -(-plan.batch_size // accelerator.num_processes)
-    steps, tests = (-(-max(column) // share) for column in zip(*sizes, strict=True))  # as many on every process
-    module = make()
-    optimizer = torch.optim.AdamW(_trained(module).values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    model, optimizer = accelerator.prepare(module, optimizer)
-    total = steps * plan.epochs
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(WARM_UP * total), total)
-
-    def hazards(some: Sequence[Judged]) -> list[Tensor]:
-        """The hazards [K] of each draft."""
-        inputs = [tensor.to(accelerator.device) for tensor in module.collate(some)]
-        return list(model(*inputs).split([len(one.draft.ends) for one in some]))
-
-    def loss_of(some: Sequence[Judged], found: Sequence[Tensor]) -> Tensor:
-        pairs = zip(found, some, strict=True)
-        return torch.stack([survival_loss(h, one.draft.valid, plan.error_weight) for h, one in pairs]).mean()
-
+    training = _Training(make, train_set, held_out, plan, what)
     best, kept, since, epoch = (-1.0, 0.0), dict[str, Tensor](), 0, 0  # acceptable share, minus the loss; held out
     losses = list[float]()  # of each epoch
-    with progress_bar(title or what, total=total) as bar:
+    with progress_bar(title or what, total=training.steps * plan.epochs) as bar:
         while epoch < plan.epochs and since < plan.patience:
             epoch, since = epoch + 1, since + 1
-            model.train()
-            for some in _shuffled(_cycled(_by_length(train_set), share, steps)):
-                loss = loss_of(some, hazards(some))
-                if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"the {what}'s loss is {loss.item()} at step {bar.n + 1} of {total}, on drafts of the prompts "
-                        f"{sorted(one.draft.number for one in some)}: lower verifier.{what}.learning_rate"
-                    )
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(_trained(model).values(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                bar.update()
-            model.eval()
-            with torch.no_grad():
-                found = [h for some in _cycled(held_out, share, tests) for h in hazards(some)][: len(held_out)]
-                shares = gather_object([loss_of(held_out, found).item()])
-            losses.append(sum(shares) / len(shares))
-            scored = [Scored(one.draft, survival(h).tolist()) for one, h in zip(held_out, found, strict=True)]
-            score = (acceptable(gather_object(scored), max_accuracy_loss), -losses[-1])
-            log({f"{what}/held_out_acceptable": score[0], f"{what}/held_out_loss": -score[1]})
+            training.learn(bar)
+            scored, loss = training.test()
+            losses.append(loss)
+            score = (acceptable(scored, max_accuracy_loss), -loss)
+            log({f"{what}/held_out_acceptable": score[0], f"{what}/held_out_loss": loss})
             if score > best:
-                unwrapped = accelerator.unwrap_model(model)
-                since = 0
-                best, kept = score, {name: tensor.detach().clone() for name, tensor in _trained(unwrapped).items()}
+                best, kept, since = score, training.weights(), 0
             if since == plan.patience:
                 bar.total = bar.n  # the rest is left out
             bar.set_postfix_str(f"held out: {score[0]:.1%} acceptable, best {best[0]:.1%}", refresh=False)
     return Fitted(_restored(make(), kept), best[0], -best[1], min(losses), epoch)
+
+
+class _Training(Generic[M]):
+    """A module that learns from this process's share of the drafts."""
+
+    def __init__(
+        self, make: Callable[[], M], train_set: Sequence[Judged], held_out: Sequence[Judged], plan: Fit, what: str
+    ) -> None:
+        self.train_set, self.held_out, self.plan, self.what = train_set, held_out, plan, what
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        sizes = gather_object([(len(train_set), len(held_out))])
+        if min(min(size) for size in sizes) == 0:
+            raise ValueError(
+                f"the {what} has no labelled drafts to learn from or to be tested on (drafts and held-out drafts of "
+                f"each process: {sizes}): raise rollouts.train, or see why no answer of the target is right"
+            )
+        self.share = -(-plan.batch_size // self.accelerator.num_processes)
+        # as many on every process
+        self.steps, self.tests = (-(-max(column) // self.share) for column in zip(*sizes, strict=True))
+        self.module: M = make()
+        trained = _trained(self.module).values()
+        optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        total = self.steps * plan.epochs
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, int(WARM_UP * total), total)
+
+    def learn(self, bar: Any) -> None:
+        """One epoch."""
+        self.model.train()
+        for some in _shuffled(_cycled(_by_length(self.train_set), self.share, self.steps)):
+            loss = self._loss_of(some, self._hazards(some))
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the {self.what}'s loss is {loss.item()} at step {bar.n + 1} of {bar.total}, on drafts of the "
+                    f"prompts {sorted(one.draft.number for one in some)}: lower verifier.{self.what}.learning_rate"
+                )
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(_trained(self.model).values(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            bar.update()
+
+    @torch.no_grad()
+    def test(self) -> tuple[list[Scored], float]:
+        """Verdicts on the held-out drafts of all processes, and the loss on them."""
+        self.model.eval()
+        batches = _cycled(self.held_out, self.share, self.tests)
+        found = [hazards for some in batches for hazards in self._hazards(some)][: len(self.held_out)]
+        losses = gather_object([self._loss_of(self.held_out, found).item()])
+        scored = [Scored(one.draft, survival(h).tolist()) for one, h in zip(self.held_out, found, strict=True)]
+        return gather_object(scored), sum(losses) / len(losses)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what has been learnt so far."""
+        module = self.accelerator.unwrap_model(self.model)
+        return {name: tensor.detach().clone() for name, tensor in _trained(module).items()}
+
+    def _hazards(self, some: Sequence[Judged]) -> list[Tensor]:
+        """The hazards [K] of each draft."""
+        inputs = [tensor.to(self.accelerator.device) for tensor in self.module.collate(some)]
+        return list(self.model(*inputs).split([len(one.draft.ends) for one in some]))
+
+    def _loss_of(self, some: Sequence[Judged], found: Sequence[Tensor]) -> Tensor:
+        pairs = zip(found, some, strict=True)
+        return torch.stack([survival_loss(h, one.draft.valid, self.plan.error_weight) for h, one in pairs]).mean()
 
 
 def acceptable(scored: Sequence[Scored], max_accuracy_loss: float) -> float:

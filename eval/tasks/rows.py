@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.answer_checks import CHECKS, check_reference
-from eval.tasks.user_checker import UserChecker, load_checker
-from parse.local.loading import Messages
+from eval.tasks.task import Prompt, Task
+from eval.tasks.user_checker import load_checker
 from parse.prompts import as_messages, checked_text, checked_turn, shown
-
-Prompt = str | Messages
 
 FIELDS = ("prompt", "messages", "system", "reference", "split")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class Rows:
+class Rows(Task):
     """A task whose prompts are rows. Of each prompt the reference is known, or of none."""
 
     def __init__(
@@ -56,20 +54,19 @@ class Rows:
                 "target's own answers are what is right)"
             )
         conversations = any(not isinstance(row.prompt, str) for row in distinct)
-        self.prompts: dict[str, list[Prompt]] = {split: [] for split in settings["shares"]}
-        self.references: dict[str, tuple[str, ...]] = {}
+        self.by_split: dict[str, list[Prompt]] = {split: [] for split in settings["shares"]}
+        references: dict[str, tuple[str, ...]] = {}
         for row in distinct:
             prompt = as_messages(row.prompt) if conversations else row.prompt
-            self.prompts[row.split].append(prompt)
+            self.by_split[row.split].append(prompt)
             if row.references:
-                self.references[key_of(prompt)] = row.references
-        self.checker: UserChecker | None = None  # the user's own
-        if ":" in settings["check"]:
-            self.checker = load_checker(settings["check"], bool(self.references))
-        else:
-            self._compare = CHECKS[settings["check"]]
-        self.first_wrong = self.checker and self.checker.first_wrong  # where that is known, see `eval.tasks.Task`
-        self.corrupted = self.checker and self.checker.corrupted
+                references[key_of(prompt)] = row.references
+        self.references = references
+        self._check: str = settings["check"]
+        self._checker = load_checker(self._check, bool(references)) if ":" in self._check else None  # the user's own
+        if self._checker:
+            self.first_wrong, self.corrupted = self._checker.first_wrong, self._checker.corrupted
+        self.checks = bool(references or self._checker)
 
     def _distinct(self, rows: Iterable[Mapping[str, Any] | None], settings: Mapping[str, Any]) -> list[_Row]:
         """Rows of which no two hold the same prompt, and none contradicts another."""
@@ -100,27 +97,24 @@ class Rows:
             self.duplicates += first is not row
         return list(distinct.values())
 
-    @property
-    def checks(self) -> bool:
-        """Whether answers can be checked, against references or by the user's own function."""
-        return bool(self.references or self.checker)
-
-    def draw_prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        """So many prompts of a split or all there are, in an order that the seed decides.
-
-        Each has its own place in it, whatever other rows there are: one more row changes one prompt.
-        """
+    def prompts(self, split: str, seed: int) -> Iterator[Prompt]:
+        """See `Task`. Each has its place in the order by itself: one row more is one prompt more."""
         place = lambda prompt: hashlib.sha256(f"{split} {seed} {key_of(prompt)}".encode()).digest()
-        return sorted(self.prompts[split], key=place)[:count]
+        return iter(sorted(self.by_split[split], key=place))
 
     def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether a finished answer, without its thinking, says what the reference says, or one of a list of them."""
-        if not self.references and self.checker:
-            return self.checker(prompt, answer)
+        if not self.references and self._checker:
+            return self._checker(prompt, answer)
         references = self.references[key_of(prompt)]
-        if self.checker:
-            return any(self.checker(prompt, answer, reference) for reference in references)
-        return any(self._compare(answer, reference) for reference in references)
+        if self._checker:
+            return any(self._checker(prompt, answer, reference) for reference in references)
+        return any(CHECKS[self._check](answer, reference) for reference in references)
+
+    def content(self) -> bytes:
+        """See `Task`."""
+        content = json.dumps([self._check, self.by_split, self.references], sort_keys=True).encode()
+        return content + (self._checker.file.read_bytes() if self._checker and self._checker.file else b"")
 
 
 def load_rows(source: str, settings: Mapping[str, Any]) -> Rows:

@@ -176,19 +176,17 @@ async def packed_evidence(
     assert before is not None or first, "the logits behind this text are neither known nor about to be"
     lead = int(w > 0)  # the logits behind what waited are those before the draft
     layout = pack([*first, *draft.ids], [w + end for end in ends], needs.suffix_ids, len(text.ids) - w)
-    whole = needs.token_logprobs or needs.draft_logits is not None
+    whole, adapted = needs.token_logprobs or needs.draft_logits is not None, needs.adapter is not None
     read = range(w - lead, w + n) if whole else sorted({*range(w - lead, w), w + n - 1, *(w + e - 1 for e in ends)})
-    verdicts = layout.last_suffix
-    keep = [*read, *verdicts] if needs.adapter is None else list(read)
-    with_states = bool(needs.layers) or needs.adapter is not None
+    keep = [*read] if adapted else [*read, *layout.last_suffix]
+    with_states = bool(needs.layers) or adapted
     output = await Pass(text.runner, text.row, layout.ids, layout, keep, with_states, needs.adapter)
     if before is None:
         before = output.logits[0]  # [V]
     drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
     places = [read.index(w + end - 1) - lead for end in [*ends, n]]
     behind = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
-    length = len(text.ids)
-    context_states = None
+    length, context_states = len(text.ids), None
     if needs.context_states:
         text.remember(output.states, w + n)
         assert text.states is not None
@@ -211,7 +209,7 @@ async def packed_evidence(
         margin,
         states=torch.cat(states, dim=-1) if states else None,  # [N, D * layers]
         suffix_logits=suffix_logits if len(suffix_logits) else None,
-        suffix_states=output.states[-1][verdicts] if needs.adapter is not None else None,  # [K, D]
+        suffix_states=output.states[-1][layout.last_suffix] if adapted else None,  # [K, D]
         divergence=divergence,
         context_states=context_states,
     )

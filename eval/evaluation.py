@@ -1,0 +1,185 @@
+"""The evaluation of a run: every method on the same prompts, what was found, and where it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+
+from eval.measure import summarize
+from eval.methods import Outcome, compare, settings_of
+from eval.prompts import prompts_of
+from eval.properties import measure_pair
+from eval.report import console_table, html_report, pair_table, requests
+from eval.tasks import Task, load_task
+from parse import Engine
+from parse.prompts import opens_thinking
+from parse.verifiers.base import Calibration
+from recipes.files import write_text
+from recipes.machine import hardware
+from recipes.pair import load_engine
+from recipes.schema import Recipe, RecipeError, to_dict
+
+Outcomes = dict[str, list[Outcome]]  # by method
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """Measure the run, write what was found into its folder and show it."""
+    if recipe.eval.threads:
+        torch.set_num_threads(recipe.eval.threads)
+    task, engine = load_task(recipe.task, to_dict(recipe.data)), _ready(recipe)
+    thresholds = _calibration(engine).thresholds
+    found = _compared(recipe, task, engine, thresholds)
+    tables = {at_once: _summarized(task, engine, outcomes) for at_once, outcomes in found.items()}
+    first = recipe.eval.concurrency[0]
+    outcomes, pair = found[first], None
+    if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
+        pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
+    draft, verifier = recipe.evaluated
+    summary = {
+        "name": recipe.name,
+        "draft": str(draft),
+        "verifier": str(verifier),
+        "hardware": hardware(),
+        "threshold": thresholds[recipe.engine.policy],
+        "at_once": first,
+        "methods": tables[first],
+        "concurrency": [{"at_once": n, "methods": table} for n, table in tables.items() if n != first],
+        "pair": pair,
+        "sweep": _sweep(engine, task, recipe, thresholds, outcomes) if "parse" in outcomes else [],
+        "sweep_prompts": recipe.eval.sweep_prompts,
+    }
+    _write(recipe, summary, outcomes)
+    _show(recipe, tables, pair, len(outcomes["target"]))
+    return summary
+
+
+def _ready(recipe: Recipe) -> Engine:
+    """The engine with the draft and the verifier that are evaluated, warmed up.
+
+    Raises:
+        RecipeError: where the verifier is not calibrated for these settings.
+    """
+    section = recipe.engine
+    engine = load_engine(recipe, *recipe.evaluated, section.compile)
+    try:
+        _calibration(engine).threshold(section.policy, section.handback, section.horizon)
+    except ValueError as error:
+        raise RecipeError(f"engine: {error}") from error
+    if section.compile is not False:
+        engine.warm_up(max(recipe.eval.concurrency))
+    return engine
+
+
+def _calibration(engine: Engine) -> Calibration:
+    calibration = engine.need_verifier().calibration
+    assert calibration is not None  # it was saved with one
+    return calibration
+
+
+def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, float]) -> dict[int, Outcomes]:
+    """What each method answered, by the number of requests at once."""
+    prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts]
+    methods = settings_of(recipe, thresholds)
+    engines = {}
+    if "speculation" in methods and recipe.eval.speculation_draft:
+        engines["speculation"] = _speculating(engine, recipe)
+    found = {}
+    for at_once in recipe.eval.concurrency:
+        what = "methods" if at_once == 1 else f"methods, {at_once} at once"
+        warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
+        found[at_once] = compare(engine, task, prompts, methods, warmup, what, _agreement(recipe), at_once, engines)
+    return found
+
+
+def _agreement(recipe: Recipe) -> float:
+    """The threshold by which the target compared answers when it labelled them."""
+    labels = recipe.rollouts_folder / "labels.json"
+    noise = json.loads(labels.read_text()) if labels.is_file() else {}
+    return float(noise.get("threshold", 0.5))
+
+
+def _summarized(task: Task, engine: Engine, outcomes: Outcomes) -> list[dict[str, Any]]:
+    opened = opens_thinking(engine.tokenizer)
+    return [summarize(name, some, outcomes["target"], task, opened) for name, some in outcomes.items()]
+
+
+def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes) -> None:
+    folder = recipe.folder / "eval"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "report.html", html_report(summary, outcomes))
+    write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
+
+
+def _show(recipe: Recipe, tables: dict[int, list[dict[str, Any]]], pair: dict[str, Any] | None, prompts: int) -> None:
+    if pair:
+        print(f"\nthe pair of models, on {prompts} test prompts\n{pair_table(pair)}")
+    for at_once, table in tables.items():
+        title = "" if list(tables) == [1] else f"{requests(at_once)}, {prompts} prompts\n"
+        print(f"\n{title}{console_table(table)}")
+    print(f"\nreport: {recipe.folder / 'eval' / 'report.html'}\n", flush=True)
+
+
+def _speculating(engine: Engine, recipe: Recipe) -> Engine:
+    """The engine's target with another draft."""
+    other = Engine.from_pretrained(
+        engine.target,
+        recipe.eval.speculation_draft,
+        tokenizer=engine.tokenizer,
+        segments=recipe.segments,
+        compile=False if recipe.engine.compile is False else None,
+    )
+    if recipe.engine.compile is not False:
+        other.models["draft"].warm_up(max(recipe.eval.concurrency))
+    other.models["target"] = other.pair.target = engine.models["target"]
+    return other
+
+
+def _sweep(
+    engine: Engine, task: Task, recipe: Recipe, thresholds: dict[str, float], outcomes: Outcomes
+) -> list[dict[str, Any]]:
+    """PARSE at other thresholds, on the first prompts: speed-up and accuracy of each."""
+    methods = settings_of(recipe, thresholds)
+    count = recipe.eval.sweep_prompts
+    confidences = sorted(
+        segment.confidence
+        for outcome in outcomes["parse"]
+        for segment in outcome.generation.segments
+        if segment.confidence is not None
+    )
+    if not count or not confidences:
+        return []
+    quantiles = [confidences[int(q * (len(confidences) - 1))] for q in (0.05, 0.2, 0.5, 0.8)]
+    variants = {f"parse {t:.4f}": methods["parse"] | {"threshold": t} for t in sorted({0.0, *quantiles})}
+    ran = compare(
+        engine,
+        task,
+        [o.prompt for o in outcomes["parse"][:count]],
+        {"target": methods["target"], **variants},
+        0,
+        "thresholds",
+        _agreement(recipe),
+        recipe.eval.concurrency[0],
+    )
+    baseline = sum(o.seconds for o in ran.pop("target"))
+    return [
+        {
+            "threshold": variants[name]["threshold"],
+            "speedup": baseline / sum(o.seconds for o in some),
+            "accuracy": sum(o.right for o in some) / len(some),
+        }
+        for name, some in ran.items()
+    ]
+
+
+def _transcripts(outcomes: Outcomes) -> str:
+    lines = []
+    for name, some in outcomes.items():
+        for outcome in some:
+            record = {"method": name, "prompt": outcome.prompt, "right": outcome.right, "seconds": outcome.seconds}
+            record |= dataclasses.asdict(outcome.generation)
+            lines.append(json.dumps(record) + "\n")
+    return "".join(lines)
