@@ -102,6 +102,8 @@ class Dependencies:
         values["target"] = self._digest("target")
         if stage == "distill" and isinstance(self.recipe.draft, str):
             values["draft"] = self._digest("draft")
+        if stage == "distill" and self.recipe.distill.lora_from is not None:
+            values["lora_from"] = self._digest("lora_from")
         for earlier in self.reads(stage):
             record = self._record_of(earlier)
             files = content_of(record.get("wrote", {}))
@@ -113,6 +115,7 @@ class Dependencies:
             make: dict[str, Callable[[], str]] = {
                 "target": lambda: self._digests.of_model(self.recipe.target),
                 "draft": lambda: self._digests.of_model(str(self.recipe.draft)),
+                "lora_from": lambda: self._digests.of_model(str(self.recipe.distill.lora_from)),
                 "prompts": lambda: self._content_of_task(self.recipe),
             }
             self._known[what] = make[what]()

@@ -128,9 +128,15 @@ class Distill:
 
     method: Literal["sequence", "logits", "on_policy", "gold"] = "sequence"  # see `train.distill`
     lora: dict[str, Any] | None = None  # PEFT LoraConfig; None trains every weight
+    lora_from: Source | None = None  # a PEFT folder, whose LoRA goes on learning instead of a new one
     merge: bool = True  # the LoRA into the draft's weights; false leaves a PEFT folder, which the engine merges
     top_k: Count = 16  # of the target's next tokens whose log-probabilities "logits" keeps
     trainer: dict[str, Any] = field(default_factory=dict)  # TRL: SFTConfig, DistillationConfig or GOLDConfig
+
+    @property
+    def by_lora(self) -> bool:
+        """Whether a LoRA learns, and not every weight."""
+        return self.lora is not None or self.lora_from is not None
 
 
 @dataclass(frozen=True)
@@ -350,6 +356,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             "draft.tokenizer is for a draft with a `config`: layers of the target read the target's tokens"
         )
+    if recipe.distill.lora is not None and recipe.distill.lora_from is not None:
+        raise RecipeError("distill has `lora`, a new one, and `lora_from`, one that goes on learning: keep one of them")
     for name, options in ("target", recipe.engine.target_options), ("draft", recipe.engine.draft_options):
         if split := sorted({"tp_plan", "distributed_config"} & options.keys()):
             raise RecipeError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import SFTTrainer
 
@@ -128,6 +129,32 @@ def test_a_lora_that_is_not_merged_is_a_peft_folder(begin):
     assert "model.safetensors" not in files
     merged = distilled(begin(*STEPS, "distill.lora={r: 2}", "name=merged"))
     torch.testing.assert_close(dict(load_model(folder).named_parameters()), dict(load_model(merged).named_parameters()))
+
+
+def test_a_lora_goes_on_learning(begin):
+    """It begins with what the first one learnt, and ends as one LoRA of the same rank over the same model."""
+    steps = "distill.trainer={max_steps: 8, learning_rate: 2e-3, logging_steps: 1, save_strategy: 'no'}"
+    first = distilled(begin(steps, "distill.lora={r: 4}", "distill.merge=false", "name=first"))
+    more = distilled(begin(steps, f"distill.lora_from={first}", "distill.merge=false", "name=more"))
+    assert losses(more)[0] < losses(first)[0]
+    read = lambda folder: load_file(folder / "adapter_model.safetensors")
+    before, after = read(first), read(more)
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((more / "adapter_config.json").read_text())["inference_mode"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["distill.lora_from=recipes/models/ledger-draft"], "is no PEFT folder"),
+        (["distill.lora_from=nowhere"], "is no PEFT folder"),
+        (["distill.lora_from=nowhere", "distill.lora={r: 2}"], "keep one of them"),
+    ],
+)
+def test_a_lora_that_cannot_go_on_is_refused(words, said):
+    with pytest.raises(RecipeError, match=said):
+        try_distill(load_recipe(QUICK, words))
 
 
 def test_kept_logits_are_the_targets(tmp_path, begin):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from eval.judges import Checked
 from eval.tasks import TASKS, draw_prompts, load_task, restaurants
 from eval.tasks.__main__ import main as write_rows
-from eval.tasks.restaurants import check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
+from eval.tasks.restaurants import best_of, check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
 from eval.tasks.wordings import NAMES, NEAR, stated
 from parse import Engine
 from recipes.schema import Data, to_dict
@@ -297,3 +297,24 @@ def test_a_tasks_prompts_as_rows_of_a_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         write_rows(["restaurants", str(file), "--rows", "3"])
     assert "--rows is 3: give 10 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answers", "chosen"),
+    [
+        ([RIGHT], RIGHT),
+        ([f"1. {FIRST}\n2. Cocum is a pub.", RIGHT.replace("Chinese", "Indian")], RIGHT),  # a right one of each
+        ([f"1. {FIRST}", f"1. {SECOND}\n2. {SECOND}"], RIGHT),
+        ([f"1. {FIRST}\n2. {SECOND} It it"], None),  # right, and not well put
+        ([f"1. {FIRST}", f"1. {FIRST}\n3. {SECOND}"], None),
+        ([""], None),
+    ],
+)
+def test_the_best_of_several_answers_has_the_right_paragraphs_of_each(answers, chosen):
+    assert best_of(PROMPT, answers) == chosen
+
+
+def test_a_target_that_knows_nothing_answers_no_prompt(tmp_path):
+    out = tmp_path / "own.jsonl"
+    assert main([str(out), "--target", "recipes/models/ledger-draft", "--rows", "3"]) == 0
+    assert out.read_text() == ""

@@ -121,7 +121,7 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
     if "distill" in stages:
         with torch.device("meta"):
             weights = empty_draft(recipe).num_parameters()
-        trained = weights if recipe.distill.lora is None else weights // 50
+        trained = weights // 50 if recipe.distill.by_lora else weights
         need["draft"] = weights * SAVED
         need["checkpoints"] = 2 * trained * CHECKPOINT
         if recipe.distill.method == "logits":

@@ -48,9 +48,9 @@ def run(recipe: Recipe, run: Run) -> None:
         model, tokenizer = first_draft(recipe, answers)
         trainer = make_trainer(recipe, _that_fit(recipe, answers, model, run), model, tokenizer, folder)
         adapter = folder / KEPT / "lora"
-        train(trainer, "distill", run, adapter if section.lora is not None else folder)
+        train(trainer, "distill", run, adapter if section.by_lora else folder)
         if run.is_main:
-            if section.lora is not None:
+            if section.by_lora:
                 if section.merge:
                     _merge(recipe, adapter, folder, answers)
                 else:
@@ -86,6 +86,8 @@ def make_trainer(recipe: Recipe, answers: Dataset, model: Any, tokenizer: Any, f
     common: dict[str, Any] = {"model": model, "args": args, "processing_class": tokenizer}
     if section.lora is not None:
         common["peft_config"] = lora_config(section.lora, "distill.lora")
+    if section.lora_from is not None:
+        common["model"] = PeftModel.from_pretrained(model, section.lora_from, is_trainable=True)
     if section.method == "sequence":
         return training_kind(AnswerTrainer)(train_dataset=examples(recipe, answers, tokenizer), **common)
     with whole_weights() if section.method == "logits" else nullcontext():

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -33,9 +33,7 @@ WITHOUT_WRITING = (
 def try_distill(recipe: Recipe) -> None:
     """Raise RecipeError where `distill.trainer` or `distill.lora` are refused."""
     section, tokenizer = recipe.distill, draft_tokenizer(recipe)
-    adapter = None if section.lora is None else lora_config(section.lora, "distill.lora")
-    if adapter is not None:
-        _try_lora(recipe, adapter, "distill.lora")
+    adapter = _lora_of(recipe)
     ids = [*tokenizer.encode(WORDS, add_special_tokens=False)] or [0]
     row: dict[str, Any] = {"input_ids": ids * 2, "completion_mask": [0] * len(ids) + [1] * len(ids)}
 
@@ -51,6 +49,26 @@ def try_distill(recipe: Recipe) -> None:
         return distill.AnswerTrainer(train_dataset=Dataset.from_list([row]), **common)
 
     _try("distill.trainer", lambda output: distill.trainer_config(recipe, output), make, tokenizer, adapter)
+
+
+def _lora_of(recipe: Recipe) -> LoraConfig | None:
+    """The LoRA that learns: a new one, or one that goes on."""
+    section, key = recipe.distill, "distill.lora"
+    if section.lora_from is not None:
+        key = "distill.lora_from"
+        try:
+            adapter = PeftConfig.from_pretrained(section.lora_from)
+        except Exception as error:  # whatever a library raises for files that it cannot read
+            raise RecipeError(f"{key}: {section.lora_from} is no PEFT folder: {error!s:.200}") from error
+        if not isinstance(adapter, LoraConfig):
+            raise RecipeError(f"{key}: {section.lora_from} holds {adapter.peft_type}, and a LoRA is needed")
+        adapter.inference_mode = False
+    elif section.lora is not None:
+        adapter = lora_config(section.lora, key)
+    else:
+        return None
+    _try_lora(recipe, adapter, key)
+    return adapter
 
 
 def try_align(recipe: Recipe) -> None:

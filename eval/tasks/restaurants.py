@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from eval.tasks import wordings
@@ -42,7 +42,7 @@ VALUES = {
     "near": tuple(NEAR),
 }
 SHARES = {"type": 1.0, "food": 0.75, "price": 0.6, "rating": 0.6, "area": 0.75, "family": 0.7, "near": 0.75}
-LEAST, MOST = 3, 6  # attributes of a place, beside its name
+LEAST, MOST = 3, 5  # attributes of a place, beside its name
 PLACES = (3, 4, 5)  # in a prompt
 # how often an attribute is listed before the type: about as often as people state it there
 BEFORE = {"food": 0.35, "price": 0.35, "rating": 0.2, "area": 0.2, "family": 0.4, "near": 0.2}
@@ -279,6 +279,18 @@ def people(rows: Iterable[Mapping[str, str]], count: int, seed: int) -> Iterator
                 chosen[place["name"]] = place, text
         prompt = prompt_text(place for place, _ in chosen.values())
         yield prompt, "\n".join(f"{i}. {text}" for i, (_, text) in enumerate(chosen.values(), 1))
+
+
+def best_of(prompt: str, answers: Sequence[str]) -> str | None:
+    """An answer of right, well put paragraphs, each the first that one of the answers has; None where none has one."""
+    chosen = []
+    for index, place in enumerate(read_prompt(prompt)):
+        told = [paragraphs[index] for paragraphs in map(_paragraphs, answers) if index < len(paragraphs)]
+        right = (text for number, text in told if number == str(index + 1) and not _wrong(place, text))
+        if (text := next(filter(_well_put, right), None)) is None:
+            return None
+        chosen.append(f"{index + 1}. {text}")
+    return "\n".join(chosen)
 
 
 def _described(row: Mapping[str, str]) -> tuple[Place | None, str]:
