@@ -21,7 +21,7 @@ KEYS = {
 SETTINGS = {"rollouts": ("horizon",), "relabel": ("horizon",), "verifier": ("policy", "handback", "horizon")}
 ROWS = {"answers": "answers", "rollouts": "rollouts", "relabel": "rollouts"}  # stages that ask prompts: their sections
 COUNTS = {"prompts", "train", "calibration", "test", "recheck", "minutes"}  # how many prompts
-RUNNING = {"batch_size", "server"}  # keys that say how a stage runs, not what comes out; but the server's model
+RUNNING = {"batch_size", "server"}  # keys that say how a stage runs, not what comes out; but what a server is asked
 PLACING = {"device_map", "max_memory", "offload_folder"}  # options that say where a model lies, not what it is
 
 
@@ -128,4 +128,4 @@ def _that_matters(section: Any) -> Any:
         return section
     server = section.get("server")
     kept = {key: value for key, value in section.items() if key not in RUNNING}
-    return kept | ({"model": server["model"]} if server else {})
+    return kept | ({key: server[key] for key in ("model", "extra_body")} if server else {})

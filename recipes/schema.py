@@ -109,6 +109,7 @@ class Server:
     timeout: Annotated[float, Range(0.001, 10**6)] = 600  # seconds a request may take
     retries: Annotated[int, Range(0, 1000)] = 4  # of a request that fails
     key_variable: Variable = "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more of each request, as the server knows it
 
 
 @dataclass(frozen=True)

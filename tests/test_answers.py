@@ -91,6 +91,13 @@ def test_answers_from_a_server(recipe, server, monkeypatch):
     assert "sesame" not in "".join(file.read_text() for file in load_recipe(recipe).folder.glob("*.*"))
 
 
+def test_a_server_is_asked_what_else_it_knows(recipe, server):
+    """Such as vLLM's switch for thinking."""
+    extra = "extra_body: {chat_template_kwargs: {enable_thinking: false}}"
+    assert train([recipe, f"answers.server={{url: {server.url}, model: big, {extra}}}"]) == 0
+    assert [one["chat_template_kwargs"] for one in server.asked] == [{"enable_thinking": False}] * len(PROMPTS)
+
+
 def test_what_nothing_can_be_learnt_from_is_kept_with_its_reason(recipe, server):
     replies = {
         PROMPTS[0]: (200, {"content": "that is"}, "length"),

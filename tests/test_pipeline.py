@@ -336,6 +336,7 @@ def test_the_evaluation_prints_one_json_line(words, recipe, capsys):
     assert printed == json.loads((recipe.folder / "eval" / "summary.json").read_text())
     assert [row["name"] for row in printed["methods"]] == [
         "target",
+        "speculation",
         "draft",
         "cascade",
         "sequential",
@@ -345,7 +346,7 @@ def test_the_evaluation_prints_one_json_line(words, recipe, capsys):
     page = (recipe.folder / "eval" / "report.html").read_text()
     assert "<svg" in page
     lines = (recipe.folder / "eval" / "transcripts.jsonl").read_text().splitlines()
-    assert len(lines) == 5 * 8
+    assert len(lines) == 6 * 8
 
 
 def test_an_evaluation_without_a_run_says_what_to_do(tmp_path, capsys):

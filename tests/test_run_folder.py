@@ -157,6 +157,7 @@ def test_another_server_or_batch_keeps_what_is_answered(copied):
         (["answers.server={url: 'http://b/v1', model: big, concurrency: 3, retries: 1}"], True),
         ([server, "answers.prompts=3"], True),
         (["answers.server={url: 'http://b/v1', model: other}"], False),
+        (["answers.server={url: 'http://b/v1', model: big, extra_body: {top_k: 1}}"], False),
         ([], False),
         (["answers.batch_size=1"], True),
     ):

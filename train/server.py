@@ -52,7 +52,11 @@ class Client:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             completion = self._client.chat.completions.create(
-                model=self.model, messages=cast(Any, messages), max_tokens=self.limit, temperature=0.0
+                model=self.model,
+                messages=cast(Any, messages),
+                max_tokens=self.limit,
+                temperature=0.0,
+                extra_body=self.server.extra_body,
             )
             choice = completion.choices[0]
             fields = choice.message.model_dump()
