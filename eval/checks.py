@@ -28,7 +28,7 @@ from parse.local.loading import (
 )
 from parse.prompts import as_messages, encode_prompt, render
 from parse.text import encode_text, text_of
-from parse.verifiers import PromptVerifier as Verdict
+from parse.verifiers import PromptVerifier
 from parse.verifiers.adapter import suffix_of
 from recipes.pair import adapted_layers, draft_tokenizer, empty_draft, hidden_states, target_config, target_tokenizer
 from recipes.schema import Recipe, RecipeError, to_dict
@@ -181,6 +181,6 @@ def check_speculation(recipe: Recipe) -> None:
 def check_asking(recipe: Recipe, key: str) -> None:
     """Raise RecipeError for a target that cannot be asked in words."""
     try:
-        Verdict.of(target_tokenizer(recipe))
+        PromptVerifier.of(target_tokenizer(recipe))
     except ValueError as error:
         raise RecipeError(f"{key} asks the target in words: {error}") from error

@@ -44,7 +44,7 @@ Work = Callable[
 ]  # items to (place, row), in the order in which they finish
 
 
-def together(steps: Callable[[T], Steps[Row]], at_once: int) -> Work[T]:
+def batched(steps: Callable[[T], Steps[Row]], at_once: int) -> Work[T]:
     """Work by models here: so many items at a time; what passes they want at a moment run together."""
     return lambda items: run_together(map(steps, items), at_once)
 

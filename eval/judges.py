@@ -16,7 +16,7 @@ from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinki
 from parse.sampling import Sampling
 from parse.scheduler import Steps
 from parse.text import encode_text, text_of
-from parse.verifiers import PromptVerifier as Verdict
+from parse.verifiers import PromptVerifier
 from recipes.schema import Recipe, RecipeError
 
 TEMPERATURE = 0.7  # at which the target is sampled, where more than its greedy way on is asked for
@@ -29,7 +29,7 @@ QUESTION = (
 class Judge(Protocol):
     """Says whether a finished answer is right."""
 
-    async def judging(self, prompt: Prompt, answer: str) -> bool:
+    async def is_right(self, prompt: Prompt, answer: str) -> bool:
         """Whether the answer is right."""
         ...
 
@@ -41,7 +41,7 @@ class Checked:
     task: Task
     opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
 
-    async def judging(self, prompt: Prompt, answer: str) -> bool:
+    async def is_right(self, prompt: Prompt, answer: str) -> bool:
         """Whether the task calls the answer right."""
         return self.task.check(prompt, final_answer(answer, self.opened))
 
@@ -73,10 +73,10 @@ class Agreement:
 
     def __post_init__(self) -> None:
         tokenizer = self.engine.tokenizer
-        self._verdict, self._opened = Verdict.of(tokenizer), opens_thinking(tokenizer)
+        self._verdict, self._opened = PromptVerifier.of(tokenizer), opens_thinking(tokenizer)
         self._without_thinking = encode_text(no_thinking(tokenizer), tokenizer)
 
-    async def judging(self, prompt: Prompt, answer: str) -> bool:
+    async def is_right(self, prompt: Prompt, answer: str) -> bool:
         """Whether the target calls the answer the same as its own; what comes before it as thinking does not count."""
         if key_of(prompt) not in self.references:
             own = await write_after(self.engine.models["target"], self.engine.encode(prompt), self.limit)
@@ -86,13 +86,13 @@ class Agreement:
             return False
         if reference.split() == answer.split():
             return True
-        return (await self.comparing(prompt, reference, answer)) >= self.threshold
+        return (await self.probability_same(prompt, reference, answer)) >= self.threshold
 
     def final(self, text: str) -> str:
         """What of an answer comes after its thinking."""
         return final_answer(text, self._opened)
 
-    async def comparing(self, prompt: Prompt, reference: str, answer: str) -> float:
+    async def probability_same(self, prompt: Prompt, reference: str, answer: str) -> float:
         """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
         total, tokenizer = 0.0, self.engine.tokenizer
         for first, second in ((reference, answer), (answer, reference)):
@@ -127,7 +127,7 @@ def controls(
             texts.append(agreement.final(text_of(written.ids, agreement.engine.tokenizer)))
         if texts[0].split() == texts[1].split():
             return 1.0
-        return await agreement.comparing(prompts[first], *texts)
+        return await agreement.probability_same(prompts[first], *texts)
 
     n = len(prompts)
     same = run([pair(i, i, i) for i in range(n)])

@@ -122,10 +122,10 @@ def _judged(engine: Engine, task: Task, some: list[Outcome], target: list[Outcom
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
         judge = Agreement(engine, limit=0, threshold=agreement, references=own)
 
-    async def judging(outcome: Outcome) -> bool:
+    async def is_right(outcome: Outcome) -> bool:
         if outcome.generation.finish_reason != "stop":
             return False
-        return await judge.judging(outcome.prompt, outcome.generation.text)
+        return await judge.is_right(outcome.prompt, outcome.generation.text)
 
-    right = dict(run_together(map(judging, some), JUDGED_AT_ONCE))
+    right = dict(run_together(map(is_right, some), JUDGED_AT_ONCE))
     return [replace(outcome, right=right[i]) for i, outcome in enumerate(some)]

@@ -13,7 +13,7 @@ from eval.tasks import Task
 from eval.tasks.task import Prompt
 from parse.local.loading import context_length
 from parse.prompts import encode_for_draft, encode_prompt
-from parse.verifiers import PromptVerifier as Verdict
+from parse.verifiers import PromptVerifier
 from recipes.pair import draft_tokenizer, empty_draft, target_config, target_tokenizer
 from recipes.schema import Recipe, RecipeError
 
@@ -79,7 +79,7 @@ class Fitting:
 
 def _verdict_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokens of the longest suffix that a verifier of the recipe may append to an answer."""
-    asking = Verdict.if_possible(tokenizer)
+    asking = PromptVerifier.if_possible(tokenizer)
     return max(len(asking.suffix_ids) if asking else 0, recipe.verifier.adapter.suffix)
 
 

@@ -18,7 +18,7 @@ from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
 from eval.tasks.task import Prompt
-from eval.verifier_metrics import Draft, Judged, all_needs, examine, measure, score, untrained_kinds, valid_cuts
+from eval.verifier_metrics import Draft, Example, all_needs, examine, measure, score, untrained_kinds, valid_cuts
 from parse import Engine
 from parse.prompts import opens_thinking
 from parse.segments import cut
@@ -26,7 +26,9 @@ from parse.text import text_of
 from recipes.progress import progress_bar
 
 
-def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()) -> list[Judged]:
+def judge_drafts(
+    engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
+) -> list[Example]:
     """The draft's own answers with the target's evidence, each prefix labelled by the task's program."""
     checked = Checked(task, opens_thinking(engine.tokenizer))
     drafts = []
@@ -38,20 +40,20 @@ def judge_drafts(engine: Engine, task: Task, outcomes: Sequence[Outcome], layers
         if ids:
             valid[-1] = outcome.right if ended else valid[-1]
             drafts.append(Draft(engine.encode(outcome.prompt), ids, ends, ended, valid, number=number))
-    judged = []
+    examples = []
     with progress_bar("the draft's answers judged", total=len(drafts)) as bar:
         for one in examine(engine, drafts, all_needs(engine, layers), with_draft=True):
-            judged.append(one)
+            examples.append(one)
             bar.update()
-    return judged
+    return examples
 
 
 def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]) -> dict[str, Any]:
     """The properties of target and draft on the same prompts, of a task that knows the first wrong sentence."""
-    judged = judge_drafts(engine, task, draft)
+    examples = judge_drafts(engine, task, draft)
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
-    oracle = sum([0, *one.draft.ends][valid_cuts(one.draft.valid)] for one in judged)
+    oracle = sum([0, *one.draft.ends][valid_cuts(one.draft.valid)] for one in examples)
     seconds = [
         sum(o.seconds for o in side) / sum(len(o.generation.token_ids) for o in side) for side in (target, draft)
     ]
@@ -61,9 +63,9 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
         "target_accuracy": sum(o.right for o in target) / len(target),
         "target_accuracy_after_foreign_prefix": foreign_accuracy(engine, task, [o.prompt for o in target]),
         "draft_accuracy": sum(o.right for o in draft) / len(draft),
-        "auc": {name: measure(score(kind, judged), 0.5)["auc"] for name, kind in kinds.items()},
-        "oracle_tokens": oracle / len(judged),
-        "lossless_tokens": sum(_agreeing(one) for one in judged) / len(judged),
+        "auc": {name: measure(score(kind, examples), 0.5)["auc"] for name, kind in kinds.items()},
+        "oracle_tokens": oracle / len(examples),
+        "lossless_tokens": sum(_agreeing(one) for one in examples) / len(examples),
         "target_layers": engine.target.config.num_hidden_layers,
         "draft_layers": draft_layers,
         "cost_ratio": seconds[0] / seconds[1],
@@ -110,7 +112,7 @@ def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> f
     ) / len(prompts)
 
 
-def _agreeing(judged: Judged) -> int:
+def _agreeing(examples: Example) -> int:
     """Leading tokens of a draft that the target would have written itself: what lossless speculation keeps."""
-    agrees = (judged.evidence.margin[: judged.evidence.ends[-1]] <= 0).long()  # [N]
+    agrees = (examples.evidence.margin[: examples.evidence.ends[-1]] <= 0).long()  # [N]
     return int(agrees.cumprod(0).sum())

@@ -43,7 +43,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Example:
     """A draft and what the packed pass told about it."""
 
     draft: Draft
@@ -63,8 +63,8 @@ def examine(
     drafts: Sequence[Draft],
     needs: Needs,
     with_draft: bool = False,
-    then: Callable[[Judged], Judged] = lambda one: one,
-) -> Iterator[Judged]:
+    then: Callable[[Example], Example] = lambda one: one,
+) -> Iterator[Example]:
     """A packed pass over each draft, several drafts at a time; in the order in which they finish.
 
     What stands before several drafts is read once.
@@ -78,7 +78,7 @@ def examine(
         role: model.with_own_cache(compiled=False) for role, model in engine.models.items()
     }  # the engine's own stay small
 
-    async def judged(some: Sequence[Draft]) -> list[Judged]:
+    async def examples(some: Sequence[Draft]) -> list[Example]:
         target = models["target"].open(some[0].context_ids, needs.layers if needs.context_states else ())
         try:
             found = []
@@ -91,7 +91,7 @@ def examine(
                         draft_end_ids=models["draft"].eos_ids,
                     )
                 evidence = await target.verify([], Written(draft.ids, draft.ended), draft.ends, wanted)
-                found.append(then(Judged(draft, evidence)))
+                found.append(then(Example(draft, evidence)))
             return found
         finally:
             target.close()
@@ -99,7 +99,7 @@ def examine(
     sharing: dict[tuple[int, ...], list[Draft]] = {}  # drafts by what stands before them
     for draft in drafts:
         sharing.setdefault(tuple(draft.context_ids), []).append(draft)
-    return (one for _, found in run_together(map(judged, sharing.values()), AT_ONCE) for one in found)
+    return (one for _, found in run_together(map(examples, sharing.values()), AT_ONCE) for one in found)
 
 
 def _comparable(engine: Engine) -> bool:
@@ -133,9 +133,9 @@ def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
     return kinds
 
 
-def score(kind: Verifier, judged: Iterable[Judged]) -> list[Scored]:
+def score(kind: Verifier, examples: Iterable[Example]) -> list[Scored]:
     """A verifier's confidences in drafts whose evidence holds what it reads."""
-    return [Scored(one.draft, kind.confidences(one.evidence).tolist()) for one in judged]
+    return [Scored(one.draft, kind.confidences(one.evidence).tolist()) for one in examples]
 
 
 def valid_cuts(valid: Sequence[bool]) -> int:

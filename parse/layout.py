@@ -11,7 +11,7 @@ up to its own end, and itself. With L=3 cached prompt tokens, N=6, ends (2, 4, 6
     query s (k=2)     # # # | # # # #     |     | # . |
 
 Visibility needs two numbers a query: `limit`, how many of the leading keys (prompt and draft) it
-sees, and `own`, the first key of its own block. The dense mask is written from those two alone.
+sees, and `block_start`, the first key of its own block. The dense mask is written from those two alone.
 Shape letters: B batch, L prompt, N draft, K cuts, S suffix, T = N + K*S packed tokens.
 """
 
@@ -33,7 +33,7 @@ class Layout:
     ids: list[int]  # T tokens
     positions: list[int]  # T
     limit: list[int]  # T: keys [0, limit) are visible
-    own: list[int]  # T: keys [own, past + own index] are visible
+    block_start: list[int]  # T: keys [block_start, past + its own index] are visible
     past: int  # L
     draft_length: int  # N
     suffix_length: int  # S
@@ -56,37 +56,44 @@ class Layout:
             behind: how many keys that cache holds, the text's and any padding after them.
         """
         n, skipped = self.draft_length, behind - self.draft_length - self.past
-        parts = (self.ids[n:], self.positions[n:], self.limit[n:], [own + skipped for own in self.own[n:]])
+        parts = (
+            self.ids[n:],
+            self.positions[n:],
+            self.limit[n:],
+            [block_start + skipped for block_start in self.block_start[n:]],
+        )
         return Layout(*parts, past=behind, draft_length=0, suffix_length=self.suffix_length)
 
     def mask(self, window: int | None = None) -> Tensor:
         """Who sees whom: bool [T, L + T], True where the query may attend; see `visible`."""
         keys = self.past + len(self.ids)
-        at = range(self.past, keys)
-        rows = (integers(row)[None] for row in (self.limit, self.own, at, self.positions))  # [1, T] each
+        key_index = range(self.past, keys)
+        rows = (integers(row)[None] for row in (self.limit, self.block_start, key_index, self.positions))  # [1, T] each
         return visible(*rows, keys=keys, window=window)[0]
 
 
-Sight = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]  # FlexAttention's mask_mod: text, head, query, key
+MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]  # FlexAttention's mask_mod: text, head, query, key
 
 
-def sight(limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, keys: int, window: int | None = None) -> Sight:
+def mask_mod(
+    limit: Tensor, block_start: Tensor, key_index: Tensor, positions: Tensor, keys: int, window: int | None = None
+) -> MaskMod:
     """Who sees whom in B texts of T queries and P keys: whether a query may attend to a key, from their indices.
 
     Args:
-        limit, own, positions: int64 [B, T], as in `Layout`.
-        at: int64 [B, T], the index among the keys of each query's own.
+        limit, block_start, positions: int64 [B, T], as in `Layout`.
+        key_index: int64 [B, T], the index among the keys of each query's own.
         keys: P.
         window: a sliding window in tokens: keys whose position lies so far back or farther are not seen.
     """
-    key = torch.arange(keys, device=at.device)  # [P]
-    past = at[:, :1]  # [B, 1]
-    new = (key - past).clamp(0, at.shape[1] - 1)  # [B, P] index of each key among the new ones
+    key = torch.arange(keys, device=key_index.device)  # [P]
+    past = key_index[:, :1]  # [B, 1]
+    new = (key - past).clamp(0, key_index.shape[1] - 1)  # [B, P] index of each key among the new ones
     position = torch.where(key < past, key, positions.gather(1, new))  # [B, P]
 
     def seen(text: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         leading = key < limit[text, query]
-        block = (key >= own[text, query]) & (key <= at[text, query])
+        block = (key >= block_start[text, query]) & (key <= key_index[text, query])
         return leading | block
 
     if window is None:
@@ -100,12 +107,14 @@ def sight(limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, keys: int, 
 
 
 def visible(
-    limit: Tensor, own: Tensor, at: Tensor, positions: Tensor, *, keys: int, window: int | None = None
+    limit: Tensor, block_start: Tensor, key_index: Tensor, positions: Tensor, *, keys: int, window: int | None = None
 ) -> Tensor:
     """The same as a dense mask: bool [B, T, P], True where the query may attend."""
-    texts, queries = (torch.arange(size, device=at.device) for size in at.shape)
-    key = torch.arange(keys, device=at.device)
-    return sight(limit, own, at, positions, keys, window)(texts[:, None, None], None, queries[:, None], key)
+    texts, queries = (torch.arange(size, device=key_index.device) for size in key_index.shape)
+    key = torch.arange(keys, device=key_index.device)
+    return mask_mod(limit, block_start, key_index, positions, keys, window)(
+        texts[:, None, None], None, queries[:, None], key
+    )
 
 
 def pack(draft_ids: Sequence[int], ends: Sequence[int], suffix_ids: Sequence[int], past: int = 0) -> Layout:
@@ -124,13 +133,13 @@ def pack(draft_ids: Sequence[int], ends: Sequence[int], suffix_ids: Sequence[int
     if any(a >= b for a, b in pairwise([0, *ends])) or max(ends, default=0) > n:
         raise ValueError(f"prefix ends must be increasing and within 1..{n}; got {list(ends)}")
     positions, limit = list(range(past, past + n)), list(range(past + 1, past + n + 1))
-    ids, own = list(draft_ids), list(positions)
+    ids, block_start = list(draft_ids), list(positions)
     for k, end in enumerate(ends if s else ()):
         ids += suffix_ids
         positions += range(past + end, past + end + s)
         limit += [past + end] * s
-        own += [past + n + k * s] * s
-    return Layout(ids, positions, limit, own, past, draft_length=n, suffix_length=s)
+        block_start += [past + n + k * s] * s
+    return Layout(ids, positions, limit, block_start, past, draft_length=n, suffix_length=s)
 
 
 def integers(numbers: Sequence[int]) -> Tensor:
@@ -139,7 +148,7 @@ def integers(numbers: Sequence[int]) -> Tensor:
 
 
 def row_numbers(ids: Sequence[int], layout: Layout | None, start: int, width: int) -> list[int]:
-    """Ids, positions, limit, own and at of a row's tokens, 5 * T in a row; see `sight`.
+    """Ids, positions, limit, block_start and key_index of a row's tokens, 5 * T in a row; see `mask_mod`.
 
     Right-padded to T: a padding token sees only itself, so that no row of a mask is empty.
 
@@ -149,14 +158,14 @@ def row_numbers(ids: Sequence[int], layout: Layout | None, start: int, width: in
         start: the index among the keys of the row's first token.
         width: T.
     """
-    at, used = list(range(start, start + width)), len(ids)
+    key_index, used = list(range(start, start + width)), len(ids)
     if layout is None:
-        positions = own = at[:used]
+        positions = block_start = key_index[:used]
         limit = [position + 1 for position in positions]
     else:
-        positions, limit, own = layout.positions, layout.limit, layout.own
+        positions, limit, block_start = layout.positions, layout.limit, layout.block_start
     padding = [0] * (width - used)
-    return [*ids, *padding, *positions, *padding, *limit, *padding, *own, *at[used:], *at]
+    return [*ids, *padding, *positions, *padding, *limit, *padding, *block_start, *key_index[used:], *key_index]
 
 
 def stack(rows: Sequence[list[int]]) -> Tensor:

@@ -198,7 +198,7 @@ def fresh_context(engine, role="target"):
     return CachedSequence(engine.models[role].with_own_cache().runner)
 
 
-def examining(engine, context, ids, ends, ended, draft_logits=None):
+def verify_prefixes(engine, context, ids, ends, ended, draft_logits=None):
     """The packed pass for the engine's verifier; the evidence and the logits behind text and cuts."""
     needs = engine.need_verifier().needs
     if draft_logits is not None:

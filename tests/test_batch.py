@@ -10,7 +10,7 @@ from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
 from parse.scheduler import run, run_together
 from parse.verifiers import Likelihood, PromptVerifier
-from tests.conftest import examining, fresh_context, random_adapter
+from tests.conftest import fresh_context, random_adapter, verify_prefixes
 
 PROMPTS = [
     "list : #1 fig rome 4 ; #2 apple oslo 7 .",
@@ -46,7 +46,7 @@ def test_an_adapter_acts_on_its_own_suffixes_alone(target, tokenizer, forwards):
         context = CachedSequence(runner)
         await context.prefill([11, 12, 13])
         if ends:
-            evidence, _ = await examining(engine, context, draft, ends, ended=False)
+            evidence, _ = await verify_prefixes(engine, context, draft, ends, ended=False)
             states = evidence.suffix_states
         else:
             output = await Pass(runner, context.row, draft)

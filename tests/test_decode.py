@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from parse import Engine
 from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
-from parse.local.speculation import speculating
+from parse.local.speculation import speculate
 from parse.sampling import Sampling
 from parse.scheduler import Scheduler, run, run_together
 from parse.verifiers import Likelihood
@@ -49,7 +49,7 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     stop = lambda ids: len(ids) % every == 0
     target, draft = contexts(proposer, prompt, ends)
     alone, _ = contexts(proposer, prompt, ends)
-    written = run(speculating(target, draft, limit, Sampling(), lookahead, stop))
+    written = run(speculate(target, draft, limit, Sampling(), lookahead, stop))
     assert written == alone.write(limit, stop=stop)
     assert target.ids == alone.ids
     torch.testing.assert_close(run(target.next_logits()), run(alone.next_logits()), atol=1e-4, rtol=1e-4)
@@ -123,7 +123,7 @@ def test_proposals_that_are_kept_save_passes(monkeypatch):
         return forward(self, some, alone)
 
     monkeypatch.setattr(ModelRunner, "forward", counting)
-    run(speculating(target, draft, 20, Sampling(), lookahead=4))
+    run(speculate(target, draft, 20, Sampling(), lookahead=4))
     assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
 
 
@@ -168,7 +168,7 @@ def test_whole_texts_are_sampled_as_by_the_target_alone():
         logits = target.last_logits
         for _ in range(trials):
             target.rollback(len(prompt), logits)
-            ahead = lambda: run(speculating(target, draft, 3, sample, lookahead))
+            ahead = lambda: run(speculate(target, draft, 3, sample, lookahead))
             written = ahead() if lookahead else target.write(3, sample)
             key = (*written.ids, -1) if written.ended else tuple(written.ids)
             counts[key] = counts.get(key, 0) + 1

@@ -18,7 +18,7 @@ from parse.text import eos_ids
 from parse.verifiers import Divergence, Likelihood
 from recipes.pair import draft_tokenizer, first_draft
 from recipes.schema import RecipeError, load_recipe
-from tests.conftest import MODELS, examining, fresh_context, random_model, runners_of
+from tests.conftest import MODELS, fresh_context, random_model, runners_of, verify_prefixes
 from tests.test_engine import PROMPT
 from train.__main__ import main as train
 
@@ -36,7 +36,7 @@ def test_that_the_text_ends_counts_whichever_token_ends_it(smollm, ends):
     assert result.finish_reason == "stop"
     context = fresh_context(engine)
     context.read(engine.encode(QUESTION))
-    evidence, _ = run(examining(engine, context, result.token_ids, [len(result.token_ids)], ended=True))
+    evidence, _ = run(verify_prefixes(engine, context, result.token_ids, [len(result.token_ids)], ended=True))
     with torch.inference_mode():
         logits = model(torch.tensor([[*engine.encode(QUESTION), *result.token_ids]])).logits[0, -1]
     log_probs = logits.log_softmax(-1)
@@ -214,5 +214,5 @@ def test_a_divergence_counts_ends_of_either_model_as_one(smollm):
     other[:, [0, 2]] = logits[:, [2, 0]]  # a draft that prefers another of the ends
     context = fresh_context(engine)
     context.read(ids)
-    evidence, _ = run(examining(engine, context, written, [len(written)], ended=True, draft_logits=other))
+    evidence, _ = run(verify_prefixes(engine, context, written, [len(written)], ended=True, draft_logits=other))
     assert evidence.divergence.abs().max() < 1e-3

@@ -15,7 +15,7 @@ from parse.sampling import Sampling
 from parse.scheduler import run
 from parse.verifiers import Likelihood, Probe, PromptVerifier
 from parse.verifiers.heads import AttentiveHead, HazardHead
-from tests.conftest import examining, fresh_context, peak_bytes, random_adapter, runners_of
+from tests.conftest import fresh_context, peak_bytes, random_adapter, runners_of, verify_prefixes
 from tests.test_cache import assert_same_cache
 
 PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
@@ -120,7 +120,7 @@ def test_after_any_accept_the_cache_is_that_of_a_plain_prefill(target, draft, to
     end = data.draw(st.integers(1, len(drafted)))
     context = fresh_context(engine)
     context.read(prompt)
-    _, logits = run(examining(engine, context, drafted, [end], ended=False))
+    _, logits = run(verify_prefixes(engine, context, drafted, [end], ended=False))
     context.rollback(len(prompt) + end, logits[1])
     plain = fresh_context(engine)
     plain.read([*prompt, *drafted[:end]])
@@ -313,7 +313,7 @@ def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, d
     context = fresh_context(engine)
     context.read(engine.encode(PROMPT))
     drafted = [9, 30, 51, 72]
-    logits = run(examining(engine, context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
+    logits = run(verify_prefixes(engine, context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
     logits = logits / logits.std() * 1.5
     temperature = 0.8
     plain = torch.softmax(logits / temperature, -1)
@@ -366,7 +366,7 @@ def test_invariants_on_a_real_chat_model(smollm, question):
             assert confidence == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-4)
     context, plain = fresh_context(engine), fresh_context(engine)
     context.read(ids)
-    run(examining(engine, context, expected, ends, ended=False))
+    run(verify_prefixes(engine, context, expected, ends, ended=False))
     plain.read([*ids, *expected])
     assert_same_cache(context, plain, tolerance=1e-3)
 

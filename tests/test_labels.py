@@ -13,8 +13,8 @@ from parse import Engine
 from parse.scheduler import run, run_together
 from recipes.schema import RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS
-from train.labels import Labeller, bisecting
-from train.rollouts import TimeBudget, _balance, first_segment, labels_of, rolling_out
+from train.labels import Labeller, bisect
+from train.rollouts import TimeBudget, _balance, first_segment, labels_of, roll_out
 
 QUICK = "recipes/quickstart.yaml"
 
@@ -27,7 +27,7 @@ def test_bisection_finds_the_first_invalid_prefix(k, data):
         asked.append(cut)
         return cut < first
 
-    assert run(bisecting(k, ask)) == first
+    assert run(bisect(k, ask)) == first
     assert len(asked) == len(set(asked)) <= math.ceil(math.log2(k)) if k > 1 else not asked
 
 
@@ -37,7 +37,7 @@ def engine():
 
 
 def rollouts(engine, labeller, every, prompts):
-    steps = (rolling_out(labeller, prompt, 4, "all" if every else "bisect") for prompt in prompts)
+    steps = (roll_out(labeller, prompt, 4, "all" if every else "bisect") for prompt in prompts)
     finished = dict(run_together(steps, 40))
     return [finished[i] for i in range(len(prompts))]
 
@@ -48,7 +48,7 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
     """Each continues the one before where that is valid; its last prefix is labelled by asking, not by how it ends."""
     prompts = draw_prompts(TASKS["ledger"], "train", 6, seed=12)
     labeller = Labeller(engine, Checked(TASKS["ledger"]), 200)
-    steps = (rolling_out(labeller, prompt, 3, "all" if every else "bisect", horizon) for prompt in prompts)
+    steps = (roll_out(labeller, prompt, 3, "all" if every else "bisect", horizon) for prompt in prompts)
     found = dict(run_together(steps, 10))
     for index, rows in found.items():
         assert len(rows) > 3
@@ -65,7 +65,7 @@ def test_drafts_up_to_a_horizon_are_labelled_as_the_engine_meets_them(engine, ev
         for row in rows[:4]:  # the labels are what the target makes of the prefixes
             context = engine.models["target"].open(engine.encode(prompts[index]))
             start = [*row["prefix_ids"], *row["draft_ids"]]
-            right, _ = run(labeller.finishing(context, prompts[index], start))
+            right, _ = run(labeller.finish(context, prompts[index], start))
             context.close()
             assert right == row["valid"][-1] or row["ended"]
 
@@ -112,8 +112,8 @@ def test_a_target_compares_answers_where_there_is_no_checker(smollm):
     assert set(noise) == {"same_called_different", "different_called_same", "threshold"}
     assert all(0 <= value <= 1 for value in noise.values())
     assert noise["same_called_different"] + noise["different_called_same"] < 1  # better than a guess
-    assert run(agreement.judging(prompts[0], "Blue, blue and blue again")) in (True, False)
-    assert run(agreement.judging(prompts[0], agreement.references[prompts[0]]))  # its own words
+    assert run(agreement.is_right(prompts[0], "Blue, blue and blue again")) in (True, False)
+    assert run(agreement.is_right(prompts[0], agreement.references[prompts[0]]))  # its own words
 
 
 def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alone(engine):
@@ -123,7 +123,7 @@ def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alo
     knowing = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
     found = []
     for labeller, labels in ((asking, "bisect"), (knowing, "checker")):
-        steps = (rolling_out(labeller, prompt, 3, labels) for prompt in prompts)
+        steps = (roll_out(labeller, prompt, 3, labels) for prompt in prompts)
         finished = dict(run_together(steps, 10))
         found.append([finished[i] for i in range(len(prompts))])
     drop = lambda rows: [
@@ -140,7 +140,7 @@ def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alo
 def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
     (prompt,) = draw_prompts(TASKS["ledger"], "train", 1, seed=3)
     labeller = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
-    drafts = [run(rolling_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
+    drafts = [run(roll_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
     first = [rows[0]["draft_ids"] for rows in drafts]
     assert drafts[1] == drafts[3]
     assert len({tuple(ids) for ids in first}) == 3
@@ -172,20 +172,20 @@ def test_the_program_saves_bisection_most_of_its_questions_and_changes_no_label(
 def test_a_prefix_is_asked_once_for_all_drafts_of_a_prompt(engine):
     (prompt,) = [p for p in draw_prompts(TASKS["ledger"], "train", 12, seed=12) if not whole(engine, p)][:1]
     labeller, asked = Labeller(engine, Checked(TASKS["ledger"]), 200), {}
-    rows = [run(rolling_out(labeller, prompt, 3, "bisect", asked=asked)) for _ in range(2)]
+    rows = [run(roll_out(labeller, prompt, 3, "bisect", asked=asked)) for _ in range(2)]
     count = labeller.asked
     assert rows[0] == rows[1]
     assert count == len(asked) > 0
 
 
 def whole(engine, prompt):
-    return all(run(rolling_out(Labeller(engine, Checked(TASKS["ledger"]), 200), prompt, 1, "bisect"))[0]["valid"])
+    return all(run(roll_out(Labeller(engine, Checked(TASKS["ledger"]), 200), prompt, 1, "bisect"))[0]["valid"])
 
 
 def test_sampled_drafts_are_labelled_without_the_target(engine):
     prompts = draw_prompts(TASKS["ledger"], "train", 6, seed=12)
     labeller = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
-    rows = [row for p in prompts for row in run(rolling_out(labeller, p, 1, "checker", sample=1))]
+    rows = [row for p in prompts for row in run(roll_out(labeller, p, 1, "checker", sample=1))]
     assert len(rows) == 6
     assert not any(row["continuation_ids"] or row["met"] for row in rows)
     assert not all(all(row["valid"]) for row in rows)

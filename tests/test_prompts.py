@@ -218,7 +218,7 @@ def test_what_was_thought_is_not_the_answer(text, opened, expected):
         def check(self, prompt, answer):
             return "5" in answer
 
-    assert not run(Checked(Task(), opened).judging("q", text))
+    assert not run(Checked(Task(), opened).is_right("q", text))
 
 
 def test_the_verdict_is_asked_for_without_a_thought(qwen3, r1):

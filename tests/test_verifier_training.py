@@ -10,7 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from eval.tasks import TASKS, draw_prompts
-from eval.verifier_metrics import Draft, Judged, Scored, examine, measure
+from eval.verifier_metrics import Draft, Example, Scored, examine, measure
 from parse import Engine
 from parse.local.linear import FEW
 from parse.local.model import packed_evidence
@@ -22,7 +22,7 @@ from parse.verifiers.adapter import adapt, suffix_of
 from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival
 from parse.verifiers.saved import fingerprint, load, save, tokenizer_hash
 from recipes.schema import AdapterSection, ProbeSection
-from tests.conftest import MODELS, examining, facts_of, fresh_context, random_adapter, random_model
+from tests.conftest import MODELS, facts_of, fresh_context, random_adapter, random_model, verify_prefixes
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.evidence import gather, up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve
@@ -91,7 +91,7 @@ def test_one_packed_pass_gives_each_prefix_the_adapters_verdict_on_it_alone(targ
     for k, end in enumerate(ends):  # each prefix as a draft of its own; the hazard of its last segment
         context = fresh_context(engine)
         context.read(prompt)
-        evidence, _ = run(examining(engine, context, draft[:end], ends[: k + 1], ended=False))
+        evidence, _ = run(verify_prefixes(engine, context, draft[:end], ends[: k + 1], ended=False))
         hazards.append(engine.verifier.hazards(evidence)[-1])
     torch.testing.assert_close(together, survival(torch.stack(hazards)), atol=1e-4, rtol=1e-4)
 
@@ -105,11 +105,11 @@ def test_training_runs_what_the_engine_runs(target, tokenizer):
         Draft(list(range(5, 17)), list(range(20, 33)), [4, 9, 13], False, [True] * 3),
         Draft(list(range(8, 13)), list(range(40, 47)), [3, 7], True, [True] * 2),
     ]
-    judged = list(examine(engine, drafts, adapter.needs))
+    examples = list(examine(engine, drafts, adapter.needs))
     module = AdapterModule(adapter.adapted, target, adapter.head, [7, 8])
     with torch.no_grad():
-        trained = module(*module.collate(judged))
-    mine = torch.cat([adapter.hazards(one.evidence) for one in judged])
+        trained = module(*module.collate(examples))
+    mine = torch.cat([adapter.hazards(one.evidence) for one in examples])
     torch.testing.assert_close(trained, mine, atol=1e-4, rtol=1e-4)
 
 
@@ -117,20 +117,20 @@ def test_training_runs_what_the_engine_runs(target, tokenizer):
 def test_a_batch_of_probes_is_each_probe_alone(make):
     torch.manual_seed(0)
     head = make()
-    judged = []
+    examples = []
     for n, ends in ((6, [2, 6]), (3, [3])):
         free = torch.randn(3, n + 1)
         evidence = Evidence(ends, *free, torch.randn(n, 4), None, context_states=torch.randn(9 - n, 4))
-        judged.append(Judged(Draft([1], list(range(n)), ends, True, [True] * len(ends)), evidence))
+        examples.append(Example(Draft([1], list(range(n)), ends, True, [True] * len(ends)), evidence))
     module = ProbeModule(head)
-    alone = torch.cat([Probe(head, (1,)).hazards(one.evidence) for one in judged])
-    torch.testing.assert_close(module(*module.collate(judged)), alone)
+    alone = torch.cat([Probe(head, (1,)).hazards(one.evidence) for one in examples])
+    torch.testing.assert_close(module(*module.collate(examples)), alone)
 
 
 def asked(n, seed):
     """Drafts that have to say what stands before them: of three questions yes or no, one a segment."""
     generator = torch.Generator().manual_seed(seed)
-    judged = []
+    examples = []
     for number in range(n):
         wanted = 2.0 * torch.randint(0, 2, (3,), generator=generator) - 1
         context, states = torch.zeros(3, 16), torch.zeros(9, 16)
@@ -141,8 +141,8 @@ def asked(n, seed):
             segment[:, 4 + k], segment[:, 7] = 3.0, 3 * (-wanted[k] if k == first else wanted[k])
         draft = Draft([1] * 3, list(range(9)), [3, 6, 9], False, [k < first for k in range(3)], number=number)
         evidence = Evidence([3, 6, 9], *torch.zeros(3, 9), states, None, context_states=context)
-        judged.append(Judged(draft, evidence))
-    return judged
+        examples.append(Example(draft, evidence))
+    return examples
 
 
 def test_a_probe_with_attention_learns_what_stands_before_the_draft():
@@ -164,7 +164,7 @@ def probe_of(fitted, held_out, section, layers=(1,)):
 def planted(n, seed):
     """Drafts of which the states say, with some noise, where they go wrong."""
     generator = torch.Generator().manual_seed(seed)
-    judged = []
+    examples = []
     for number in range(n):
         ends = [3, 6, 9]
         first = int(torch.randint(0, 8, (), generator=generator))
@@ -173,8 +173,8 @@ def planted(n, seed):
             states[first * 3 + 1, 0] += 9
         valid = [k < first for k in range(3)]
         draft = Draft([1], list(range(9)), ends, False, valid, number=number)
-        judged.append(Judged(draft, Evidence(ends, *torch.zeros(3, 9), states, None)))
-    return judged
+        examples.append(Example(draft, Evidence(ends, *torch.zeros(3, 9), states, None)))
+    return examples
 
 
 def test_a_probe_learns_where_drafts_go_wrong():
@@ -351,11 +351,11 @@ def test_an_adapter_for_something_else_is_refused(tmp_path, target, draft, token
 
 def check_training(engine, drafts, folder, section):
     """Train on labelled drafts, save, load, and judge in the packed pass as the trained one does."""
-    judged = gather(
+    examples = gather(
         engine, [*map(up_to_first_invalid, drafts)], Needs(token_logprobs=True), folder / "evidence", "train"
     )
     before = fingerprint(engine.target)
-    adapter = train_adapter(engine, judged, judged, section, 0.01)
+    adapter = train_adapter(engine, examples, examples, section, 0.01)
     assert fingerprint(engine.target) == before
     weights = [p for name, p in adapter.adapted.named_parameters() if "lora_B" in name]
     assert any(weight.abs().max() > 0 for weight in weights)

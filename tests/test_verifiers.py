@@ -14,7 +14,7 @@ from parse.scheduler import run
 from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Probe, PromptVerifier
 from parse.verifiers.heads import AttentiveHead, HazardHead, token_inputs
 from parse.verifiers.saved import fingerprint, load, save
-from tests.conftest import examining, facts_of, fresh_context, peak_bytes, random_model
+from tests.conftest import facts_of, fresh_context, peak_bytes, random_model, verify_prefixes
 
 
 def evidence(ended=True, n=6, width=4):
@@ -211,7 +211,7 @@ def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, toke
     context = fresh_context(engine)
     prompt = [token % 50 + 5 for token in range(200)]
     run(context.prefill(prompt) if read_before else context.defer(prompt))
-    peak = peak_bytes(lambda: run(examining(engine, context, list(range(30, 330)), [100, 200, 290], ended=False)))
+    peak = peak_bytes(lambda: run(verify_prefixes(engine, context, list(range(30, 330)), [100, 200, 290], ended=False)))
     others = 8e6  # hidden states, masks, keys and values
     assert peak <= 4 * vocabulary * rows * 4 / 3 + others
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from eval.generation import Row, Work, finish_all, in_threads, together, write_after
+from eval.generation import Row, Work, batched, finish_all, in_threads, write_after
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.rows import key_of
@@ -75,7 +75,7 @@ def _here(recipe: Recipe) -> Work[Prompt]:
         answer = await write_after(target, engine.encode(prompt), recipe.engine.max_new_tokens)
         return vars(Answered(text_of(answer.ids, engine.tokenizer), answer.ended, ids=answer.ids))
 
-    return together(answering, recipe.answers.batch_size)
+    return batched(answering, recipe.answers.batch_size)
 
 
 def _from_server(recipe: Recipe) -> Work[Prompt]:

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from eval.verifier_metrics import Draft, Judged, examine, known_cuts
+from eval.verifier_metrics import Draft, Example, examine, known_cuts
 from parse import Engine
 from parse.verifiers import Evidence, Needs
 from parse.verifiers.heads import LARGEST
@@ -43,7 +43,7 @@ def up_to_first_invalid(draft: Draft) -> Draft:
     return replace(draft, ids=draft.ids[:end], ends=draft.ends[:known], valid=draft.valid[:known], ended=ended)
 
 
-def gather(engine: Engine, drafts: Sequence[Draft], needs: Needs, folder: Path, what: str) -> list[Judged]:
+def gather(engine: Engine, drafts: Sequence[Draft], needs: Needs, folder: Path, what: str) -> list[Example]:
     """The evidence of a packed pass over each draft, in the order of the drafts.
 
     Args:
@@ -59,14 +59,14 @@ def gather(engine: Engine, drafts: Sequence[Draft], needs: Needs, folder: Path, 
     left = {key: draft for key, draft in zip(keys, drafts, strict=True) if key not in store.records}
     with progress_bar(what, total=len(left)) as bar, store:
 
-        def keep(one: Judged) -> Judged:
+        def keep(one: Example) -> Example:
             store.add(_key(one.draft), one)
             bar.update()
             return replace(one, evidence=_without_tensors(one.evidence))  # frees the pass's tensors
 
         for _ in examine(engine, list(left.values()), needs, then=keep):
             pass
-    return [Judged(draft, store.evidence(key, draft)) for key, draft in zip(keys, drafts, strict=True)]
+    return [Example(draft, store.evidence(key, draft)) for key, draft in zip(keys, drafts, strict=True)]
 
 
 class EvidenceStore:
@@ -89,7 +89,7 @@ class EvidenceStore:
         self._lines.close()
         self._states.close()
 
-    def add(self, key: str, one: Judged) -> None:
+    def add(self, key: str, one: Example) -> None:
         """Keep the evidence of a draft. Its line is written after its states, so that a whole line has them."""
         evidence = one.evidence
         line: Record = {"width": 0, "states": None, "context": None}

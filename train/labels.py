@@ -61,7 +61,7 @@ class Labeller:
     seed: int = 0
     asked: int = 0  # prefixes so far
 
-    async def finishing(
+    async def finish(
         self, target: ModelSequence, prompt: Prompt, start: list[int], sample: int | None = None
     ) -> tuple[bool, Written]:
         """Let the target finish the answer that starts so, and judge the outcome.
@@ -76,17 +76,17 @@ class Labeller:
             choose = Sampling(TEMPERATURE, seed=(self.seed * 997 + len(start)) * 997 + sample)
         written = await target.decode(start, max(self.limit - len(start), 1), choose)
         answer = text_of([*start, *written.ids], self.engine.tokenizer)
-        right = written.ended and (await self.judge.judging(prompt, answer))
+        right = written.ended and (await self.judge.is_right(prompt, answer))
         return right, written
 
-    async def asking(self, target: ModelSequence, prompt: Prompt, start: list[int]) -> tuple[bool, Written]:
+    async def ask(self, target: ModelSequence, prompt: Prompt, start: list[int]) -> tuple[bool, Written]:
         """Whether a prefix is valid, and one way on from it that shows it."""
         self.asked += 1
         if self.samples == 1:
-            return await self.finishing(target, prompt, start)
+            return await self.finish(target, prompt, start)
         ways = []
         for sample in range(self.samples):
-            ways.append(await self.finishing(target, prompt, start, sample))
+            ways.append(await self.finish(target, prompt, start, sample))
         valid = 2 * sum(right for right, _ in ways) > len(ways)
         return valid, next(way for right, way in ways if right == valid)
 
@@ -101,7 +101,7 @@ class Labeller:
             labels[-1] = draft.right and all(labels)
         return labels
 
-    async def checking(self, target: ModelSequence, draft: Drafted, repair: bool) -> Labels:
+    async def label_by_checker(self, target: ModelSequence, draft: Drafted, repair: bool) -> Labels:
         """Label a draft's K prefixes by the task's program alone.
 
         Args:
@@ -117,7 +117,7 @@ class Labeller:
         written = await target.decode(start, max(self.limit - len(start), 1), GREEDY, stop)
         return Labels(labels, True, written.ids, written.ended)
 
-    async def labelling(self, target: ModelSequence, draft: Drafted, every: bool, asked: Asked) -> Labels:
+    async def label(self, target: ModelSequence, draft: Drafted, every: bool, asked: Asked) -> Labels:
         """Label a draft's K prefixes by the target's ways on.
 
         Args:
@@ -132,7 +132,7 @@ class Labeller:
         async def ask(cut: int) -> bool:
             start = [*draft.prefix, *draft.written.ids[: draft.ends[cut - 1] if cut else 0]]
             if tuple(start) not in asked:
-                asked[tuple(start)] = await self.asking(target, draft.prompt, start)
+                asked[tuple(start)] = await self.ask(target, draft.prompt, start)
             valid[cut], ways[cut] = asked[tuple(start)]
             return valid[cut]
 
@@ -151,7 +151,7 @@ class Labeller:
             first = [*self.by_program(draft), False].index(False) + 1  # the first that may be invalid
             first = min(first, k)
             if not (first > 1 and self.first_wrong and (await ask(first - 1))):
-                first = await bisecting(first, ask)
+                first = await bisect(first, ask)
             valid = {cut: cut < first for cut in range(1, k + 1)}
         labels = [valid[cut] for cut in range(1, k + 1)]
         kept = labels.index(False)
@@ -159,7 +159,7 @@ class Labeller:
         return Labels(labels, alone, ways[kept].ids, ways[kept].ended)
 
 
-async def bisecting(k: int, ask: Callable[[int], Steps[bool]]) -> int:
+async def bisect(k: int, ask: Callable[[int], Steps[bool]]) -> int:
     """The first invalid prefix, 1 to k, where prefix 0 is valid or nothing can be told, and prefix k is not."""
     low, high = 0, k
     while high - low > 1:

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from eval.generation import Row, finish_all, together
+from eval.generation import Row, batched, finish_all
 from parse.local.model import LocalModel
 
 AT_ONCE = 8  # answers read together
@@ -43,7 +43,7 @@ def likely_tokens(folder: Path, target: PreTrainedModel, answers: Dataset, k: in
         return {"likely": packed(tokens, log_probs)}
 
     rows = [answers[i] for i in range(len(answers))]
-    found = finish_all(folder, rows, together(find_likely, AT_ONCE), "target's logits", lambda row: row["input_ids"])
+    found = finish_all(folder, rows, batched(find_likely, AT_ONCE), "target's logits", lambda row: row["input_ids"])
     kept = answers.select_columns(["input_ids", "completion_mask"])
     return kept.add_column("likely", [row["likely"] for row in found])
 

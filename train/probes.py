@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from eval.verifier_metrics import Judged
+from eval.verifier_metrics import Example
 from parse.verifiers.heads import TOKEN_EVIDENCE, AttentiveHead, HazardHead
 from recipes.schema import ProbeSection
 from train.verifier_training import Fitted, Log, ProbeModule, fit
@@ -21,8 +21,8 @@ TRIAL = 0.2  # of the epochs, by which layers are chosen
 class ProbeData:
     """What a probe learns from: this process's share of the drafts, with the states of some layers."""
 
-    train_set: Sequence[Judged]
-    held_out: Sequence[Judged]
+    train_set: Sequence[Example]
+    held_out: Sequence[Example]
     layers: tuple[int, ...]
     section: ProbeSection
     max_accuracy_loss: float
@@ -52,7 +52,7 @@ class ProbeData:
             """[n, D * layers] to a view, [n, D]."""
             return None if states is None else states.tensor_split(len(self.layers), dim=-1)[place]
 
-        def alone(one: Judged) -> Judged:
+        def alone(one: Example) -> Example:
             states, context = part(one.evidence.states), part(one.evidence.context_states)
             return replace(one, evidence=replace(one.evidence, states=states, context_states=context))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from eval.generation import REFUSED, Row, finish_all, together
+from eval.generation import REFUSED, Row, batched, finish_all
 from eval.judges import TEMPERATURE, Agreement, Checked, controls, labeller_of
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
@@ -58,19 +58,19 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
         budget = TimeBudget(section.minutes)
 
-        async def rolling(item: tuple[str, Prompt]) -> Row:
+        async def roll(item: tuple[str, Prompt]) -> Row:
             split, prompt = item
             labels, rounds, asked = labels_of(recipe, task, split), list[Row](), Asked()
             if split == "train" and budget.is_over():
                 return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
             for sample in range(section.drafts if split == "train" else 1):
                 count = 1 if sample else section.rounds  # what is sampled the engine would not repair
-                rounds += await rolling_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
+                rounds += await roll_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
             if labels == "checker":
                 rounds += [fault for row in rounds for fault in with_faults(labeller, prompt, row, section.negatives)]
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
-        work = together(rolling, section.batch_size)
+        work = batched(roll, section.batch_size)
         found = finish_all(folder / KEPT / "rollouts", prompts, work, stage)
         rows = [
             {"split": row["split"], "number": number, "prompt": row["prompt"], **drafted}
@@ -132,7 +132,7 @@ def program_of(recipe: Recipe, task: Task) -> FirstWrong | None:
     return None if within or labeller_of(recipe, task) != "task" else task.first_wrong
 
 
-async def rolling_out(
+async def roll_out(
     labeller: Labeller,
     prompt: Prompt,
     rounds: int,
@@ -149,7 +149,7 @@ async def rolling_out(
         rounds: the target repairs fewer drafts than that.
         labels: "checker", "bisect" or "all".
         sample: 0 for greedy drafts; others are sampled, each in its own way.
-        asked: what is known of prefixes of this prompt's answers; see `Labeller.labelling`.
+        asked: what is known of prefixes of this prompt's answers; see `Labeller.label`.
     """
     engine, asked = labeller.engine, {} if asked is None else asked
     prompt_ids = engine.encode(prompt)
@@ -165,9 +165,9 @@ async def rolling_out(
             if not given.ends:  # the engine lets the target write the rest
                 break
             if labels == "checker":
-                label = await labeller.checking(target, given, repair=sample == 0)
+                label = await labeller.label_by_checker(target, given, repair=sample == 0)
             else:
-                label = await labeller.labelling(target, given, labels == "all", asked)
+                label = await labeller.label(target, given, labels == "all", asked)
             found.append({"round": repairs, "met": sample == 0, "prompt_ids": prompt_ids, **_row_of(given, label)})
             if all(label.valid) and given.right is None:
                 prefix = [*prefix, *given.written.ids]
@@ -199,7 +199,7 @@ async def _drafting(
     answer = [*prefix, *written.ids]
     right = None
     if written.ended or len(answer) >= labeller.limit:
-        right = written.ended and (await labeller.judge.judging(prompt, text_of(answer, engine.tokenizer)))
+        right = written.ended and (await labeller.judge.is_right(prompt, text_of(answer, engine.tokenizer)))
     return Drafted(prompt, prefix, written, cut(written.ids, engine.tokenizer, engine.segments), right)
 
 
@@ -260,11 +260,11 @@ def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[Prompt])
         return Labeller(engine, checked, limit, program, section.samples, recipe.seed), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
-    def together(many: Any) -> list[float]:
+    def run_all(many: Any) -> list[float]:
         finished = dict(run_together(many, section.batch_size))
         return [finished[i] for i in range(len(finished))]
 
-    noise = controls(agreement, prompts[-CONTROLS:], together)  # training prompts
+    noise = controls(agreement, prompts[-CONTROLS:], run_all)  # training prompts
     return Labeller(engine, agreement, limit, None, section.samples, recipe.seed), {"labeller": "agreement", **noise}
 
 
@@ -279,15 +279,15 @@ def _ask_again(
     places = [(i, k) for i, row in enumerate(rows) for k in range(len(row["ends"]) - 1) if row["target_right"]]
     chosen = random.Random(seed).sample(places, min(count, len(places)))
 
-    async def asking(place: tuple[int, int]) -> Row:
+    async def ask_again(place: tuple[int, int]) -> Row:
         row, k = rows[place[0]], place[1]
         start = [*row["prefix_ids"], *row["draft_ids"][: row["ends"][k]]]
         target = labeller.engine.models["target"].open(labeller.engine.encode(row["prompt"]))
         try:
-            direct, _ = await labeller.finishing(target, row["prompt"], start)
+            direct, _ = await labeller.finish(target, row["prompt"], start)
             others = 0
             for sample in range(SAMPLED):
-                right, _ = await labeller.finishing(target, row["prompt"], start, sample)
+                right, _ = await labeller.finish(target, row["prompt"], start, sample)
                 others += right != row["valid"][k]
         finally:
             target.close()
@@ -295,7 +295,7 @@ def _ask_again(
 
     started = time.perf_counter()
     start_of = lambda place: [rows[place[0]][key] for key in ("prompt", "prefix_ids", "draft_ids")] + [place[1]]
-    asked = finish_all(folder, chosen, together(asking, at_once), "labels again", start_of)
+    asked = finish_all(folder, chosen, batched(ask_again, at_once), "labels again", start_of)
     seconds = time.perf_counter() - started
     share = lambda key: sum(row[key] for row in asked) / len(asked) if asked else None
     return {

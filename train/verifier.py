@@ -20,7 +20,7 @@ from datasets import Dataset, load_from_disk
 
 from eval.verifier_metrics import (
     Draft,
-    Judged,
+    Example,
     Scored,
     all_needs,
     examine,
@@ -187,8 +187,8 @@ def train_kinds(
 
 def train_adapter(
     engine: Engine,
-    train_set: Sequence[Judged],
-    held_out: Sequence[Judged],
+    train_set: Sequence[Example],
+    held_out: Sequence[Example],
     section: AdapterSection,
     promise: float,
     log: Log = lambda _: None,

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with_warmup
 
-from eval.verifier_metrics import Judged, Scored, measure, valid_cuts
+from eval.verifier_metrics import Example, Scored, measure, valid_cuts
 from parse.layout import pack, row_numbers, stack
 from parse.local.compiled import masks
 from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
@@ -41,13 +41,13 @@ class ProbeModule(nn.Module):
         super().__init__()
         self.head = head
 
-    def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
+    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """The segment of each of the batch's M tokens, int64 [M], and the head's inputs."""
-        lengths = [stop - start for one in judged for start, stop in one.evidence.bounds]
+        lengths = [stop - start for one in examples for start, stop in one.evidence.bounds]
         segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         if isinstance(self.head, AttentiveHead):
-            return segments, *text_inputs([one.evidence for one in judged])
-        states, evidence = zip(*(token_inputs(one.evidence) for one in judged), strict=True)
+            return segments, *text_inputs([one.evidence for one in examples])
+        states, evidence = zip(*(token_inputs(one.evidence) for one in examples), strict=True)
         return segments, torch.cat(states), torch.cat(evidence)
 
     def forward(self, segments: Tensor, *inputs: Tensor) -> Tensor:
@@ -74,15 +74,15 @@ class AdapterModule(nn.Module):
         self.adapted.eval()
         return self
 
-    def collate(self, judged: Sequence[Judged]) -> tuple[Tensor, ...]:
+    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """What `forward` takes: texts, each of what stands before a draft and the draft, and suffixes behind its cuts.
 
         Returns:
             texts int64 [5, B, T] and suffixes int64 [5, B, U], see `parse.layout.row_numbers`; row and index of each
             suffix's last token, int64 [sum K, 2]; evidence float32 [sum K, 13].
         """
-        texts = [[*one.draft.context_ids, *one.draft.ids] for one in judged]
-        cuts = [[len(one.draft.context_ids) + end for end in one.draft.ends] for one in judged]
+        texts = [[*one.draft.context_ids, *one.draft.ids] for one in examples]
+        cuts = [[len(one.draft.context_ids) + end for end in one.draft.ends] for one in examples]
         layouts = [pack(text, ends, self.suffix_ids) for text, ends in zip(texts, cuts, strict=True)]
         width = max(map(len, texts))
         turns = [layout.suffixes(behind=width) for layout in layouts]
@@ -90,7 +90,7 @@ class AdapterModule(nn.Module):
         read = stack([row_numbers(text, None, 0, width) for text in texts])
         asked = stack([row_numbers(turn.ids, turn, width, longest) for turn in turns])
         places = [(row, index) for row, turn in enumerate(turns) for index in turn.last_suffix]
-        evidence = torch.cat([segment_evidence(one.evidence) for one in judged])  # [sum K, 13]
+        evidence = torch.cat([segment_evidence(one.evidence) for one in examples])  # [sum K, 13]
         return read, asked, torch.tensor(places), evidence
 
     def forward(self, texts: Tensor, suffixes: Tensor, places: Tensor, evidence: Tensor) -> Tensor:
@@ -150,8 +150,8 @@ def survival_loss(hazards: Tensor, valid: Sequence[bool], error_weight: float = 
 
 def fit(
     make: Callable[[], M],
-    train_set: Sequence[Judged],
-    held_out: Sequence[Judged],
+    train_set: Sequence[Example],
+    held_out: Sequence[Example],
     plan: Fit,
     max_accuracy_loss: float,
     what: str,
@@ -195,7 +195,7 @@ class _Training(Generic[M]):
     """A module that learns from this process's share of the drafts."""
 
     def __init__(
-        self, make: Callable[[], M], train_set: Sequence[Judged], held_out: Sequence[Judged], plan: Fit, what: str
+        self, make: Callable[[], M], train_set: Sequence[Example], held_out: Sequence[Example], plan: Fit, what: str
     ) -> None:
         self.train_set, self.held_out, self.plan, self.what = train_set, held_out, plan, what
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -247,12 +247,12 @@ class _Training(Generic[M]):
         module = self.accelerator.unwrap_model(self.model)
         return {name: tensor.detach().clone() for name, tensor in _trained(module).items()}
 
-    def _hazards(self, some: Sequence[Judged]) -> list[Tensor]:
+    def _hazards(self, some: Sequence[Example]) -> list[Tensor]:
         """The hazards [K] of each draft."""
         inputs = [tensor.to(self.accelerator.device) for tensor in self.module.collate(some)]
         return list(self.model(*inputs).split([len(one.draft.ends) for one in some]))
 
-    def _loss_of(self, some: Sequence[Judged], found: Sequence[Tensor]) -> Tensor:
+    def _loss_of(self, some: Sequence[Example], found: Sequence[Tensor]) -> Tensor:
         pairs = zip(found, some, strict=True)
         return torch.stack([survival_loss(h, one.draft.valid, self.plan.error_weight) for h, one in pairs]).mean()
 
@@ -262,10 +262,10 @@ def acceptable(scored: Sequence[Scored], max_accuracy_loss: float) -> float:
     return measure(scored, empirical(scored, max_accuracy_loss))["accepted_fraction"]
 
 
-def _by_length(judged: Sequence[Judged]) -> list[Judged]:
+def _by_length(examples: Sequence[Example]) -> list[Example]:
     """Drafts in a random order in which neighbours have about the same length, so that batches hold little padding."""
-    order = torch.randperm(len(judged)).tolist()
-    return [judged[i] for i in sorted(order, key=lambda i: len(judged[i].draft.ids) // LIKE_LENGTH)]
+    order = torch.randperm(len(examples)).tolist()
+    return [examples[i] for i in sorted(order, key=lambda i: len(examples[i].draft.ids) // LIKE_LENGTH)]
 
 
 def _shuffled(batches: Iterable[T]) -> list[T]:

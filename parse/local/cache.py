@@ -73,8 +73,8 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             if ragged:
                 starts = torch.tensor(window.starts, device=self.device)  # [B]
-                at = starts[:, None] + torch.arange(length, device=self.device)  # [B, T]
-                buffer[cast(Tensor, rows)[:, None], :, at] = states.transpose(1, 2)  # [B, T, heads, D]
+                key_index = starts[:, None] + torch.arange(length, device=self.device)  # [B, T]
+                buffer[cast(Tensor, rows)[:, None], :, key_index] = states.transpose(1, 2)  # [B, T, heads, D]
             else:
                 buffer[window.chosen, :, window.start : stop] = states
         keys, values = (
@@ -183,28 +183,28 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, buffers: tuple[Tensor, Tensor], rows: Tensor | None, at: Tensor, key: Tensor) -> None:
+    def __init__(self, buffers: tuple[Tensor, Tensor], rows: Tensor | None, key_index: Tensor, key: Tensor) -> None:
         """Set up.
 
         Args:
             buffers: keys and values [rows, heads, capacity, D].
             rows: int64 [B], each text's row; None: the first B.
-            at: int64 [B, T], the position in its row that each new token takes.
+            key_index: int64 [B, T], the position in its row that each new token takes.
             key: int64 [P], 0 to P - 1: how many to read.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.buffers, self.rows, self.at, self.key, self.is_initialized = buffers, rows, at, key, True
+        self.buffers, self.rows, self.key_index, self.key, self.is_initialized = buffers, rows, key_index, key, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write T positions; return the texts' keys and values [B, heads, P, D]."""
-        rows = torch.arange(self.at.shape[0], device=self.at.device) if self.rows is None else self.rows
+        rows = torch.arange(self.key_index.shape[0], device=self.key_index.device) if self.rows is None else self.rows
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[rows[:, None], :, self.at] = states.transpose(1, 2)  # [B, T, heads, D]
+            buffer[rows[:, None], :, self.key_index] = states.transpose(1, 2)  # [B, T, heads, D]
         texts, stop = (
-            self.at.shape[0],
+            self.key_index.shape[0],
             self.key.shape[0],
         )  # in no nested scope: there a compiler takes sizes for numbers
         if self.rows is None:

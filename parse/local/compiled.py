@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Cache, PreTrainedModel
 
-from parse.layout import integers, sight, visible
+from parse.layout import integers, mask_mod, visible
 from parse.local.cache import BufferLayer, PrefixCache
 from parse.local.graphs import CompiledLayers, Recorder
 from parse.local.loading import FLEX, SLIDING, attention_types, is_distributed
@@ -238,7 +238,7 @@ def forward(
     """One pass as a graph: everything that changes from pass to pass is in a tensor.
 
     Args:
-        numbers: int64 [5, B, T]: token ids, positions, and `limit`, `own`, `at` of `parse.layout.sight`.
+        numbers: int64 [5, B, T]: token ids, positions, and limit, block_start, key_index; see `parse.layout.mask_mod`.
         rows: int64 [B], each text's row in the buffers; None: the first B.
         key: int64 [P], 0 to P - 1: how many keys to read.
         buffers: a pair a layer, [rows, heads, capacity, D] with P positions at least; the new keys and values are
@@ -246,12 +246,12 @@ def forward(
         keep: int64 [M], indices of the tokens whose logits are needed; None: the last one, of a decoding step.
         width: only the first so many logits are kept; None keeps all.
     """
-    ids, positions, limit, own, at = numbers.unbind(0)  # [B, T] each
+    ids, positions, limit, block_start, key_index = numbers.unbind(0)  # [B, T] each
     output = model(
         input_ids=ids,
         position_ids=positions,
-        attention_mask=masks(model, limit, own, at, positions, keys=key.shape[0]),
-        past_key_values=Cache(layers=[BufferLayer(pair, rows, at, key) for pair in buffers]),
+        attention_mask=masks(model, limit, block_start, key_index, positions, keys=key.shape[0]),
+        past_key_values=Cache(layers=[BufferLayer(pair, rows, key_index, key) for pair in buffers]),
         use_cache=True,
         output_hidden_states=with_states,
         logits_to_keep=1 if keep is None else keep,
@@ -271,18 +271,20 @@ def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Any:
     added to the scores, 0 or the lowest; else boolean.
 
     Args:
-        rows: limit, own, at and positions, int64 [B, T] each; see `parse.layout.sight`.
+        rows: limit, block_start, key_index and positions, int64 [B, T] each; see `parse.layout.mask_mod`.
         keys: P.
     """
-    limit, own, at, positions = rows
+    limit, block_start, key_index, positions = rows
     made: dict[str, Any] = {}
     for kind in sorted(attention_types(model.config)):
         window: int | None = model.config.sliding_window if kind == SLIDING else None
         if model.config._attn_implementation == FLEX:
-            sees = sight(limit, own, at, positions, keys, window)
-            made[kind] = create_block_mask(sees, at.shape[0], None, at.shape[1], keys, device=at.device)
+            sees = mask_mod(limit, block_start, key_index, positions, keys, window)
+            made[kind] = create_block_mask(
+                sees, key_index.shape[0], None, key_index.shape[1], keys, device=key_index.device
+            )
             continue
-        mask = visible(limit, own, at, positions, keys=keys, window=window)[:, None]  # [B, 1, T, P]
+        mask = visible(limit, block_start, key_index, positions, keys=keys, window=window)[:, None]  # [B, 1, T, P]
         if model.config._attn_implementation == "eager":
             lowest = torch.finfo(model.dtype).min
             mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)

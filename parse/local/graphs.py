@@ -135,7 +135,9 @@ class _OneLayer(Cache):
     def __init__(self, layer: BufferLayer) -> None:
         buffers = of_any_size(layer.buffers[0], 0, 2), of_any_size(layer.buffers[1], 0, 2)
         rows = None if layer.rows is None else of_any_size(layer.rows, 0)
-        super().__init__(layers=[BufferLayer(buffers, rows, of_any_size(layer.at, 0, 1), of_any_size(layer.key, 0))])
+        super().__init__(
+            layers=[BufferLayer(buffers, rows, of_any_size(layer.key_index, 0, 1), of_any_size(layer.key, 0))]
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -14,7 +14,7 @@ from parse.local.compiled import Compiled
 from parse.local.evidence import token_divergence, token_evidence
 from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
-from parse.local.speculation import speculating
+from parse.local.speculation import speculate
 from parse.model import OnToken, Proposer, Stop
 from parse.sampling import GREEDY, Sampling, Written
 from parse.verifiers import PROVIDED, Evidence, Needs
@@ -141,7 +141,7 @@ class LocalSequence:
         if proposer is None:
             return await self.text.decode(room, sampling, stop, on_token)
         draft = cast(LocalSequence, proposer.sequence)
-        return await speculating(self.text, draft.text, room, sampling, proposer.count, stop, on_token)
+        return await speculate(self.text, draft.text, room, sampling, proposer.count, stop, on_token)
 
     async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
         """The packed pass over a draft; see `packed_evidence`."""

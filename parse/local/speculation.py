@@ -12,7 +12,7 @@ from parse.model import Stop
 from parse.sampling import Sampling, Written
 
 
-async def speculating(
+async def speculate(
     target: CachedSequence,
     draft: CachedSequence,
     limit: int,

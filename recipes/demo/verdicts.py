@@ -77,8 +77,8 @@ class Packed:
     def of(cls, lessons: list[Lesson], suffix_ids: Sequence[int] = ()) -> Packed:
         """Pack lessons, with a judging turn at each asked end where a suffix is given."""
         layouts = [pack(lesson.ids, list(lesson.asked) if suffix_ids else [], suffix_ids) for lesson in lessons]
-        ids, positions, limit, own, at = stack_layouts(layouts)  # [B, T] each
-        mask = visible(limit, own, at, positions, keys=ids.shape[1])[:, None]  # [B, 1, T, T]
+        ids, positions, limit, block_start, key_index = stack_layouts(layouts)  # [B, T] each
+        mask = visible(limit, block_start, key_index, positions, keys=ids.shape[1])[:, None]  # [B, 1, T, T]
         labels = torch.full_like(ids, IGNORE)
         for row, lesson in zip(labels, lessons, strict=True):
             row[: len(lesson.labels)] = torch.tensor(lesson.labels)
