@@ -92,18 +92,18 @@ def html_report(name: str, report: dict[str, Any], tested: Mapping[str, Sequence
     roc = {kind: _roc(scored) for kind, scored in tested.items()}
     reliable = {kind: [(stated, true) for _, stated, true in reliability(*judgements(tested[kind]))] for kind in tested}
     losses = {kind: _losses(scored) for kind, scored in tested.items()}
-    promise = report["max_accuracy_loss"]
+    max_accuracy_loss = report["max_accuracy_loss"]
     styles = line_styles(list(tested))
     plots = (
         _plot("ROC", roc, styles, 1.0, "invalid cuts accepted", "valid cuts accepted"),
         _plot("Reliability", reliable, styles, 1.0, "confidence", "share of valid cuts"),
-        _plot("Use", losses, styles, max(5 * promise, 0.05), "accuracy lost", "draft tokens accepted"),
+        _plot("Use", losses, styles, max(5 * max_accuracy_loss, 0.05), "accuracy lost", "draft tokens accepted"),
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}: verifier</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}{LAYOUT}</style><h1>Verifiers: {html.escape(name)}</h1>
 <p>{report["n_prompts"]} test prompts, {report["n_prefixes"]} prefixes. Each kind stands at the threshold that keeps the
-accuracy loss under {promise:.1%} by the calibration prompts; cuts count up to a draft's first invalid one.</p>
+accuracy loss under {max_accuracy_loss:.1%} by the calibration prompts; cuts count up to a draft's first invalid one.</p>
 <div class="wide"><table><tr>{head}</tr>{body}</table></div>
 {_legend(styles, report["chosen"])}<div class="plots">{"".join(plots)}</div>{_curve(report)}</html>
 """

@@ -41,50 +41,50 @@ def simulated(rng, prompts, skill=1.5, rounds=3):
 def test_the_expected_loss_stays_under_the_promise(policy):
     """Conformal risk control bounds the mean over calibration sets of the loss of a fresh prompt."""
     rng = np.random.default_rng(0)
-    promise, realised = 0.05, []
+    max_accuracy_loss, realised = 0.05, []
     for _ in range(200):
-        threshold = calibrate(simulated(rng, 100), promise, policy)
+        threshold = calibrate(simulated(rng, 100), max_accuracy_loss, policy)
         realised.append(accuracy_loss(simulated(rng, 150), threshold, policy))
     error = np.std(realised) / math.sqrt(len(realised))
-    assert np.mean(realised) <= promise + 2 * error
-    assert np.mean(realised) > promise / 3  # and it is not kept by accepting nothing
+    assert np.mean(realised) <= max_accuracy_loss + 2 * error
+    assert np.mean(realised) > max_accuracy_loss / 3  # and it is not kept by accepting nothing
 
 
 def test_drafts_of_one_prompt_are_one_risk():
     """Counted draft by draft, the same data would promise more than they keep."""
     rng = np.random.default_rng(1)
-    promise, realised = 0.05, []
+    max_accuracy_loss, realised = 0.05, []
     for _ in range(100):
         data = simulated(rng, 100)
         apart = [
             scored(one.confidences, one.draft.valid, number=i) for i, one in enumerate(data)
         ]  # each draft as if it were a prompt
-        realised.append(accuracy_loss(simulated(rng, 150), calibrate(apart, promise)))
-    assert np.mean(realised) > promise + 2 * np.std(realised) / math.sqrt(len(realised))
+        realised.append(accuracy_loss(simulated(rng, 150), calibrate(apart, max_accuracy_loss)))
+    assert np.mean(realised) > max_accuracy_loss + 2 * np.std(realised) / math.sqrt(len(realised))
 
 
 @given(
     seed=st.integers(0, 10**6),
-    promise=st.floats(0.02, 0.5),
+    max_accuracy_loss=st.floats(0.02, 0.5),
     policy=st.sampled_from(["first_fail", "longest", "whole"]),
 )
-def test_the_threshold_is_the_smallest_that_keeps_the_promise_or_one_as_good_as_free(seed, promise, policy):
+def test_the_threshold_is_the_smallest_that_keeps_the_promise_or_one_as_good_as_free(seed, max_accuracy_loss, policy):
     data = simulated(np.random.default_rng(seed), 50)
-    least, threshold = smallest(data, promise, policy), calibrate(data, promise, policy)
+    least, threshold = smallest(data, max_accuracy_loss, policy), calibrate(data, max_accuracy_loss, policy)
     bound = lambda t: (accuracy_loss(data, t, policy) * 50 + 1) / 51
     cuts = lambda one, t: min(keeps(one, t, policy), valid_cuts(one.draft.valid))
     tokens = lambda t: sum([0, *one.draft.ends][cuts(one, t)] for one in data)  # rightly accepted
     if least <= 1:
-        assert bound(least) <= promise + 1e-9
+        assert bound(least) <= max_accuracy_loss + 1e-9
     if policy == "first_fail" and 0 < least <= 1:
-        assert bound(least - 1e-6) > promise
+        assert bound(least - 1e-6) > max_accuracy_loss
     assert threshold >= least
     assert tokens(threshold) >= 0.998 * tokens(least)
     above = [c for one in data for c in one.confidences if c > threshold]
     if above and tokens(least):
         assert tokens(min(above)) < 0.998 * tokens(least)
     if policy == "first_fail":
-        assert accuracy_loss(data, empirical(data, promise)) <= promise + 1e-9
+        assert accuracy_loss(data, empirical(data, max_accuracy_loss)) <= max_accuracy_loss + 1e-9
 
 
 def test_too_few_prompts_accept_nothing():

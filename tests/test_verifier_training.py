@@ -194,7 +194,7 @@ def test_the_best_epoch_is_kept_by_what_may_be_accepted(monkeypatch):
         modules.append(ProbeModule(HazardHead(16, 4)))
         return modules[-1]
 
-    def accepted(scored, promise):
+    def accepted(scored, max_accuracy_loss):
         seen.append(modules[0].head.body[0].weight.detach().clone())
         return next(script)
 

@@ -1,8 +1,8 @@
 """The threshold, from the labels alone: conformal risk control.
 
 The loss of a prompt is 1 where a verifier that is let loose on its drafts keeps any of them up to an invalid cut. With
-n prompts the smallest threshold with (losses + 1) / (n + 1) <= promise bounds the expected loss of a fresh prompt by
-the promise (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the threshold). So does
+n prompts the smallest threshold with (losses + 1) / (n + 1) <= max_accuracy_loss bounds the expected loss of a fresh prompt
+by it (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the threshold). So does
 any higher one, and one is taken that costs next to nothing: a verifier that tells right from wrong would else be let
 down to where it loses as much as is allowed, for no right token more.
 """
@@ -21,45 +21,45 @@ NEVER = 1.01  # a threshold that no confidence reaches: accept nothing
 FREE = 0.002  # of the rightly accepted tokens that a safer threshold may cost
 
 
-def calibrate(scored: Sequence[Scored], promise: float, policy: str = "first_fail") -> float:
+def calibrate(scored: Sequence[Scored], max_accuracy_loss: float, policy: str = "first_fail") -> float:
     """A threshold whose expected accuracy loss is bounded: the smallest, or a higher one as good as free.
 
     Args:
         scored: the drafts of n prompts.
-        promise: the accuracy that may be lost, a fraction.
+        max_accuracy_loss: the accuracy that may be lost, a fraction.
 
     Returns:
         the threshold, or `NEVER` where the data cannot support the promise.
     """
-    return _raised(scored, smallest(scored, promise, policy), policy)
+    return _raised(scored, smallest(scored, max_accuracy_loss, policy), policy)
 
 
-def smallest(scored: Sequence[Scored], promise: float, policy: str = "first_fail") -> float:
+def smallest(scored: Sequence[Scored], max_accuracy_loss: float, policy: str = "first_fail") -> float:
     """The smallest threshold whose expected accuracy loss is bounded, or `NEVER`."""
     n = len({one.draft.number for one in scored})
-    return _threshold(scored, math.floor(promise * (n + 1) + 1e-9) - 1, policy)
+    return _threshold(scored, math.floor(max_accuracy_loss * (n + 1) + 1e-9) - 1, policy)
 
 
-def empirical(scored: Sequence[Scored], promise: float) -> float:
+def empirical(scored: Sequence[Scored], max_accuracy_loss: float) -> float:
     """The smallest threshold that loses at most so much of these very prompts; no promise for others."""
     n = len({one.draft.number for one in scored})
-    return _threshold(scored, math.floor(promise * n + 1e-9), "first_fail")
+    return _threshold(scored, math.floor(max_accuracy_loss * n + 1e-9), "first_fail")
 
 
-def thresholds(scored: Sequence[Scored], promise: float, handback: str) -> dict[str, float]:
+def thresholds(scored: Sequence[Scored], max_accuracy_loss: float, handback: str) -> dict[str, float]:
     """The calibrated threshold of each acceptance policy, on the drafts that it meets.
 
     "whole" judges the last cut of the first draft alone. With handback "never" there is one draft a prompt.
     """
     firsts = [one for one in scored if one.draft.round == 0]
     met = scored if handback == "segment" else firsts
-    rounds = {policy: calibrate(met, promise, policy) for policy in ("first_fail", "longest")}
-    return {**rounds, "whole": calibrate(firsts, promise, "whole")}
+    rounds = {policy: calibrate(met, max_accuracy_loss, policy) for policy in ("first_fail", "longest")}
+    return {**rounds, "whole": calibrate(firsts, max_accuracy_loss, "whole")}
 
 
-def prompts_needed(promise: float) -> int:
+def prompts_needed(max_accuracy_loss: float) -> int:
     """The prompts below which no verifier can support the promise."""
-    return math.ceil(1 / promise - 1e-9) - 1
+    return math.ceil(1 / max_accuracy_loss - 1e-9) - 1
 
 
 def _raised(scored: Sequence[Scored], threshold: float, policy: str) -> float:

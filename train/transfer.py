@@ -59,17 +59,17 @@ def _main(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     _, folder = recipe.evaluated
     engine = load_engine(recipe, None, folder)
-    verifier, section, promise = engine.need_verifier(), recipe.engine, recipe.verifier.max_accuracy_loss
+    verifier, section, max_accuracy_loss = engine.need_verifier(), recipe.engine, recipe.verifier.max_accuracy_loss
     results: dict[str, Any] = {}
     for rollouts in options.rollouts:
-        drafts = labelled(_rollouts(rollouts), promise)
+        drafts = labelled(_rollouts(rollouts), max_accuracy_loss)
         if not drafts["calibration"] or not drafts["test"]:
             raise RecipeError(
                 f"{rollouts} holds no drafts of calibration and test prompts: name the rollouts of a verifier"
             )
         drafts["held_out"] = []
         scores = score_all(engine, {verifier.kind: verifier}, drafts)[verifier.kind]
-        threshold = thresholds(scores["calibration"], promise, section.handback)[section.policy]
+        threshold = thresholds(scores["calibration"], max_accuracy_loss, section.handback)[section.policy]
         transferred = measure(scores["test"], verifier.threshold, section.policy)
         recalibrated = measure(scores["test"], threshold, section.policy)
         results[str(rollouts)] = transferred | {"recalibrated": recalibrated}
@@ -79,7 +79,7 @@ def _main(options: argparse.Namespace) -> int:
             f"  {'the verifier as it is':34s}{_columns(transferred)}\n"
             f"  {'with a threshold for these drafts':34s}{_columns(recalibrated)}\n"
             f"  an oracle that knows the labels accepts {transferred['oracle_accepted_fraction']:.1%}; "
-            f"{promise:.2%} may be lost"
+            f"{max_accuracy_loss:.2%} may be lost"
         )
     print(json.dumps(results))
     return 0

@@ -57,16 +57,16 @@ Scores = dict[str, list[Scored]]  # by split, of all processes
 def run(recipe: Recipe, run: Run) -> None:
     """Write `verifier/`: verifier.json, head and LoRA; report.json and report.html."""
     with run.stage("verifier") as folder:
-        promise, settings = recipe.verifier.max_accuracy_loss, recipe.engine
+        max_accuracy_loss, settings = recipe.verifier.max_accuracy_loss, recipe.engine
         engine = load_engine(recipe, recipe.draft_folder)
         rollouts = load_from_disk(recipe.rollouts_folder)
         assert isinstance(rollouts, Dataset)
-        drafts = labelled(rollouts, promise)
+        drafts = labelled(rollouts, max_accuracy_loss)
         trained = train_kinds(engine, drafts, recipe, folder / KEPT, partial(run.log, "verifier"))
         kinds = {**untrained_kinds(engine), **trained.kinds}
         scores = score_all(engine, kinds, drafts)
-        name = choose(recipe.verifier.kind, scores, promise)
-        limits = {kind: thresholds(scores[kind]["calibration"], promise, settings.handback) for kind in kinds}
+        name = choose(recipe.verifier.kind, scores, max_accuracy_loss)
+        limits = {kind: thresholds(scores[kind]["calibration"], max_accuracy_loss, settings.handback) for kind in kinds}
         for kind, verifier in kinds.items():
             verifier.threshold = limits[kind][settings.policy]
         if run.is_main:
@@ -78,7 +78,7 @@ def run(recipe: Recipe, run: Run) -> None:
                 "segments": recipe.segments,
                 "thresholds": limits[name],
                 "calibration": {
-                    "max_accuracy_loss": promise,
+                    "max_accuracy_loss": max_accuracy_loss,
                     "prompts": n,
                     "policy": settings.policy,
                     "handback": settings.handback,
@@ -90,14 +90,14 @@ def run(recipe: Recipe, run: Run) -> None:
             write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
             tested = {kind: found["test"] for kind, found in scores.items()}
             write_text(folder / "report.html", html_report(recipe.name, report, tested))
-            print(f"verifier: {n} calibration prompts, at most {promise:.1%} accuracy loss promised")
+            print(f"verifier: {n} calibration prompts, at most {max_accuracy_loss:.1%} accuracy loss promised")
             print(console_table(report))
             run.log("verifier", {f"{kind}/{key}": v for kind, row in report["kinds"].items() for key, v in row.items()})
             if kinds[name].threshold >= NEVER:
-                print(_advice(kinds[name].kind, n, promise))
+                print(_advice(kinds[name].kind, n, max_accuracy_loss))
 
 
-def labelled(rollouts: Dataset, promise: float) -> dict[str, list[Draft]]:
+def labelled(rollouts: Dataset, max_accuracy_loss: float) -> dict[str, list[Draft]]:
     """This process's share of the labelled drafts, by split; of the training prompts some are `held_out`.
 
     Of those the drafts that the engine would not meet are left out: what it may accept is measured on the others.
@@ -106,7 +106,7 @@ def labelled(rollouts: Dataset, promise: float) -> dict[str, list[Draft]]:
     drafts: dict[str, list[Draft]] = {"train": [], "held_out": [], "calibration": [], "test": []}
     numbers = sorted({row["number"] for row in rollouts.select_columns(["number", "split"]) if row["split"] == "train"})
     own = [number for number in numbers if number % state.num_processes == state.process_index]
-    set_aside = {*own[:: held_out_every(len(numbers), promise)]}
+    set_aside = {*own[:: held_out_every(len(numbers), max_accuracy_loss)]}
     for row in rollouts:
         if row["number"] % state.num_processes != state.process_index:
             continue
@@ -129,10 +129,10 @@ def labelled(rollouts: Dataset, promise: float) -> dict[str, list[Draft]]:
     return drafts
 
 
-def held_out_every(prompts: int, promise: float) -> int:
+def held_out_every(prompts: int, max_accuracy_loss: float) -> int:
     """Which training prompts are held out: every so manieth, so that the promised loss is more than one of them."""
     least, most = (share * prompts for share in HELD_OUT)
-    return round(prompts / min(max(least, FEWEST / promise), most)) if prompts else 1
+    return round(prompts / min(max(least, FEWEST / max_accuracy_loss), most)) if prompts else 1
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def train_kinds(
     Args:
         kept: the folder of what is kept for another start.
     """
-    section, promise = recipe.verifier, recipe.verifier.max_accuracy_loss
+    section, max_accuracy_loss = recipe.verifier, recipe.verifier.max_accuracy_loss
     wanted = {"probe", "adapter"} & ({"probe", "adapter"} if section.kind == "best" else {section.kind})
     if not wanted:
         return Trained({}, [])
@@ -174,14 +174,14 @@ def train_kinds(
     kinds: dict[str, Verifier] = {}
     curve: list[dict[str, float]] = []
     if "probe" in wanted:
-        data = ProbeData(train_set, held_out, layers, section.probe, promise)
+        data = ProbeData(train_set, held_out, layers, section.probe, max_accuracy_loss)
         if section.probe.layers == "auto":
             data = choose_layers(data)
         found = data.fit(log=log)
         kinds["probe"] = Probe(found.module.head.to(engine.target.device), data.layers)
         curve = learning_curve(data, found)
     if "adapter" in wanted:
-        kinds["adapter"] = train_adapter(engine, train_set, held_out, section.adapter, promise, log)
+        kinds["adapter"] = train_adapter(engine, train_set, held_out, section.adapter, max_accuracy_loss, log)
     return Trained(kinds, curve)
 
 
@@ -190,7 +190,7 @@ def train_adapter(
     train_set: Sequence[Example],
     held_out: Sequence[Example],
     section: AdapterSection,
-    promise: float,
+    max_accuracy_loss: float,
     log: Log = lambda _: None,
 ) -> Adapter:
     """Fit a LoRA on suffixes and a head behind them."""
@@ -201,7 +201,7 @@ def train_adapter(
         adapted = adapt(engine.target, suffix, section.rank, section.layers)
         return AdapterModule(adapted, engine.target, head.to(engine.target.device), suffix)
 
-    module = fit(make, train_set, held_out, section, promise, "adapter", log).module
+    module = fit(make, train_set, held_out, section, max_accuracy_loss, "adapter", log).module
     return Adapter(module.adapted, module.head, suffix)
 
 
@@ -227,7 +227,7 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
     return scores
 
 
-def choose(kind: str, scores: dict[str, Scores], promise: float) -> str:
+def choose(kind: str, scores: dict[str, Scores], max_accuracy_loss: float) -> str:
     """The kind's name in the report; among several the one that may accept most of the held-out drafts.
 
     Where several may accept as much, the one whose confidences are nearest to the labels, by their mean squared error
@@ -239,7 +239,7 @@ def choose(kind: str, scores: dict[str, Scores], promise: float) -> str:
     def merit(name: str) -> tuple[float, float]:
         held_out = scores[name]["held_out"]
         confidences, valid = judgements(held_out)  # [n] each
-        return acceptable(held_out, promise), -float(((confidences - valid) ** 2).mean())
+        return acceptable(held_out, max_accuracy_loss), -float(((confidences - valid) ** 2).mean())
 
     return max(among, key=merit)
 
@@ -264,9 +264,9 @@ def report_of(
     }
 
 
-def _advice(kind: str, n: int, promise: float) -> str:
+def _advice(kind: str, n: int, max_accuracy_loss: float) -> str:
     """What to do where nothing can be accepted."""
-    if n < (needed := prompts_needed(promise)):
+    if n < (needed := prompts_needed(max_accuracy_loss)):
         remedy = f"at least {needed - n} more (rollouts.calibration: {needed}), and still more with a weak verifier"
     else:
         remedy = f"a verifier that is less sure of wrong prefixes than this {kind}: more rollouts.train, another kind"
