@@ -1,8 +1,8 @@
 """The threshold, from the labels alone: conformal risk control.
 
 The loss of a prompt is 1 where a verifier that is let loose on its drafts keeps any of them up to an invalid cut. With
-n prompts the smallest threshold with (losses + 1) / (n + 1) <= max_accuracy_loss bounds the expected loss of a fresh prompt
-by it (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the threshold). So does
+n prompts the smallest threshold with (losses + 1) / (n + 1) <= max_accuracy_loss bounds the expected loss of a fresh
+prompt by it (Angelopoulos et al., arXiv 2208.02814, for losses in [0, 1] that never rise with the threshold). So does
 any higher one, and one is taken that costs next to nothing: a verifier that tells right from wrong would else be let
 down to where it loses as much as is allowed, for no right token more.
 """
