@@ -103,7 +103,8 @@ def html_report(name: str, report: dict[str, Any], tested: Mapping[str, Sequence
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}{LAYOUT}</style><h1>Verifiers: {html.escape(name)}</h1>
 <p>{report["n_prompts"]} test prompts, {report["n_prefixes"]} prefixes. Each kind stands at the threshold that keeps
-the accuracy loss under {max_accuracy_loss:.1%} by the calibration prompts; cuts count up to a draft's first invalid one.</p>
+the accuracy loss under {max_accuracy_loss:.1%} by the calibration prompts. Cuts count up to a draft's first invalid
+one.</p>
 <div class="wide"><table><tr>{head}</tr>{body}</table></div>
 {_legend(styles, report["chosen"])}<div class="plots">{"".join(plots)}</div>{_curve(report)}</html>
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from eval.bench.models import load_smollm2
-from eval.tasks import content_of_task
+from eval.tasks import TASKS, content_of_task, draw_prompts, ledger
 from parse.local.model import packed_evidence
 from parse.local.sequence import CachedSequence
 from parse.sampling import Written
@@ -32,7 +34,9 @@ from parse.verifiers.heads import SEGMENT_EVIDENCE, HazardHead
 from parse.verifiers.saved import tokenizer_hash
 from recipes.demo.corpus import make_tokenizer
 from recipes.run import Run
-from recipes.schema import Recipe
+from recipes.schema import Recipe, load_recipe
+from train.answers import Encoding
+from train.server import Answered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +47,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of test
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+QUICK = "recipes/quickstart.yaml"
+LEDGER_PROMPTS = draw_prompts(TASKS["ledger"], "train", 12, seed=5)
+LISTS = [
+    "list : #1 fig rome 4 ; #2 tea oslo 7 .",
+    "list : #1 jam paris 2 .",
+    "list : #1 egg lima 9 .",
+    "the fig",
+    "tea",
+]
+BASE = {"name": "x", "target": "t", "draft": "d", "task": "ledger"}
 LONGEST = ["test_pipeline.py", "test_compiled.py", "test_killed.py"]  # begun first, lest one worker waits for another
 
 
@@ -204,3 +218,55 @@ def verify_prefixes(engine, context, ids, ends, ended, draft_logits=None):
     if draft_logits is not None:
         needs = replace(needs, draft_logits=draft_logits, draft_end_ids=engine.models["draft"].eos_ids)
     return packed_evidence(context, Written(list(ids), ended), ends, needs)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(**changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**BASE, **changes}))
+        return path
+
+    return _write
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Words of a recipe whose models and rows are copies, to be changed."""
+    for role in ("target", "draft"):
+        shutil.copytree(MODELS / f"ledger-{role}", tmp_path / role)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": prompt, "split": "answers"}) + "\n" for prompt in LISTS))
+    words = [
+        f"target={tmp_path / 'target'}",
+        f"draft={tmp_path / 'draft'}",
+        f"task={rows}",
+        f"runs={tmp_path / 'runs'}",
+    ]
+    return [*words, "stages=[answers,distill,rollouts,verifier]", "engine.max_new_tokens=60"]
+
+
+def told(prompt):
+    """The answer that the target is taught."""
+    bought, total, sentences = ledger.read_prompt(prompt), 0, []
+    for purchase in bought:
+        total += purchase.amount
+        sentences.append(ledger.sentence(purchase, total, "target"))
+    return " ".join([*sentences, ledger.closing(total)])
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A recipe by its words, whose answers are there."""
+
+    def made(*words):
+        recipe = load_recipe(QUICK, [f"runs={tmp_path}", *words])
+        if not (recipe.folder / "answers").is_dir():
+            encode = Encoding(recipe)
+            rows = [encode(prompt, Answered(told(prompt), True)) | {"right": True} for prompt in LEDGER_PROMPTS]
+            from datasets import Dataset
+
+            adopt(recipe, answers=Dataset.from_list(rows))
+        return recipe
+
+    return made

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.generation import FAILED, TooManyFailed, finish_all, in_threads, together, write_after, write_all
+from eval.generation import FAILED, TooManyFailed, batched, finish_all, in_threads, write_after, write_all
 from parse.local.model import LocalModel
 from parse.local.runner import ModelRunner
 from parse.local.sequence import CachedSequence
@@ -24,7 +24,7 @@ def making(made, fatal=None):
 
 
 def test_rows_come_in_the_order_of_the_items(tmp_path):
-    rows = finish_all(tmp_path, "abcde", together(making([]), 2), what="letters")
+    rows = finish_all(tmp_path, "abcde", batched(making([]), 2), what="letters")
     assert [row["item"] for row in rows] == list("abcde")
 
 
@@ -34,32 +34,32 @@ def test_a_killed_start_is_gone_on_from(tmp_path_factory, kills, torn):
     for fatal in kills:
         if fatal not in made:
             with pytest.raises(KeyboardInterrupt):
-                finish_all(folder, range(10), together(making(made, fatal), 1), what="numbers")
+                finish_all(folder, range(10), batched(making(made, fatal), 1), what="numbers")
     files = sorted(folder.glob("*.jsonl"))
     if torn and files and (text := files[-1].read_text()):
         files[-1].write_text(text[:-3])  # the kill came in the middle of a line
         made.pop()
-    rows = finish_all(folder, range(10), together(making(made), 3), what="numbers")
+    rows = finish_all(folder, range(10), batched(making(made), 3), what="numbers")
     assert [row["item"] for row in rows] == list(range(10))
     assert sorted(made) == list(range(10))  # nothing is made twice
 
 
 def test_other_items_before_them_do_not_move_kept_rows(tmp_path):
     made = []
-    finish_all(tmp_path, [{"q": "b"}, {"q": "c"}], together(making(made), 2), what="rows")
-    rows = finish_all(tmp_path, [{"q": "a"}, {"q": "c"}, {"q": "b"}], together(making(made), 2), what="rows")
+    finish_all(tmp_path, [{"q": "b"}, {"q": "c"}], batched(making(made), 2), what="rows")
+    rows = finish_all(tmp_path, [{"q": "a"}, {"q": "c"}, {"q": "b"}], batched(making(made), 2), what="rows")
     assert [row["item"]["q"] for row in rows] == ["a", "c", "b"]
     assert [item["q"] for item in made] == ["b", "c", "a"]
 
 
 @pytest.mark.parametrize("line", ["no json", '{"a": 1}', "[1]", '["key", 2, 3]', "\udcff"])
 def test_a_damaged_line_is_made_again(tmp_path, line):
-    finish_all(tmp_path, "ab", together(making([]), 1), what="letters")
+    finish_all(tmp_path, "ab", batched(making([]), 1), what="letters")
     file = next(tmp_path.glob("*.jsonl"))
     first, second = file.read_text().splitlines()
     file.write_bytes(f"{first}\n{line}\n".encode(errors="surrogateescape"))
     made = []
-    rows = finish_all(tmp_path, "ab", together(making(made), 1), what="letters")
+    rows = finish_all(tmp_path, "ab", batched(making(made), 1), what="letters")
     assert [row["item"] for row in rows] == ["a", "b"]
     assert made == ["b"]
     assert second
