@@ -35,8 +35,6 @@ from parse.verifiers.saved import tokenizer_hash
 from recipes.demo.corpus import make_tokenizer
 from recipes.run import Run
 from recipes.schema import Recipe, load_recipe
-from train.answers import Encoding
-from train.server import Answered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -262,10 +260,13 @@ def begin(tmp_path):
     def made(*words):
         recipe = load_recipe(QUICK, [f"runs={tmp_path}", *words])
         if not (recipe.folder / "answers").is_dir():
+            from datasets import Dataset  # tests on a GPU do without the libraries that training takes
+
+            from train.answers import Encoding
+            from train.server import Answered
+
             encode = Encoding(recipe)
             rows = [encode(prompt, Answered(told(prompt), True)) | {"right": True} for prompt in LEDGER_PROMPTS]
-            from datasets import Dataset
-
             adopt(recipe, answers=Dataset.from_list(rows))
         return recipe
 
