@@ -46,6 +46,7 @@ LEAST, MOST = 3, 5  # attributes of a place, beside its name
 PLACES = (3, 4, 5)  # in a prompt
 # how often an attribute is listed before the type: about as often as people state it there
 BEFORE = {"food": 0.35, "price": 0.35, "rating": 0.2, "area": 0.2, "family": 0.4, "near": 0.2}
+MOST_BEFORE = 2
 LEVELS = {  # values of which one stands for the other in a text
     "price": {"cheap": "low", "less than £20": "low", "moderate": "middle", "£20-25": "middle"}
     | {"high": "high", "more than £30": "high"},
@@ -124,7 +125,7 @@ def _draw_attributes(rng: random.Random) -> list[str]:
 def _listed(attributes: list[str], rng: random.Random) -> list[str]:
     """The attributes in an order in which a person might state them: "Near the Crown", "a cheap", "pub", the others."""
     rng.shuffle(attributes)
-    before = [each for each in attributes if rng.random() < BEFORE.get(each, 0)]
+    before = [each for each in attributes if rng.random() < BEFORE.get(each, 0)][:MOST_BEFORE]
     places_first = sorted(before, key=lambda each: each not in ("area", "near"))
     return [*places_first, "type", *(each for each in attributes if each not in (*before, "type"))]
 
