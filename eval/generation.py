@@ -1,6 +1,6 @@
 """Texts that models write for data: many at once, shared out over processes, each kept as it is finished.
 
-A stage that is killed goes on behind what it has kept: every finished text is a line of a file in the stage's
+A stage that is killed resumes after what it has kept: every finished text is a line of a file in the stage's
 scratch folder, whichever process wrote it and however many there are at the next start.
 """
 

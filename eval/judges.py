@@ -51,7 +51,7 @@ class Checked:
         return self.task.first_wrong(prompt, final_answer(answer, self.opened))
 
     def corrupted(self, prompt: Prompt, answer: str, rng: random.Random) -> str | None:
-        """A right answer with a fault, behind the same thinking; None where the task makes none, or it is no fault."""
+        """A right answer with a fault, after the same thinking; None where the task makes none, or it is no fault."""
         final = final_answer(answer, self.opened)
         wrong = self.task.corrupted(prompt, final, rng) if self.task.corrupted else None
         if not wrong or self.task.check(prompt, wrong):

@@ -38,7 +38,7 @@ class Draft:
     valid: list[bool]  # K
     target_right: bool = True  # whether the target gets there from where the draft began, so that something can be lost
     number: int = 0  # of the prompt
-    round: int = 0  # above 0 behind the target's repair of an earlier draft of the prompt
+    round: int = 0  # above 0 after the target's repair of an earlier draft of the prompt
     met: bool = True  # in the engine; False for those that are sampled, or have a fault put in, to learn from
 
 
@@ -139,7 +139,7 @@ def score(kind: Verifier, examples: Iterable[Example]) -> list[Scored]:
 
 
 def valid_cuts(valid: Sequence[bool]) -> int:
-    """Cuts before the first invalid one; what is valid again behind it does not count."""
+    """Cuts before the first invalid one; what is valid again after it does not count."""
     return next((k for k, ok in enumerate(valid) if not ok), len(valid))
 
 
@@ -230,7 +230,7 @@ def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Seq
 
 
 async def _seconds_of_verdicts(engine: Engine, draft: Draft, kind: Verifier, needs: Needs) -> float:
-    """What a packed pass takes behind a text that was read before, and the verdicts."""
+    """What a packed pass takes after a text that was read before, and the verdicts."""
     target = engine.models["target"].open(draft.context_ids, needs.layers if needs.context_states else ())
     try:
         await target.prefill()

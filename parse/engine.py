@@ -191,7 +191,7 @@ class Engine:
                 policy, a handback and a horizon, and refused with others.
             policy: "first_fail" keeps the cuts before the first one below the threshold, "longest" all up
                 to the last one above it, "whole" the whole draft or nothing (a cascade).
-            handback: after the target's repair of a draft, "segment" lets the draft go on behind the next
+            handback: after the target's repair of a draft, "segment" lets the draft go on after the next
                 cut, "never" lets the target write to the end.
             horizon: draft at most so many tokens a round; "segment" for one segment, None for all.
             method: "parse", "target" (alone) or "draft" (alone).

@@ -115,7 +115,7 @@ def finite_number(name: str, value: Any, least: float | None = None) -> float:
 
 
 def accept(confidences: Sequence[float], threshold: float, policy: str = "first_fail") -> int:
-    """How many of K cuts to accept: the index behind the last accepted one, 0..K.
+    """How many of K cuts to accept: the index after the last accepted one, 0..K.
 
     "first_fail" stops before the first cut below the threshold; "longest" takes the last cut at or above it, whatever
     came before; "whole" takes all or none, by the last one.

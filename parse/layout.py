@@ -1,6 +1,6 @@
 """The packed verification pass: which tokens go in, at which positions, and who sees whom.
 
-One pass judges every prefix of a draft. Behind the draft's N tokens stand K copies of the verdict
+One pass judges every prefix of a draft. After the draft's N tokens stand K copies of the verdict
 suffix, S tokens each; copy k sits at the positions that follow prefix k, sees the prompt, the draft
 up to its own end, and itself. With L=3 cached prompt tokens, N=6, ends (2, 4, 6) and S=2:
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """One packed row: a draft and the K suffix copies behind it, over `past` cached tokens."""
+    """One packed row: a draft and the K suffix copies after it, over `past` cached tokens."""
 
     ids: list[int]  # T tokens
     positions: list[int]  # T
@@ -49,20 +49,20 @@ class Layout:
         """Whether there are no suffixes, so that who sees whom is as everywhere."""
         return len(self.ids) == self.draft_length
 
-    def suffixes(self, behind: int) -> Layout:
+    def suffixes(self, after: int) -> Layout:
         """The suffixes alone, for a pass after the text itself was read into a cache.
 
         Args:
-            behind: how many keys that cache holds, the text's and any padding after them.
+            after: how many keys that cache holds, the text's and any padding after them.
         """
-        n, skipped = self.draft_length, behind - self.draft_length - self.past
+        n, skipped = self.draft_length, after - self.draft_length - self.past
         parts = (
             self.ids[n:],
             self.positions[n:],
             self.limit[n:],
             [block_start + skipped for block_start in self.block_start[n:]],
         )
-        return Layout(*parts, past=behind, draft_length=0, suffix_length=self.suffix_length)
+        return Layout(*parts, past=after, draft_length=0, suffix_length=self.suffix_length)
 
     def mask(self, window: int | None = None) -> Tensor:
         """Who sees whom: bool [T, L + T], True where the query may attend; see `visible`."""

@@ -21,7 +21,7 @@ from parse.generation import Generation, Segment, Settings, Stats, accept
 from parse.model import Model, ModelSequence, Proposer, Stop
 from parse.sampling import Sampling, Written
 from parse.segments import Segmenter, cut, ends_segment
-from parse.text import certain_text, encode_continuation, find_stop, text_behind, text_of, undecided
+from parse.text import certain_text, encode_continuation, find_stop, text_after, text_of, undecided
 from parse.verifiers import Verifier
 
 
@@ -62,7 +62,7 @@ class Pair:
         """The draft's tokens as the target's; as text where the vocabularies differ."""
         if self.same_tokens or self.draft is None:
             return list(draft_ids)
-        return encode_continuation(text_behind(draft_ids, self.draft.tokenizer), self.target.tokenizer)
+        return encode_continuation(text_after(draft_ids, self.draft.tokenizer), self.target.tokenizer)
 
     def to_draft(self, target_ids: Sequence[int]) -> list[int]:
         """The target's tokens as the draft's; as text where the vocabularies differ.
@@ -73,7 +73,7 @@ class Pair:
             return list(target_ids)
         if self.same_tokens:
             return [token for token in target_ids if token < self.draft.vocabulary]
-        return encode_continuation(text_behind(target_ids, self.target.tokenizer), self.draft.tokenizer)
+        return encode_continuation(text_after(target_ids, self.target.tokenizer), self.draft.tokenizer)
 
     async def write_draft(
         self,
@@ -309,7 +309,7 @@ class Round:
         self._clock(role)
 
     def _end_at_stop(self) -> int:
-        """End the answer with the token that completes a stop string, where it holds one; how many were behind it."""
+        """End the answer with the token that completes a stop string, where it holds one; how many were after it."""
         stops, ids = self.settings.stop, self.ids
 
         def holds(count: int) -> bool:
@@ -332,7 +332,7 @@ class Round:
         for segment in self.segments:
             kept = segment.text[:room] if segment.accepted else segment.text
             room -= len(kept) if segment.accepted else 0
-            if kept or not segment.text:  # of those behind a stop string there is nothing left
+            if kept or not segment.text:  # of those after a stop string there is nothing left
                 segments.append(replace(segment, text=kept))
         self._clock("other")
         return Generation(text, self.ids, "stop" if self.ended else "length", segments, self.stats)

@@ -88,7 +88,7 @@ def undecided(text: str, stops: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
-def text_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def text_after(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that tokens add to another text: some tokenizers drop the space in front of a text that stands alone."""
     line = encode_text("\n", tokenizer)
     return text_of([*line, *ids], tokenizer)[len(text_of(line, tokenizer)) :]

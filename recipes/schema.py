@@ -291,7 +291,7 @@ class Recipe:
 
     @property
     def aligned(self) -> bool:
-        """Whether a LoRA aligns the draft behind its distillation."""
+        """Whether a LoRA aligns the draft after its distillation."""
         return "align" in self.stages
 
     @property

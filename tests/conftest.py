@@ -58,7 +58,7 @@ BASE = {"name": "x", "target": "t", "draft": "d", "task": "ledger"}
 LONGEST = ["test_pipeline.py", "test_compiled.py", "test_killed.py"]  # begun first, lest one worker waits for another
 
 
-@pytest.hookimpl(trylast=True)  # behind the choice of tests
+@pytest.hookimpl(trylast=True)  # after the choice of tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first; of compiled passes the first case of each test counts for coverage.
 
@@ -211,7 +211,7 @@ def fresh_context(engine, role="target"):
 
 
 def verify_prefixes(engine, context, ids, ends, ended, draft_logits=None):
-    """The packed pass for the engine's verifier; the evidence and the logits behind text and cuts."""
+    """The packed pass for the engine's verifier; the evidence and the logits after text and cuts."""
     needs = engine.need_verifier().needs
     if draft_logits is not None:
         needs = replace(needs, draft_logits=draft_logits, draft_end_ids=engine.models["draft"].eos_ids)

@@ -46,7 +46,7 @@ def align(recipe):
     return finished("align", recipe)
 
 
-def test_a_pair_is_a_segment_of_each_behind_the_last_valid_prefix(aligned):
+def test_a_pair_is_a_segment_of_each_after_the_last_valid_prefix(aligned):
     recipe, engine = aligned()
     pair = next(train.align.pairs(engine, load_from_disk(recipe.folder / "rollouts")))
     first, second = (f"{sentence} ." for sentence in told(LEDGER_PROMPTS[0]).split(" . ")[:2])

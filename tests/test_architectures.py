@@ -168,7 +168,7 @@ def test_the_invariants_of_generation(name, tokenizer):
 
 
 def test_a_text_ends_where_rotations_change(tokenizer):
-    """Behind it the keys that are cached would be wrong, and those of the texts beside it."""
+    """After it the keys that are cached would be wrong, and those of the texts beside it."""
     model = make("phi 3, for long texts")
     engine = Engine(model, tokenizer)
     assert context_length(model.config) == 256 < model.config.max_position_embeddings

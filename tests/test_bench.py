@@ -76,7 +76,7 @@ def test_proposals_are_taken_by_a_script(target, draft, tokenizer, share):
 
 
 def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, tokenizer):
-    """The target's first packed pass does not begin to compute before the draft has written behind it."""
+    """The target's first packed pass does not begin to compute before the draft has written after it."""
     script = Scripted((9,), [7, 8])
     engine = ScriptedEngine(target, tokenizer, draft, tokenizer, script, segments=4, compile=False)
     engine.pair.apart = True

@@ -22,7 +22,7 @@ def scored(confidences, valid, number=0, round=0, target_right=True):
 def simulated(rng, prompts, skill=1.5, rounds=3):
     """Verdicts on the drafts of some prompts: validity is lost once; confidences follow it with noise.
 
-    Behind a draft that goes wrong comes another one, so that a prompt takes several risks.
+    After a draft that goes wrong comes another one, so that a prompt takes several risks.
     """
     found = []
     for number in range(prompts):
@@ -160,12 +160,12 @@ def test_the_whole_draft_is_kept_by_its_last_cut():
     [([True, True], 2, 2), ([True, False, False], 1, 2), ([False], 0, 1), ([True, False, True, True], 1, 2)],
 )
 def test_cuts_are_known_up_to_the_first_invalid_one(valid, first, known):
-    """Whatever is valid again behind it: labels of every prefix may say so, where the target mended an error."""
+    """Whatever is valid again after it: labels of every prefix may say so, where the target mended an error."""
     assert valid_cuts(valid) == first
     assert known_cuts(valid) == known
 
 
-def test_what_is_valid_again_behind_an_error_counts_for_nobody():
+def test_what_is_valid_again_after_an_error_counts_for_nobody():
     figures = measure([scored([0.9, 0.1, 0.9], [True, False, True])], 0.5)
     assert figures["oracle_accepted_fraction"] == pytest.approx(1 / 3)
     assert figures["false_reject_rate"] == 0

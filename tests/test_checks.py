@@ -143,7 +143,7 @@ def test_prompts_that_are_too_long_are_left_out_counted_and_named(tmp_path, caps
 
 
 def test_a_verdict_needs_room_as_well():
-    """A prompt and a whole answer that fill the context leave none for the question behind the last cut."""
+    """A prompt and a whole answer that fill the context leave none for the question after the last cut."""
     context, prompt = 512, draw_prompts(TASKS["ledger"], "train", 1, seed=1)[0]
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "ledger-target")
     room = context - len(encode_prompt(prompt, tokenizer))
@@ -222,7 +222,7 @@ def test_a_full_disk_ends_with_advice_and_loses_nothing(tmp_path, capsys, monkey
         words = [QUICK, "answers", f"runs={disk}", "answers.prompts=8", "engine.max_new_tokens=180"]
         (disk / "ballast").write_bytes(bytes(150_000))
         with monkeypatch.context() as later:
-            later.setattr("train.checks.check_disk", lambda *_: {})  # others fill the disk behind the check
+            later.setattr("train.checks.check_disk", lambda *_: {})  # others fill the disk after the check
             assert train([*words, "answers.batch_size=2"]) == 3
         assert "The disk is full: make room" in capsys.readouterr().err
         kept = list((disk / "quickstart" / ".answers.part").rglob("*.jsonl"))

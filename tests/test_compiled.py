@@ -166,7 +166,7 @@ def test_compiled_engines_answer_the_same_alone_and_in_batches(shallow_pair, tok
 
 
 @pytest.mark.parametrize("as_on_gpu", [False, True])
-def test_a_text_is_written_on_behind_the_last_key_of_a_bucket(as_on_gpu):
+def test_a_text_is_written_on_after_the_last_key_of_a_bucket(as_on_gpu):
     model = random_model("llama", 60)
     mine, alone = (
         CachedSequence(compiled_runner(model, Counter(), as_on_gpu)),

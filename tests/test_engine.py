@@ -145,7 +145,7 @@ def test_any_threshold_keeps_the_books(target, draft, tokenizer, threshold, hori
 
 
 def test_the_target_goes_on_as_it_would_by_itself(target, draft, tokenizer):
-    """Behind a prefix of several accepted segments its words are those of a plain reading of that text."""
+    """After a prefix of several accepted segments its words are those of a plain reading of that text."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=3)
     several = 0
     for text in (PROMPT, "the fig", "list : #1 apple oslo 7 .", "right ?", "coins so far", "tea ; tea"):
@@ -167,7 +167,7 @@ def test_the_target_goes_on_as_it_would_by_itself(target, draft, tokenizer):
     assert several
 
 
-def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, draft, tokenizer, monkeypatch):
+def test_the_token_after_the_accepted_prefix_needs_no_pass_of_its_own(target, draft, tokenizer, monkeypatch):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.0), segments=4)
     passes = []
     forward = type(target).forward
@@ -189,7 +189,7 @@ def test_the_token_behind_the_accepted_prefix_needs_no_pass_of_its_own(target, d
 def test_no_token_is_read_twice_and_the_last_ones_of_a_repair_with_the_next_draft(
     target, draft, tokenizer, monkeypatch
 ):
-    """Of a repair's 4 tokens the first comes from the packed pass before, and the last is read in the one behind."""
+    """Of a repair's 4 tokens the first comes from the packed pass before, and the last is read in the one after."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4, compile=False)
     everything = engine.generate(PROMPT, 40, threshold=0.0)[0].segments
     threshold = sorted(segment.confidence for segment in everything)[2]  # two segments are refused
@@ -308,12 +308,12 @@ def test_a_seed_gives_the_same_answer_whatever_the_other_prompts(target, draft, 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.9}])
 def test_what_follows_an_accepted_prefix_is_distributed_as_the_targets(target, draft, tokenizer, options):
-    """A chi-square test at 1 in 10,000 of the target's first own token behind an accepted draft segment."""
+    """A chi-square test at 1 in 10,000 of the target's first own token after an accepted draft segment."""
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment"), segments=4)
     context = fresh_context(engine)
     context.read(engine.encode(PROMPT))
     drafted = [9, 30, 51, 72]
-    logits = run(verify_prefixes(engine, context, drafted, [2, 4], ended=False))[1][1]  # [V] behind the first end
+    logits = run(verify_prefixes(engine, context, drafted, [2, 4], ended=False))[1][1]  # [V] after the first end
     logits = logits / logits.std() * 1.5
     temperature = 0.8
     plain = torch.softmax(logits / temperature, -1)

@@ -40,7 +40,7 @@ def test_what_is_kept_is_what_the_passes_told(target, tokenizer, tmp_path):
         same(one, told[tuple(one.draft.ids)])
 
 
-def test_drafts_behind_the_same_text_are_judged_as_each_alone(target, tokenizer):
+def test_drafts_after_the_same_text_are_judged_as_each_alone(target, tokenizer):
     engine = engine_of(target, tokenizer)
     together = {tuple(one.draft.ids): one.evidence for one in examine(engine, DRAFTS, NEEDS)}
     for draft in DRAFTS:
@@ -57,7 +57,7 @@ def test_what_stands_before_several_drafts_is_kept_once(target, tokenizer, tmp_p
     assert states.stat().st_size == tokens * 2 * target.config.hidden_size * 2
 
 
-def test_a_start_goes_on_behind_what_was_kept(target, tokenizer, tmp_path, monkeypatch):
+def test_a_start_goes_on_after_what_was_kept(target, tokenizer, tmp_path, monkeypatch):
     """A line without its states, or half a line, is none; what is whole is not read again."""
     engine = engine_of(target, tokenizer)
     whole = gather(engine, DRAFTS, NEEDS, tmp_path / "whole", "evidence")

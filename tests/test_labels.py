@@ -85,7 +85,7 @@ def test_bisection_and_asking_about_every_prefix_agree(engine):
         kept = first["draft_ids"][: [0, *first["ends"]][sum(first["valid"])]]
         assert later
         repair = first_segment(engine, first["continuation_ids"])
-        assert later[0]["prefix_ids"] == [*kept, *repair]  # the draft goes on behind the target's repair
+        assert later[0]["prefix_ids"] == [*kept, *repair]  # the draft goes on after the target's repair
         assert ledger.first_wrong(prompts[bisected.index([first, *later])], engine.tokenizer.decode(kept)) is None
 
 
@@ -159,7 +159,7 @@ def test_labels_come_from_the_program_only_where_it_knows_them():
 
 
 def test_the_program_saves_bisection_most_of_its_questions_and_changes_no_label(engine):
-    """Nothing behind a wrong sentence ends up right: so the target is asked in front of it, and most often once."""
+    """Nothing after a wrong sentence ends up right: so the target is asked in front of it, and most often once."""
     prompts = draw_prompts(TASKS["ledger"], "train", 12, seed=12)
     labellers = [Labeller(engine, Checked(TASKS["ledger"]), 200, program) for program in (None, ledger.first_wrong)]
     found = [rollouts(engine, labeller, False, prompts) for labeller in labellers]

@@ -77,15 +77,15 @@ MODELS = {kind: random_model(kind, 60) for kind in ("llama", "gpt2")}
 
 
 @given(data=st.data(), n=st.integers(1, 12), s=st.integers(1, 3), padding=st.integers(0, 5))
-def test_suffixes_alone_see_what_they_see_behind_the_text(data, n, s, padding):
+def test_suffixes_alone_see_what_they_see_after_the_text(data, n, s, padding):
     """And nothing of the padding between the text in the cache and themselves."""
     ends = sorted(data.draw(st.sets(st.integers(1, n), min_size=1)))
     packed = pack(list(range(n)), ends, [7] * s)
-    alone, behind = packed.suffixes(behind=n + padding), n + padding
+    alone, after = packed.suffixes(after=n + padding), n + padding
     together = packed.mask()
     mask = alone.mask()
     assert torch.equal(mask[:, :n], together[n:, :n])
-    assert not mask[:, n:behind].any()
-    assert torch.equal(mask[:, behind:], together[n:, n:])
+    assert not mask[:, n:after].any()
+    assert torch.equal(mask[:, after:], together[n:, n:])
     assert alone.positions == packed.positions[n:]
     assert [n + index for index in alone.last_suffix] == packed.last_suffix

@@ -251,7 +251,7 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     assert load_from_disk(folder / "rollouts").to_list() == interrupted
 
 
-def test_rollouts_take_up_no_training_prompt_behind_their_time(words, recipe, tmp_path, capsys):
+def test_rollouts_take_up_no_training_prompt_after_their_time(words, recipe, tmp_path, capsys):
     """The first one always, and calibration and test before it."""
     options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}", UNALIGNED]
     options += [f"rollouts.{split}=4" for split in ("train", "calibration", "test")] + ["rollouts.recheck=1"]

@@ -127,7 +127,7 @@ def test_the_layers_below_the_exit_learn_no_judging(tiny, tokenizer, tmp_path):
 
 
 def test_what_was_told_is_not_told_again(tiny, tokenizer, tmp_path, capsys):
-    """A killed run goes on behind the telling; another seed or architecture starts anew."""
+    """A killed run goes on after the telling; another seed or architecture starts anew."""
     section = dataclasses.replace(tiny, judge_minutes=0)
     first = _train("target", section, 0, tokenizer, tmp_path).state_dict()
     assert "skipped" not in capsys.readouterr().out

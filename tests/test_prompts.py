@@ -222,7 +222,7 @@ def test_what_was_thought_is_not_the_answer(text, opened, expected):
 
 
 def test_the_verdict_is_asked_for_without_a_thought(qwen3, r1):
-    """The next token behind the question must be yes or no, where a thinking model would begin to think."""
+    """The next token after the question must be yes or no, where a thinking model would begin to think."""
     for tokenizer in (qwen3, r1):
         text = turn_after_answer("Is it?", tokenizer)
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")

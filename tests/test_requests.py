@@ -205,7 +205,7 @@ def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
     for prompt, one in zip(["the fig", "tea"], (results[0], results[2]), strict=True):
         assert one.token_ids == engine.generate(prompt, 8)[0].token_ids  # the others are not lost
     with pytest.raises(ValueError, match=r"a text of 51[3-9] tokens, and the model's context holds 512"):
-        engine.verify(ids[:400], ids[400:512], [112])  # behind which the question has no room
+        engine.verify(ids[:400], ids[400:512], [112])  # after which the question has no room
 
 
 def test_the_target_goes_on_where_the_drafts_context_ends(draft, tokenizer):

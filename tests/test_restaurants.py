@@ -268,7 +268,7 @@ def test_rows_of_other_data_are_refused(folder, tmp_path, capsys):
 
 
 def test_attributes_are_listed_as_people_state_them():
-    """Where a place lies comes first or behind its type, what else is before it stands beside it; nothing is lost."""
+    """Where a place lies comes first or after its type, what else is before it stands beside it; nothing is lost."""
     rng = random.Random(3)
     places = [place for _ in range(300) for place in restaurants.read_prompt(restaurants.draw_prompt(rng, "train"))]
     orders = [list(place)[1:] for place in places]  # without the name

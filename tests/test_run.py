@@ -40,7 +40,7 @@ def test_a_finished_stage_is_skipped_and_recorded(recipe_of):
     assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["name"] == "quickstart"
 
 
-def test_a_changed_section_runs_its_stage_and_those_behind_it(recipe_of):
+def test_a_changed_section_runs_its_stage_and_those_after_it(recipe_of):
     run = open_run(recipe_of())
     for stage in ("answers", "distill", "rollouts", "verifier"):
         finish(run, stage)

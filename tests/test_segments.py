@@ -104,7 +104,7 @@ def test_lines(speaker):
 
 
 def test_cuts_stand_between_tokens(glued):
-    """A mark may share its token with quotes and space behind it, or with the next sentence, which is then not cut."""
+    """A mark may share its token with quotes and space after it, or with the next sentence, which is then not cut."""
     words = ["「はい", "。」", "彼は", "行く。\n", "雨。新", "しい。", " ", "\n\n", "Tea", ".\n\n", "So", ".", "1", "4"]
     tokenizer = glued(words)
     found = pieces(tokenizer.convert_tokens_to_ids(words), tokenizer)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.bench.fakes import endless
 from parse import Engine
-from parse.text import encode_text, text_behind, text_of
+from parse.text import encode_text, text_after, text_of
 from parse.verifiers import Likelihood
 from tests.conftest import ROOT, random_model
 
@@ -69,12 +69,12 @@ def test_text_crosses_piece_by_piece_without_loss(crossing, parts):
     """Each piece goes on from those before it, in words and in the middle of words."""
     parts = [part.encode("utf-8", "ignore").decode() for part in parts]
     for engine in crossing:  # SmolLM2's vocabulary lacks some bytes
-        assume(all(part in text_behind(encode_text(part, engine.tokenizer), engine.tokenizer) for part in parts))
+        assume(all(part in text_after(encode_text(part, engine.tokenizer), engine.tokenizer) for part in parts))
     for engine in crossing:
         pieces = [encode_text(part, engine.draft_tokenizer) for part in parts]
         whole = [token for piece in pieces for token in engine.pair.to_target(piece)]
-        expected = "".join(text_behind(piece, engine.draft_tokenizer) for piece in pieces)
-        assert text_behind(whole, engine.tokenizer) == expected
+        expected = "".join(text_after(piece, engine.draft_tokenizer) for piece in pieces)
+        assert text_after(whole, engine.tokenizer) == expected
         assert "".join(parts).replace(" ", "") == expected.replace(" ", "")  # but for spaces put in front
 
 

@@ -27,7 +27,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("method", ["sequence", "logits", "on_policy"])
 @pytest.mark.parametrize("at", [3, 5])
 def test_a_killed_training_goes_on_and_comes_out_the_same(begin, method, at, monkeypatch):
-    """Stopped behind a checkpoint or between two: the losses and the weights are those of a run that was not."""
+    """Stopped after a checkpoint or between two: the losses and the weights are those of a run that was not."""
     steps = "{max_steps: 8, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, save_steps: 3}"
     words = [f"distill.trainer={steps}", f"distill.method={method}", "engine.max_new_tokens=30"]
     whole = distilled(begin(*words, "name=whole"))

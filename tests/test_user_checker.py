@@ -132,7 +132,7 @@ def test_a_first_wrong_that_is_no_index_is_refused(written, said):
 
 
 def test_what_was_thought_is_not_shown_to_the_checker(written):
-    """A fault goes into the answer behind it; what `check` still calls right is no fault."""
+    """A fault goes into the answer after it; what `check` still calls right is no fault."""
     checked = Checked(rows(f"{written(KNOWS)}:check"))
     assert checked.first_wrong("Say a", "<think>bad</think>\n\na") is None
     assert checked.first_wrong("Say a", "<think>bad") is None

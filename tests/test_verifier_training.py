@@ -67,9 +67,9 @@ def test_the_adapter_leaves_what_was_read_bit_by_bit(name, tokenizer):
     for needs in (adapted, plain):
         context = fresh_context(engine)
         context.read(prompt)
-        evidence, behind = run(packed_evidence(context, Written(draft, ended=False), ends, needs))
+        evidence, after = run(packed_evidence(context, Written(draft, ended=False), ends, needs))
         caches.append([part for layer in context.runner.cache.states(context.row) for part in layer])
-        logits.append(behind)
+        logits.append(after)
         states.append(evidence.suffix_states)
     # where suffixes choose other experts, these multiply other rows at a time: equal but for rounding
     same = partial(torch.allclose, atol=1e-5) if name in WITH_EXPERTS else torch.equal
@@ -92,7 +92,7 @@ def test_one_packed_pass_gives_each_prefix_the_adapters_verdict_on_it_alone(targ
 
 
 def test_training_runs_what_the_engine_runs(target, tokenizer):
-    """The module's hazards of packed rows without a cache are the engine's, behind a prompt in the cache."""
+    """The module's hazards of packed rows without a cache are the engine's, after a prompt in the cache."""
     adapter = random_adapter(target, [7, 8])
     torch.nn.init.zeros_(adapter.head.body[-1].bias)  # hazards that are not all next to nothing
     engine = Engine(target, tokenizer, verifier=adapter, compile=False)

@@ -203,7 +203,7 @@ def test_token_evidence_is_that_of_the_whole_distribution():
 def test_no_more_logits_are_made_than_are_read(verifier, rows, read_before, tokenizer):
     """The peak of a packed pass over 300 draft tokens: the logits that are read, and a third more at most.
 
-    Of a prompt that it reads as well, those behind its last token.
+    Of a prompt that it reads as well, those after its last token.
     """
     vocabulary = 30_000
     model = random_model("llama", vocabulary)

@@ -1,6 +1,6 @@
 """Stage 4: a LoRA moves the draft toward answers that the target takes up.
 
-- `dpo` prefers, behind a draft's last valid prefix, the target's next segment to the draft's (TRL's DPOTrainer).
+- `dpo` prefers, after a draft's last valid prefix, the target's next segment to the draft's (TRL's DPOTrainer).
 - `on_policy` follows the target's next tokens at each token of the draft's own answers, by reverse KL (TRL's
   DistillationTrainer).
 """
@@ -78,7 +78,7 @@ def _on_policy(recipe: Recipe, rollouts: Dataset, common: dict[str, Any]) -> Tra
 
 
 def pairs(engine: Engine, rollouts: Dataset) -> Iterator[dict[str, list[int]]]:
-    """What the target wrote behind the last valid prefix of each draft, and what the draft wrote there: a segment each.
+    """What the target wrote after the last valid prefix of each draft, and what the draft wrote there: a segment each.
 
     Yields:
         prompt_ids (the prompt and the valid prefix), chosen_ids, rejected_ids, in the draft's tokens.

@@ -7,7 +7,7 @@ is read once.
 
 Where a task's program can say which sentence is the first wrong one, `checker` takes its word for the prefixes, and the
 target writes the repair alone: a draft costs little more than writing it. How often the two disagree is measured. And
-bisection starts where the program says: nothing behind a wrong sentence can end up right, so most often a single way
+bisection starts where the program says: nothing after a wrong sentence can end up right, so most often a single way
 on, from in front of it, tells all.
 """
 
@@ -45,7 +45,7 @@ class Labels:
 
     valid: list[bool]  # K
     target_right: bool  # whether the target, going on from where the draft began or a valid prefix of it, is right
-    continuation_ids: list[int]  # the target's, behind the last valid prefix before the first invalid one
+    continuation_ids: list[int]  # the target's, after the last valid prefix before the first invalid one
     continuation_ended: bool
 
 
@@ -56,7 +56,7 @@ class Labeller:
     engine: Engine
     judge: Judge
     limit: int  # tokens of an answer
-    first_wrong: FirstWrong | None = None  # where the task's program knows it, and drafts are cut behind sentences
+    first_wrong: FirstWrong | None = None  # where the task's program knows it, and drafts are cut after sentences
     samples: int = 1  # of the way on from a prefix, of which the most decide; one is greedy
     seed: int = 0
     asked: int = 0  # prefixes so far
@@ -106,7 +106,7 @@ class Labeller:
 
         Args:
             target: its sequence that begins with the prompt.
-            repair: let the target write behind the last valid prefix, to the next cut.
+            repair: let the target write after the last valid prefix, to the next cut.
         """
         engine, labels = self.engine, self.by_program(draft)
         if all(labels) or not repair:

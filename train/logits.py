@@ -126,11 +126,11 @@ def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
         ids, mask = torch.tensor(example["input_ids"]), torch.tensor(example["completion_mask"])
         first, count = int(mask.argmax()) - 1, int(mask.sum())
         tokens, log_probs = unpack(example["likely"], count)
-        behind = width - len(ids)
-        around = (0, 0, first, width - first - count)  # zeros in front and behind, along T
-        rows["input_ids"].append(nn.functional.pad(ids, (0, behind), value=pad))
-        rows["attention_mask"].append(nn.functional.pad(torch.ones_like(ids), (0, behind)))
-        rows["labels"].append(nn.functional.pad(ids.masked_fill(mask == 0, -100), (0, behind), value=-100))
+        after = width - len(ids)
+        around = (0, 0, first, width - first - count)  # zeros before and after, along T
+        rows["input_ids"].append(nn.functional.pad(ids, (0, after), value=pad))
+        rows["attention_mask"].append(nn.functional.pad(torch.ones_like(ids), (0, after)))
+        rows["labels"].append(nn.functional.pad(ids.masked_fill(mask == 0, -100), (0, after), value=-100))
         rows["likely_ids"].append(nn.functional.pad(tokens, around))
         rows["likely_log_probs"].append(nn.functional.pad(log_probs, around))
     return {name: torch.stack(row) for name, row in rows.items()}

@@ -1,4 +1,4 @@
-"""Stage 3 once more, behind alignment: what the aligned draft answers, for the verifier that will meet its answers."""
+"""Stage 3 once more, after alignment: what the aligned draft answers, for the verifier that will meet its answers."""
 
 from __future__ import annotations
 

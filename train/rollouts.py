@@ -2,7 +2,7 @@
 
 A prompt's rollout follows the rounds of the engine: where a draft goes wrong, the target's way on from its last valid
 prefix is kept up to the next cut, and the draft drafts again from there. So the verifier learns, and its threshold is
-calibrated, on the drafts that it will meet: those behind a repair as well.
+calibrated, on the drafts that it will meet: those after a repair as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(recipe: Recipe, run: Run) -> None:
 
     Columns: split, number (of the prompt), round (repairs before the draft), met (whether the engine would meet it: a
     greedy draft, without a fault put in), prompt, prompt_ids, prefix_ids (the answer so far), draft_ids, ended, ends,
-    valid (one a cut), target_right, continuation_ids (the target's, behind the last valid prefix).
+    valid (one a cut), target_right, continuation_ids (the target's, after the last valid prefix).
     """
     write_rollouts(recipe, run, "rollouts", run.path("distill"))
 
@@ -127,7 +127,7 @@ def labels_of(recipe: Recipe, task: Task, split: str) -> str:
 
 
 def program_of(recipe: Recipe, task: Task) -> FirstWrong | None:
-    """The task's program that knows the first wrong sentence, where drafts are cut behind whole ones."""
+    """The task's program that knows the first wrong sentence, where drafts are cut after whole ones."""
     within = isinstance(recipe.segments, int) or isinstance(recipe.engine.horizon, int)
     return None if within or labeller_of(recipe, task) != "task" else task.first_wrong
 
@@ -334,7 +334,7 @@ def _balance(rows: list[Row]) -> dict[str, Any]:
 def _explain(stage: str, summary: dict[str, Any]) -> None:
     share = summary["valid_prefixes"] / summary["prefixes"]
     print(
-        f"{stage}: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those behind repairs, "
+        f"{stage}: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those after repairs, "
         f"the first one right in {summary['drafts_right']:.1%}; {share:.1%} of {summary['prefixes']} prefixes valid"
     )
     if summary["not_taken_up"]:

@@ -193,7 +193,7 @@ def train_adapter(
     max_accuracy_loss: float,
     log: Log = lambda _: None,
 ) -> Adapter:
-    """Fit a LoRA on suffixes and a head behind them."""
+    """Fit a LoRA on suffixes and a head after them."""
     suffix = suffix_of(engine.tokenizer, section.suffix)
 
     def make() -> AdapterModule:

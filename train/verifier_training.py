@@ -57,7 +57,7 @@ class ProbeModule(nn.Module):
 
 
 class AdapterModule(nn.Module):
-    """What an adapter trains: a LoRA on the suffixes of the packed layout, and the head behind each of them.
+    """What an adapter trains: a LoRA on the suffixes of the packed layout, and the head after each of them.
 
     Prompts and drafts are read first, without gradients: the LoRA does not act there.
     """
@@ -75,7 +75,7 @@ class AdapterModule(nn.Module):
         return self
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
-        """What `forward` takes: texts, each of what stands before a draft and the draft, and suffixes behind its cuts.
+        """What `forward` takes: texts, each of what stands before a draft and the draft, and suffixes after its cuts.
 
         Returns:
             texts int64 [5, B, T] and suffixes int64 [5, B, U], see `parse.layout.row_numbers`; row and index of each
@@ -85,7 +85,7 @@ class AdapterModule(nn.Module):
         cuts = [[len(one.draft.context_ids) + end for end in one.draft.ends] for one in examples]
         layouts = [pack(text, ends, self.suffix_ids) for text, ends in zip(texts, cuts, strict=True)]
         width = max(map(len, texts))
-        turns = [layout.suffixes(behind=width) for layout in layouts]
+        turns = [layout.suffixes(after=width) for layout in layouts]
         longest = max(len(turn.ids) for turn in turns)
         read = stack([row_numbers(text, None, 0, width) for text in texts])
         asked = stack([row_numbers(turn.ids, turn, width, longest) for turn in turns])
@@ -103,7 +103,7 @@ class AdapterModule(nn.Module):
         return self.head(states, evidence)
 
     def _read(self, numbers: Tensor, cache: DynamicCache, adapted: int) -> Any:
-        """A pass over the tokens of [5, B, T] behind what the cache holds, the LoRA on the last `adapted` of a row."""
+        """A pass over the tokens of [5, B, T] after what the cache holds, the LoRA on the last `adapted` of a row."""
         ids, positions, *rest = numbers  # [B, T] each
         keys = cache.get_seq_length() + ids.shape[1]
         return self.adapted(

@@ -1,6 +1,6 @@
 """How close the engine comes to its models' own forward passes.
 
-Every figure is a median of ratios within one process, the parts of each measured one behind the other, so that a
+Every figure is a median of ratios within one process, the parts of each measured one after the other, so that a
 machine that drifts slows them alike. What the models answer plays no part: a script says where a draft is wrong.
 """
 
@@ -86,7 +86,7 @@ def some_prompts(
 
 
 def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repeats: int) -> dict[str, float]:
-    """The packed pass over N draft tokens, K cuts and S suffix tokens, against plain passes behind the same prompt.
+    """The packed pass over N draft tokens, K cuts and S suffix tokens, against plain passes after the same prompt.
 
     Returns:
         its time over a prefill of the draft alone, over a prefill of as many tokens, and the time of K passes
@@ -102,9 +102,9 @@ def pass_ratios(model: PreTrainedModel, n: int, k: int, s: int, batch: int, repe
 
 
 def pass_ways(runner: ModelRunner, n: int, k: int, s: int, batch: int) -> dict[str, Callable[[], None]]:
-    """A packed pass, and what it is compared with, behind prompts that are read here.
+    """A packed pass, and what it is compared with, after prompts that are read here.
 
-    The packed pass gives the logits behind every cut and every suffix, a plain one those behind its last token.
+    The packed pass gives the logits after every cut and every suffix, a plain one those after its last token.
     "evidence" is the packed pass with the logits of all draft tokens, which verifiers of the free evidence read.
     """
     draft, suffix = some_prompts(runner.model, 1, n)[0], some_prompts(runner.model, 1, s)[0]

@@ -59,7 +59,7 @@ class Scripted:
         return Needs(token_logprobs=self.reads_draft, suffix_ids=tuple(self.suffix_ids))
 
     def confidences(self, evidence: Evidence) -> Tensor:
-        """1 for the cuts before the next wrong place, 0 behind it: float32 [K]."""
+        """1 for the cuts before the next wrong place, 0 after it: float32 [K]."""
         assert isinstance(evidence, Placed), "a script needs a `ScriptedEngine`"
         begin, later = evidence.begin, evidence.text % (self.shift + 1)
         place = next((place + later for place in self.places if place + later >= begin), None)

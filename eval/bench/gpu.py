@@ -48,7 +48,7 @@ def measure(out: Path, tiny: bool, run: Path | None, commit: str | None, resume:
         run: a run folder whose draft and verifier the last part takes; None: the shipped draft, and the target's own
             verdict by a prompt.
         commit: of the sources, where they are no git repository.
-        resume: go on behind the parts that the file has.
+        resume: go on after the parts that the file has.
 
     Returns:
         what the file holds.
@@ -155,7 +155,7 @@ def _device_answers() -> bool:
 
 
 def _start_again(out: Path, tiny: bool, run: Path | None) -> None:
-    """Replace this process by a fresh one that goes on behind what is written."""
+    """Replace this process by a fresh one that resumes after what is written."""
     words = [*(["--tiny"] if tiny else []), *(["--run", str(run)] if run else []), "--resume"]
     command = [sys.executable, "-m", "eval.bench", "gpu", "--out", str(out), *words]
     sys.stdout.flush()

@@ -32,7 +32,7 @@ class Sizes:
     matrix: int  # rows and columns
     batches: tuple[int, ...]  # the middle one is measured last
     prompt: int  # tokens
-    written: int  # tokens behind it, where steps are measured
+    written: int  # tokens after it, where steps are measured
     passes: tuple[tuple[int, int, int], ...]  # N, K, S; the first is the one that is split up
     flex: tuple[tuple[int, int, int], ...]
     answer: int  # tokens

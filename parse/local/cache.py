@@ -1,7 +1,7 @@
 """Key-value caches that commit a prefix and drop the rest at no cost.
 
 Keys and values of many texts live in one buffer a layer, a row a text; a text's length is a number. Reading
-appends behind that length, and rolling back lowers it: nothing is copied, and what was verified stays as the
+appends after that length, and rolling back lowers it: nothing is copied, and what was verified stays as the
 packed pass wrote it. Works with every `transformers` model whose layers call `Cache.update`, because it is a
 `transformers.Cache`.
 """
@@ -59,7 +59,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append T positions to each chosen text; return their keys and values so far, [B, heads, P, D] each.
 
-        P is the length of the longest, or more: behind the end of a text stands what its queries must not see.
+        P is the length of the longest, or more: after the end of a text stands what its queries must not see.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -84,7 +84,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return keys, values
 
     def grow(self, rows: int, tokens: int) -> None:
-        """Make room for so many texts and tokens each; zeros behind what is held, for what is unseen is a number."""
+        """Make room for so many texts and tokens each; zeros after what is held, for what is unseen is a number."""
         held_rows, _, held, _ = self.buffers[0].shape
         if rows <= held_rows and tokens <= held:
             return
@@ -120,7 +120,7 @@ class PrefixCache(Cache):
 
     @contextmanager
     def reading(self, rows: list[int]) -> Iterator[None]:
-        """A forward pass over some rows, each behind its own length."""
+        """A forward pass over some rows, each after its own length."""
         adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
         self.window.chosen = slice(rows[0], rows[0] + len(rows)) if adjacent else rows  # a view where it can be
         self.window.starts = [self.lengths[row] for row in rows]

@@ -32,7 +32,7 @@ from parse.local.locks import others_idle
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
-Arguments = tuple[Tensor, Tensor | None, Tensor, Buffers, Tensor | None, bool]  # of `forward`, behind the model
+Arguments = tuple[Tensor, Tensor | None, Tensor, Buffers, Tensor | None, bool]  # of `forward`, after the model
 Form = tuple[bool, ...]
 Backend = Literal["inductor"] | Callable[..., Any]  # a function of the graph and its inputs, as of `torch.compile`
 
@@ -45,8 +45,8 @@ class Read(NamedTuple):
     """What a forward pass gives B texts."""
 
     logits: Tensor  # [B, M, V]
-    states: tuple[Tensor, ...] = ()  # hidden states [B, T, D] behind 0, 1, ... layers, where asked for
-    following: Tensor | None = None  # behind a step: int64 [5, B, 1], the numbers of the one that reads its likeliest
+    states: tuple[Tensor, ...] = ()  # hidden states [B, T, D] after 0, 1, ... layers, where asked for
+    following: Tensor | None = None  # after a step: int64 [5, B, 1], the numbers of the one that reads its likeliest
 
 
 class Compiled:
@@ -187,7 +187,7 @@ class Compiled:
     def follow(
         self, numbers: Tensor, rows: Sequence[int], cache: PrefixCache, take: Callable[[Sequence[int]], bool]
     ) -> Read | None:
-        """Go on behind a step, each step reading the likeliest token behind the one before it, as far as its keys go.
+        """Go on after a step, each step reading the likeliest token after the one before it, as far as its keys go.
 
         Args:
             numbers: int64 [5, B, 1], what followed.

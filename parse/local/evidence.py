@@ -19,7 +19,7 @@ def token_evidence(
 
     Args:
         before: [V], the target's logits of the first token.
-        logits: [N, V], those behind each token.
+        logits: [N, V], those after each token.
         tokens: int64 [N].
         end_ids: where the draft ended, the tokens that end a text: token N+1 is any of them.
     """

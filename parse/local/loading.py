@@ -340,7 +340,7 @@ def attention_types(config: PreTrainedConfig) -> set[str]:
 def context_length(config: PreTrainedConfig) -> int | None:
     """Tokens of the longest text, prompt and answer, that a model can take; None: any.
 
-    With LongRoPE (Phi-3, Phi-4-mini) it ends where the rotations change. Behind that all cached keys would be others,
+    With LongRoPE (Phi-3, Phi-4-mini) it ends where the rotations change. After that all cached keys would be others,
     and those of the texts beside it in a batch as well.
     """
     rope = getattr(config, "rope_parameters", None) or {}

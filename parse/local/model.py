@@ -97,7 +97,7 @@ class LocalModel:
                 text.close()
 
     async def logits(self, ids: Sequence[int], first: int = -1) -> Tensor:
-        """The logits behind each token of a text from index `first` on, [len(ids) - first, V]."""
+        """The logits after each token of a text from index `first` on, [len(ids) - first, V]."""
         text = CachedSequence(self.runner)
         try:
             return (await Pass(self.runner, text.row, ids, keep=range(first % len(ids), len(ids)))).logits
@@ -109,14 +109,14 @@ class LocalSequence:
     """A prompt and an answer in the making, in a row of the model's cache; see `parse.model.ModelSequence`.
 
     What was read stays in the cache for as long as the next call's tokens begin with it: an accepted prefix is not read
-    again, and the logits behind each cut of a verified draft are kept, so that none of its tokens are.
+    again, and the logits after each cut of a verified draft are kept, so that none of its tokens are.
     """
 
     def __init__(self, model: LocalModel, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> None:
         self.model, self.prompt_ids = model, list(prompt_ids)
         self.text = CachedSequence(model.runner)
         self.text.layers = layers
-        self._boundary_logits: dict[int, Tensor] = {}  # [V] each, by the length of the text that they are behind
+        self._boundary_logits: dict[int, Tensor] = {}  # [V] each, by the length of the text that they are after
 
     async def prefill(self) -> None:
         """Read the prompt now."""
@@ -147,8 +147,8 @@ class LocalSequence:
         """The packed pass over a draft; see `packed_evidence`."""
         await self.text.set_prefix([*self.prompt_ids, *ids], self._boundary_logits, defer=True)
         start = len(self.text.ids)
-        evidence, behind = await packed_evidence(self.text, draft, ends, needs)
-        self._boundary_logits = {start + end: logits for end, logits in zip((0, *ends), behind, strict=True)}
+        evidence, after = await packed_evidence(self.text, draft, ends, needs)
+        self._boundary_logits = {start + end: logits for end, logits in zip((0, *ends), after, strict=True)}
         return evidence
 
     def close(self) -> None:
@@ -159,13 +159,13 @@ class LocalSequence:
 async def packed_evidence(
     text: CachedSequence, draft: Written, ends: Sequence[int], needs: Needs
 ) -> tuple[Evidence, Tensor]:
-    """The packed pass: read a draft of N tokens behind a text, and collect what is needed to judge K prefixes.
+    """The packed pass: read a draft of N tokens after a text, and collect what is needed to judge K prefixes.
 
     What of the text was not read yet goes first in the pass. Afterwards the cache holds the text and the whole draft;
     the suffixes are dropped.
 
     Returns:
-        the evidence for a verifier, and the logits behind the text and behind each end, [K + 1, V].
+        the evidence for a verifier, and the logits after the text and after each end, [K + 1, V].
     """
     if needs.context_states:
         text.layers = needs.layers
@@ -173,8 +173,8 @@ async def packed_evidence(
     first, device = text.deferred, text.device
     w, n = len(first), len(draft.ids)
     before = text.last_logits
-    assert before is not None or first, "the logits behind this text are neither known nor about to be"
-    lead = int(w > 0)  # the logits behind what waited are those before the draft
+    assert before is not None or first, "the logits after this text are neither known nor about to be"
+    lead = int(w > 0)  # the logits after what waited are those before the draft
     layout = pack([*first, *draft.ids], [w + end for end in ends], needs.suffix_ids, len(text.ids) - w)
     whole, adapted = needs.token_logprobs or needs.draft_logits is not None, needs.adapter is not None
     read = range(w - lead, w + n) if whole else sorted({*range(w - lead, w), w + n - 1, *(w + e - 1 for e in ends)})
@@ -185,14 +185,14 @@ async def packed_evidence(
         before = output.logits[0]  # [V]
     drafted, suffix_logits = output.logits[lead : len(read)], output.logits[len(read) :]  # [N or K, V], [K, V]
     places = [read.index(w + end - 1) - lead for end in [*ends, n]]
-    behind = torch.cat([before[None], drafted[places]])  # [K + 2, V]: behind the text, each end, the draft
+    after = torch.cat([before[None], drafted[places]])  # [K + 2, V]: after the text, each end, the draft
     length, context_states = len(text.ids), None
     if needs.context_states:
         text.remember(output.states, w + n)
         assert text.states is not None
         context_states = text.states[:length]  # [C, D * layers]
     text.has_read([*draft.ids, *layout.ids[w + n :]])
-    text.rollback(length + n, behind[-1])
+    text.rollback(length + n, after[-1])
     end_ids = sorted(text.runner.eos_ids) if draft.ended else []
     log_prob = entropy = margin = torch.empty(0, device=device)
     if whole:
@@ -213,4 +213,4 @@ async def packed_evidence(
         divergence=divergence,
         context_states=context_states,
     )
-    return evidence, behind[:-1]
+    return evidence, after[:-1]

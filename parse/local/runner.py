@@ -31,7 +31,7 @@ FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's masks
 
 @dataclass(frozen=True)
 class Pass:
-    """One text's part in a forward pass: tokens to read behind those that its row of the cache holds."""
+    """One text's part in a forward pass: tokens to read after those that its row of the cache holds."""
 
     runner: ModelRunner
     row: int
@@ -40,8 +40,8 @@ class Pass:
     keep: Sequence[int] | None = None  # increasing indices of tokens whose logits are needed; None: the last one
     with_states: bool = False
     adapted: PeftModel | None = None  # the runner's model under a LoRA that acts on the layout's suffixes alone
-    more: int = 0  # if nobody else waits, the most likely tokens may be written behind: so many at most,
-    stop: Stop | None = None  # none that ends the text, and none behind which this, given all of them, stops
+    more: int = 0  # if nobody else waits, the most likely tokens may be written after: so many at most,
+    stop: Stop | None = None  # none that ends the text, and none after which this, given all of them, stops
 
     def __await__(self) -> Generator[Pass, Output, Output]:
         self.runner.check_length(self)  # here, where it fails its own request alone
@@ -57,8 +57,8 @@ class Pass:
 class Output:
     """What a pass gives one text."""
 
-    logits: Tensor  # [len(keep), V]; behind what was written, [1, V]
-    states: tuple[Tensor, ...]  # [T, D] behind 0, 1, ... layers where asked for, else none
+    logits: Tensor  # [len(keep), V]; after what was written, [1, V]
+    states: tuple[Tensor, ...]  # [T, D] after 0, 1, ... layers where asked for, else none
     written: Sequence[int] = ()  # more tokens, written and read
 
 
@@ -203,7 +203,7 @@ class ModelRunner:
         model: Any = self.model
         options: dict[str, Any] = {}
         if adapted := next((one.adapted for one in passes if one.adapted), None):
-            # the tokens at the end of each row on which the LoRA acts: the suffixes, and what is padding behind them
+            # the tokens at the end of each row on which the LoRA acts: the suffixes, and what is padding after them
             model, options = adapted, {"alora_offsets": [padded - _suffixes_start(one) for one in passes]}
         # FlexAttention is for wide passes: a step takes dense masks, as recorded ones do
         attention = attending(self.model) if width == 1 and block > 1 else nullcontext()
@@ -229,7 +229,7 @@ class ModelRunner:
     def _step_numbers(self, passes: Sequence[Pass], texts: int) -> Tensor:
         """The same for a decoding step of the first so many texts, [5, texts, 1].
 
-        An idle text reads padding, behind its end, where its own next pass writes over it.
+        An idle text reads padding, after its end, where its own next pass writes over it.
         """
         starts = [*self.cache.lengths[:texts], *[0] * (texts - len(self.cache.lengths))]
         ids, positions, limit = [0] * texts, [0] * texts, [0] * texts

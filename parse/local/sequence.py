@@ -18,7 +18,7 @@ SHORT = 512  # tokens: a longer text is not read along by a packed pass, see `Ca
 class CachedSequence:
     """A text that a model reads: its tokens, its row of the runner's cache, and the logits of what follows.
 
-    Its last tokens may wait: they are read in the pass that reads more, or when the logits behind them are needed.
+    Its last tokens may wait: they are read in the pass that reads more, or when the logits after them are needed.
     What reads or writes is written as steps, see `parse.scheduler`; `read` and `write` run them alone.
     """
 
@@ -77,7 +77,7 @@ class CachedSequence:
         return 0 if self.states is None else len(self.states)
 
     def remember(self, states: Sequence[Tensor], count: int) -> None:
-        """Keep the states of the next tokens behind those that are known: the first so many of a pass."""
+        """Keep the states of the next tokens after those that are known: the first so many of a pass."""
         read = torch.cat([states[layer][:count] for layer in self.layers], dim=-1)  # [count, D * layers]
         self.states = read if self.states is None else torch.cat([self.states, read])
 
@@ -95,7 +95,7 @@ class CachedSequence:
         self.last_logits = None
 
     def rollback(self, length: int, last_logits: Tensor | None = None) -> None:
-        """Keep the first `length` tokens; `last_logits` [V] are those behind them, where known."""
+        """Keep the first `length` tokens; `last_logits` [V] are those after them, where known."""
         if length < len(self.ids) or last_logits is not None:
             self.last_logits = last_logits
         cached = len(self.ids) - len(self.deferred)
@@ -111,7 +111,7 @@ class CachedSequence:
         """Make the text `ids`: keep what is cached of it, drop the rest, and read what is new.
 
         Args:
-            boundary_logits: the logits [V] that are known, by the length of the text behind which they are.
+            boundary_logits: the logits [V] that are known, by the length of the text after which they are.
             defer: let the next pass read what is new, see `defer`.
         """
         common = 0
@@ -122,7 +122,7 @@ class CachedSequence:
         if common < len(self.ids):
             self.rollback(common, (boundary_logits or {}).get(common))
         if common == len(ids) and self.last_logits is None and not self.deferred:
-            common -= 1  # the logits behind it are gone: its last token is read again
+            common -= 1  # the logits after it are gone: its last token is read again
             self.rollback(common)
         if common < len(ids):
             await (self.defer if defer else self.prefill)(ids[common:])
@@ -141,11 +141,11 @@ class CachedSequence:
         """
         written: list[int] = []
         before: list[int] = []  # those of `written` that are read or wait
-        behind = stop and (lambda more: stop([*before, *more]))
+        after = stop and (lambda more: stop([*before, *more]))
         while len(written) < limit:
             if sample.greedy and self.deferred:
                 before = list(written)
-                written += await self.prefill([], limit - len(written) - 1, behind)
+                written += await self.prefill([], limit - len(written) - 1, after)
             token = sample(await self.next_logits())
             if token in self.runner.eos_ids:
                 return Written(written, ended=True)
@@ -161,7 +161,7 @@ class CachedSequence:
         """The logits [V] of the next token; what waits is read."""
         if self.last_logits is None:
             if not self.deferred:
-                raise RuntimeError("the logits behind this text are not known: read or roll back with them")
+                raise RuntimeError("the logits after this text are not known: read or roll back with them")
             await self.prefill([])
         assert self.last_logits is not None
         return self.last_logits

@@ -24,7 +24,7 @@ async def speculate(
     """`CachedSequence.decode` of the target, the draft proposing `lookahead` tokens at a time: fewer passes.
 
 
-    Each pass of the target reads the last token that it chose and the proposals behind it:
+    Each pass of the target reads the last token that it chose and the proposals after it:
 
         read      token   p_1   p_2     p_3
         chosen    p_1     p_2   other   -       kept while the choice is what was proposed; `other` is read next
@@ -41,7 +41,7 @@ async def speculate(
         if len(written) >= limit or (stop and stop(written)):
             target.append(token)
             return Written(written, ended=False)
-        start = len(target.ids) + 1  # behind the token
+        start = len(target.ids) + 1  # after the token
         await draft.set_prefix([each for each in (*target.ids, token) if each < draft.runner.vocabulary])
         proposed, proposers = await _proposing(draft, min(lookahead, limit - len(written)), sample)
         read = [token, *(t for t in proposed if t not in draft.runner.eos_ids)]  # the draft's end may only be the last

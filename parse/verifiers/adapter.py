@@ -1,4 +1,4 @@
-"""A trained verifier behind a suffix: a LoRA that acts on the suffix tokens alone, and a head on the last of them."""
+"""A trained verifier with a suffix: a LoRA that acts on the suffix tokens alone, and a head on the last of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from parse.verifiers.heads import HazardHead, segment_evidence, survival
 
 @dataclass
 class Adapter:
-    """A short suffix behind every prefix, a LoRA that acts on the suffixes alone, and a head on the last token of each.
+    """A short suffix after every prefix, a LoRA that acts on the suffixes alone, and a head on the last token of each.
 
     What the target has read keeps its states (but for rounding in a pass of few tokens): it goes on from the accepted
     prefix as if nobody had asked.
@@ -36,7 +36,7 @@ class Adapter:
 
     @property
     def needs(self) -> Needs:
-        """The states behind a suffix under the LoRA, and the free evidence."""
+        """The states after a suffix under the LoRA, and the free evidence."""
         return Needs(token_logprobs=True, suffix_ids=tuple(self.suffix_ids), adapter=self.adapted)
 
     def hazards(self, evidence: Evidence) -> Tensor:

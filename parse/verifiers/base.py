@@ -55,7 +55,7 @@ class Evidence:
     entropy: Tensor  # [M] float32: of the target's distribution there, nats
     margin: Tensor  # [M] float32: log-probability of the target's first choice less the token's, nats
     states: Tensor | None  # [N, D * layers]: the target's hidden states, where the verifier reads them
-    suffix_logits: Tensor | None  # [K, V]: behind each suffix copy, where there is a suffix
+    suffix_logits: Tensor | None  # [K, V]: after each suffix copy, where there is a suffix
     suffix_states: Tensor | None = None  # [K, D]: the target's last hidden states there, where the verifier adapts it
     divergence: Tensor | None = None  # [M] float32: of the draft's distribution from the target's, where it is at hand
     context_states: Tensor | None = (

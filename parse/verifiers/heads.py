@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """A `HazardHead` behind blocks of attention over what stands before the draft, and the draft.
+    """A `HazardHead` after blocks of attention over what stands before the draft, and the draft.
 
     So a token is judged beside what it should agree with: the prompt, and what was said before.
     """
@@ -119,7 +119,7 @@ class AttentiveHead(nn.Module):
         """Hazards [M] of the drafts' tokens, none of them negative.
 
         Args:
-            texts: [B, T, width], the states of each text up to its draft's end, padded behind it.
+            texts: [B, T, width], the states of each text up to its draft's end, padded after it.
             places: int64 [M, 2], text and index of each draft's tokens.
             evidence: [M, E], theirs.
         """

@@ -17,7 +17,7 @@ QUESTION = "Is the answer above correct so far, as far as it goes? Reply with on
 
 @dataclass
 class PromptVerifier:
-    """The paper's verdict: P(yes) / (P(yes) + P(no)) behind a chat turn that asks for it."""
+    """The paper's verdict: P(yes) / (P(yes) + P(no)) after a chat turn that asks for it."""
 
     suffix_ids: list[int]
     yes_ids: list[int]
@@ -54,11 +54,11 @@ class PromptVerifier:
 
     @property
     def needs(self) -> Needs:
-        """The logits behind the question."""
+        """The logits after the question."""
         return Needs(suffix_ids=tuple(self.suffix_ids))
 
     def confidences(self, evidence: Evidence) -> Tensor:
-        """P(yes) against P(no) behind each suffix copy: float32 [K]."""
+        """P(yes) against P(no) after each suffix copy: float32 [K]."""
         assert evidence.suffix_logits is not None
         return self.weigh(evidence.suffix_logits)
 

@@ -1,6 +1,6 @@
 """What the embedded pair of models is taught: examples of the `ledger` task, made by its program.
 
-The target tells the rest of a list in its one habit behind whatever prefix it is given, and judges
+The target tells the rest of a list in its one habit after whatever prefix it is given, and judges
 prefixes when asked. The draft tells lists in a manner of its own. Only `recipes.demo.pretrain` uses this.
 """
 
@@ -41,12 +41,12 @@ class Lesson:
     ids: list[int]
     labels: list[int]  # the token itself where it is learnt, else IGNORE
     asked: dict[int, bool] = field(default_factory=dict)  # prefix end, from the conversation's start -> is it right
-    facts: set[int] = field(default_factory=set)  # the ends behind a fact
+    facts: set[int] = field(default_factory=set)  # the ends after a fact
     start: int = 0  # of the answer
 
     @property
     def noticed(self) -> list[tuple[int, bool]]:
-        """The asked ends behind facts, up to the first wrong one: those behind it may be right in themselves."""
+        """The asked ends after facts, up to the first wrong one: those after it may be right in themselves."""
         facts = [(end, right) for end, right in self.asked.items() if end in self.facts]
         right = [verdict for _, verdict in facts]
         return facts[: right.index(False) + 1] if False in right else facts
@@ -115,7 +115,7 @@ class Lessons:
 
         All of its own sentences are learnt; of foreign ones only the facts that follow from their number, never
         their order or wording: what is learnt in front of each is how the target itself would have gone on.
-        Where one sentence is wrong, the lesson ends behind it.
+        Where one sentence is wrong, the lesson ends after it.
         """
         rng, n = self.rng, len(bought)
         foreign = rng.randint(1, n + 1) if rng.random() < 0.9 else 0  # sentences of the foreign prefix
@@ -171,7 +171,7 @@ class Lessons:
         return Lesson(ids, [IGNORE] * len(ids), start=len(ids))
 
     def _tell(self, lesson: Lesson, text: str, learnt: str) -> None:
-        """Append a sentence; the "facts" are what follows from its number, but for an amount right behind it.
+        """Append a sentence; the "facts" are what follows from its number, but for an amount right after it.
 
         That one says what the frame is rather than what was bought.
         """
@@ -229,7 +229,7 @@ def _wordings(seed: float | None) -> tuple[Callable[[Purchase, int], str], Calla
 
 
 def _verdicts(text: str, right: list[str]) -> dict[int, bool]:
-    """Behind each fact of a sentence and behind its end: can it still become one of the right ones?"""
+    """After each fact of a sentence and after its end: can it still become one of the right ones?"""
     words, others = text.split(), [other.split() for other in right]
     ends = [i + 1 for i, word in enumerate(words) if word in FACTS or word == "."]
     return {end: any(other[:end] == words[:end] for other in others) for end in ends}

@@ -64,7 +64,7 @@ def check(name: str, section: Pretrain, vocabulary: int) -> None:
 
 @dataclass
 class Packed:
-    """A batch of lessons in one packed pass: a row a lesson, its judging turns behind it."""
+    """A batch of lessons in one packed pass: a row a lesson, its judging turns after it."""
 
     lessons: list[Lesson]
     layouts: list[Layout]
@@ -86,7 +86,7 @@ class Packed:
 
 
 def read(model: PreTrainedModel, batch: Packed, depth: int | None = None) -> list[Tensor]:
-    """The states [B, T, D] behind 0, 1, ... `depth` layers of a Llama; all layers by default."""
+    """The states [B, T, D] after 0, 1, ... `depth` layers of a Llama; all layers by default."""
     inner: Any = model.model
     with torch.autocast("cpu", torch.bfloat16):
         states = [inner.embed_tokens(batch.ids)]
@@ -117,7 +117,7 @@ def telling_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def verdict_loss(logits: Tensor, batch: Packed, judge: PromptVerifier) -> Tensor:
-    """Mean cross-entropy of yes and no behind every judging turn, read from logits [B, T, V]."""
+    """Mean cross-entropy of yes and no after every judging turn, read from logits [B, T, V]."""
     right = [verdict for lesson in batch.lessons for verdict in lesson.asked.values()]
     if not right:
         return torch.zeros(())
