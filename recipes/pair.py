@@ -205,7 +205,7 @@ def with_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
         if isinstance(index := getattr(module, "layer_idx", None), int):
             module.layer_idx = places[index]  # type: ignore[assignment]
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == depth:  # layer_types and their like: a value a layer
+        if isinstance(value, list) and len(value) == depth:  # layer_types and their like: one value per layer
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = count
     return model

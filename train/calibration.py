@@ -49,7 +49,7 @@ def empirical(scored: Sequence[Scored], max_accuracy_loss: float) -> float:
 def thresholds(scored: Sequence[Scored], max_accuracy_loss: float, handback: str) -> dict[str, float]:
     """The calibrated threshold of each acceptance policy, on the drafts that it meets.
 
-    "whole" judges the last cut of the first draft alone. With handback "never" there is one draft a prompt.
+    "whole" judges the last cut of the first draft alone. With handback "never" there is one draft per prompt.
     """
     firsts = [one for one in scored if one.draft.round == 0]
     met = scored if handback == "segment" else firsts

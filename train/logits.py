@@ -64,7 +64,7 @@ def unpack(likely: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-    """KL(target || draft) over the kept tokens and the rest as one, a value a token.
+    """KL(target || draft) over the kept tokens and the rest as one, one value per token.
 
     Args:
         logits: the draft's, [..., V].

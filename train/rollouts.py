@@ -40,7 +40,7 @@ CONTROLS = 24  # prompts whose answers measure the noise of agreement
 
 
 def run(recipe: Recipe, run: Run) -> None:
-    """Write `rollouts/`, a row a draft, and `labels.json`, what the labels cost and how far they can be trusted.
+    """Write `rollouts/`, one row per draft, and `labels.json`, what the labels cost and how far they can be trusted.
 
     Columns: split, number (of the prompt), round (repairs before the draft), met (whether the engine would meet it: a
     greedy draft, without a fault put in), prompt, prompt_ids, prefix_ids (the answer so far), draft_ids, ended, ends,

@@ -157,7 +157,7 @@ class PrefixCache(Cache):
                     buffer[row : row + 1] = 0
 
     def buffers(self, rows: int = 0, tokens: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """All keys and values, a pair a layer, [rows, heads, capacity, D], grown to so many rows and tokens."""
+        """All keys and values, one pair per layer, [rows, heads, capacity, D], grown to so many rows and tokens."""
         layers, held = self._prefix_layers, self._buffers
         rows = max(rows, self.window.rows)
         if not held or held[-1] is not layers[-1].buffers or rows > held[0][0].shape[0] or tokens > held[0][0].shape[2]:
@@ -168,7 +168,7 @@ class PrefixCache(Cache):
         return self._buffers
 
     def states(self, row: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a text [heads, length, D], a pair a layer."""
+        """Keys and values of a text [heads, length, D], one pair per layer."""
         length = self.lengths[row]
         return [(keys[row, :, :length], values[row, :, :length]) for keys, values in self.buffers()]
 

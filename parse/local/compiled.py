@@ -37,7 +37,7 @@ Form = tuple[bool, ...]
 Backend = Literal["inductor"] | Callable[..., Any]  # a function of the graph and its inputs, as of `torch.compile`
 
 LARGEST = 200 * 2**20  # bytes of weights
-WIDE: Shape = (0, 0)  # a pass of more than one token a text
+WIDE: Shape = (0, 0)  # a pass of more than one token per text
 _KEYS = 64  # keys are a multiple of it, and on a GPU four times a power of two of it
 
 
@@ -200,7 +200,7 @@ class Compiled:
         read, longest = None, max(cache.lengths) + 1
         shape = self.shape(max(rows) + 1, 1, longest)
         assert shape is not None
-        key, buffers = self._held(shape, longest, cache)  # [P], a pair a layer
+        key, buffers = self._held(shape, longest, cache)  # [P], one pair per layer
         for _ in range(len(key) - max(cache.lengths[row] for row in rows)):
             likeliest = numbers.tolist()[0]  # [B][1]; faster than to choose first
             if not take([likeliest[row][0] for row in rows]):
@@ -241,7 +241,7 @@ def forward(
         numbers: int64 [5, B, T]: token ids, positions, and limit, block_start, key_index; see `parse.layout.mask_mod`.
         rows: int64 [B], each text's row in the buffers; None: the first B.
         key: int64 [P], 0 to P - 1: how many keys to read.
-        buffers: a pair a layer, [rows, heads, capacity, D] with P positions at least; the new keys and values are
+        buffers: one pair per layer, [rows, heads, capacity, D] with P positions at least; the new keys and values are
             written into them.
         keep: int64 [M], indices of the tokens whose logits are needed; None: the last one, of a decoding step.
         width: only the first so many logits are kept; None keeps all.

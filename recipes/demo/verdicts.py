@@ -64,7 +64,7 @@ def check(name: str, section: Pretrain, vocabulary: int) -> None:
 
 @dataclass
 class Packed:
-    """A batch of lessons in one packed pass: a row a lesson, its judging turns after it."""
+    """A batch of lessons in one packed pass: one row per lesson, its judging turns after it."""
 
     lessons: list[Lesson]
     layouts: list[Layout]
