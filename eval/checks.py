@@ -160,7 +160,8 @@ def check_speculation(recipe: Recipe) -> None:
     Raises:
         RecipeError: with the remedy.
     """
-    if "speculation" not in recipe.eval.methods:
+    asked = recipe.eval.methods
+    if "speculation" not in (asked or ()) and (asked is not None or not recipe.eval.speculation_draft):
         return
     section = recipe.eval
     key, source = (

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from eval.baselines import TransformersGenerate
 from eval.measure import summarize
-from eval.methods import Outcome, compare, settings_of
+from eval.methods import Outcome, compare, methods_of, settings_of
 from eval.prompts import prompts_of
 from eval.properties import measure_pair
 from eval.report import console_table, html_report, pair_table, requests
@@ -82,15 +83,18 @@ def _calibration(engine: Engine) -> Calibration:
 def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, float]) -> dict[int, Outcomes]:
     """What each method answered, by the number of requests at once."""
     prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts]
-    methods = settings_of(recipe, thresholds)
-    engines = {}
+    methods = settings_of(recipe, thresholds, methods_of(recipe, engine))
+    others: dict[str, Engine | TransformersGenerate] = {
+        "generate": TransformersGenerate(engine),
+        "assisted": TransformersGenerate(engine, assisted=True),
+    }
     if "speculation" in methods and recipe.eval.speculation_draft:
-        engines["speculation"] = _speculating(engine, recipe)
+        others["speculation"] = _speculating(engine, recipe)
     found = {}
     for at_once in recipe.eval.concurrency:
         what = "methods" if at_once == 1 else f"methods, {at_once} at once"
         warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
-        found[at_once] = compare(engine, task, prompts, methods, warmup, what, _agreement(recipe), at_once, engines)
+        found[at_once] = compare(engine, task, prompts, methods, warmup, what, _agreement(recipe), at_once, others)
     return found
 
 
@@ -142,7 +146,7 @@ def _sweep(
     engine: Engine, task: Task, recipe: Recipe, thresholds: dict[str, float], outcomes: Outcomes
 ) -> list[dict[str, Any]]:
     """PARSE at other thresholds, on the first prompts: speed-up and accuracy of each."""
-    methods = settings_of(recipe, thresholds)
+    methods = settings_of(recipe, thresholds, ["target", "parse"])
     count = recipe.eval.sweep_prompts
     confidences = sorted(
         segment.confidence

@@ -13,6 +13,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
+from eval.baselines import TransformersGenerate
 from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
 from eval.tasks.rows import key_of
@@ -29,12 +30,16 @@ TURNS = 5  # of each method at least, where the prompts suffice: an interval tak
 LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
 WHAT = {
     "target": "target alone",
+    "generate": "the target by transformers' own generate",
+    "assisted": "the same with the draft as its assistant, one request at a time",
     "speculation": "the target's own words, the draft proposing a few tokens at a time",
     "draft": "draft alone",
     "cascade": "the whole draft, or the target's own answer",
     "sequential": "one segment and one pass at a time, by the threshold of PARSE, which is not calibrated for it",
     "parse": "every prefix of the draft in one pass",
+    "parse_lookahead": "the same, and the draft proposes a few tokens at a time while the target writes",
 }
+SAME_TOKENS = ("speculation", "parse_lookahead")  # what takes a draft with the target's tokens
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,20 @@ class Outcome:
     turn: int = 0  # in which it was timed, alone or with others
 
 
-def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """The engine's settings for every method of the recipe.
+def methods_of(recipe: Recipe, engine: Engine) -> list[str]:
+    """The recipe's methods, or all that its models can do."""
+    if recipe.eval.methods is not None:
+        return list(recipe.eval.methods)
+    alike = {"speculation"} if recipe.eval.speculation_draft else set()
+    return [name for name in WHAT if engine.same_tokens or name in alike or name not in SAME_TOKENS]
+
+
+def settings_of(recipe: Recipe, thresholds: dict[str, float], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The settings of methods, arguments of `Engine.generate` or of `TransformersGenerate`'s.
 
     Args:
         thresholds: the calibrated threshold for each acceptance policy.
+        names: the methods.
     """
     section = recipe.engine
     limit = {"max_new_tokens": section.max_new_tokens}
@@ -60,13 +74,16 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float]) -> dict[str, dict[
     threshold = {"threshold": thresholds.get(section.policy)}
     every: dict[str, dict[str, Any]] = {
         "target": {**limit, "method": "target"},
+        "generate": limit,
+        "assisted": limit,
         "speculation": {**limit, "method": "target", "lookahead": LOOKAHEAD},
         "draft": {**limit, "method": "draft"},
         "cascade": {**limit, "policy": "whole", "threshold": thresholds.get("whole"), "horizon": section.horizon},
         "sequential": {**limit, **rounds, **threshold, "horizon": "segment"},
         "parse": {**limit, **rounds, **threshold, "horizon": section.horizon},
     }
-    return {name: every[name] for name in recipe.eval.methods}
+    every["parse_lookahead"] = {**every["parse"], "lookahead": section.lookahead or LOOKAHEAD}
+    return {name: every[name] for name in names}
 
 
 def compare(
@@ -78,7 +95,7 @@ def compare(
     what: str = "methods",
     agreement: float = 0.5,
     at_once: int = 1,
-    engines: Mapping[str, Engine] | None = None,
+    others: Mapping[str, Engine | TransformersGenerate] | None = None,
 ) -> dict[str, list[Outcome]]:
     """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice.
 
@@ -87,10 +104,10 @@ def compare(
     Args:
         agreement: the threshold of that comparison, P(yes).
         at_once: requests; with several, methods take turns on blocks of prompts, of which so many run at a time.
-        engines: of methods that another one runs, by name.
+        others: what runs a method instead of the engine, by name.
     """
     names = list(methods)
-    runs = {name: (engines or {}).get(name, engine) for name in names}
+    runs: dict[str, Engine | TransformersGenerate] = {name: (others or {}).get(name, engine) for name in names}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     fewest = min(TURNS, len(prompts) // at_once)
     turns = len(prompts) if at_once == 1 else max(len(prompts) // (BLOCK * at_once), fewest, 1)

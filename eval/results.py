@@ -25,9 +25,12 @@ DOCS = ROOT / "docs"
 NAMES = {
     "parse": "**PARSE**",
     "target": "target alone",
+    "generate": "`generate` of transformers",
+    "assisted": "assisted generation of transformers",
     "draft": "draft alone",
     "sequential": "sequential verification",
     "speculation": "lossless speculation",
+    "parse_lookahead": "PARSE + lookahead",
 }
 
 

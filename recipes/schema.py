@@ -38,10 +38,19 @@ class RecipeError(ValueError):
 
 
 Stage = Literal["pretrain", "answers", "distill", "rollouts", "align", "relabel", "verifier"]
-Method = Literal["target", "speculation", "draft", "cascade", "sequential", "parse"]
+Method = Literal[
+    "target",
+    "generate",
+    "assisted",
+    "speculation",
+    "draft",
+    "cascade",
+    "sequential",
+    "parse",
+    "parse_lookahead",
+]
 STAGES: tuple[str, ...] = typing.get_args(Stage)
 CHAIN: tuple[Stage, ...] = ("answers", "distill", "rollouts", "verifier")  # no alignment; "relabel" comes with it
-METHODS: tuple[Method, ...] = ("target", "draft", "cascade", "sequential", "parse")
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,7 @@ class Eval:
     """The end-to-end evaluation."""
 
     prompts: Count = 200  # test prompts
-    methods: list[Method] = field(default_factory=lambda: list(METHODS))
+    methods: list[Method] | None = None  # None: all that these models can do; see `eval.methods.WHAT`
     concurrency: list[Annotated[int, Range(1, 4096)]] = field(default_factory=lambda: [1])  # requests at once; a table
     # each, the first one with plots and transcripts
     draft: Source | None = None  # the folders that are evaluated; None: the run's own
@@ -365,7 +374,7 @@ def _check(recipe: Recipe) -> None:
                 f"engine.{name}_options holds {', '.join(split)}, which splits a model over processes, and those of a "
                 "run each take prompts of their own: use {device_map: auto} to spread it over the GPUs of one"
             )
-    if "target" not in recipe.eval.methods:
+    if recipe.eval.methods is not None and "target" not in recipe.eval.methods:
         raise RecipeError("eval.methods lacks 'target': every speed-up is measured against it; add it")
     if (most := max(recipe.eval.concurrency)) > 1 and recipe.eval.prompts < 2 * most:
         raise RecipeError(

@@ -123,7 +123,7 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
     other.generate = lambda some, **options: (
         calls.append((len(some), options["batch_size"])) or generate(some, **options)
     )
-    together = compare(engine, TASKS["ledger"], prompts, methods, 2, at_once=2, engines={"draft": other})
+    together = compare(engine, TASKS["ledger"], prompts, methods, 2, at_once=2, others={"draft": other})
     for name, some in alone.items():
         assert [one.prompt for one in together[name]] == prompts
         assert [one.generation.token_ids for one in together[name]] == [one.generation.token_ids for one in some]

@@ -322,7 +322,7 @@ def test_the_trained_verifier_beats_every_free_rule(engine, recipe):
 
 def test_the_invariants_on_the_shipped_pair(engine, recipe):
     thresholds = {"first_fail": 0.5, "whole": 0.5}
-    settings = settings_of(recipe, thresholds)["parse"]
+    settings = settings_of(recipe, thresholds, ["parse"])["parse"]
     for prompt in draw_prompts(TASKS["ledger"], "test", 5, seed=3):
         target = engine.generate(prompt, 200, method="target")[0]
         draft = engine.generate(prompt, 200, method="draft")[0]
@@ -336,17 +336,20 @@ def test_the_evaluation_prints_one_json_line(words, recipe, capsys):
     assert printed == json.loads((recipe.folder / "eval" / "summary.json").read_text())
     assert [row["name"] for row in printed["methods"]] == [
         "target",
+        "generate",
+        "assisted",
         "speculation",
         "draft",
         "cascade",
         "sequential",
         "parse",
+        "parse_lookahead",
     ]
     assert all(row["n"] == 8 for row in printed["methods"])
     page = (recipe.folder / "eval" / "report.html").read_text()
     assert "<svg" in page
     lines = (recipe.folder / "eval" / "transcripts.jsonl").read_text().splitlines()
-    assert len(lines) == 6 * 8
+    assert len(lines) == 9 * 8
 
 
 def test_an_evaluation_without_a_run_says_what_to_do(tmp_path, capsys):
