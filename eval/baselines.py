@@ -1,18 +1,20 @@
 """What users have today: `transformers`' own `generate`, alone and with the draft as its assistant.
 
-Greedy, over the same models, tokens and end tokens as the engine's. The assistant proposes tokens that the target
-accepts where it would have written them itself; across tokenizers `transformers` aligns the two texts.
+Greedy, over the same models, tokens and end tokens as the engine's, and like the engine without penalties or beams that
+a model's generation config may ask for. The assistant proposes tokens that the target accepts where it would have
+written them itself; across tokenizers `transformers` aligns the two texts.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from parse import Engine, Generation
 from parse.generation import Segment, Stats
@@ -24,13 +26,15 @@ class TransformersGenerate:
     """Answers prompts as `Engine.generate` does, by `model.generate` of the engine's target."""
 
     def __init__(self, engine: Engine, assisted: bool = False) -> None:
-        self.engine, self.assisted = engine, assisted
+        self.engine = engine
+        self.target = _plain(engine.target)
+        self.draft = _plain(engine.draft) if assisted and engine.draft is not None else None
         self.ends = sorted(engine.models["target"].eos_ids)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str | Messages], max_new_tokens: int, batch_size: int = 1) -> list[Generation]:
         """Answers in the prompts' order, so many at once; with an assistant one at a time, as it allows no more."""
-        size = 1 if self.assisted else batch_size
+        size = batch_size if self.draft is None else 1
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         return [answer for batch in batches for answer in self._answer(batch, max_new_tokens)]
 
@@ -41,8 +45,7 @@ class TransformersGenerate:
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=device)  # [B, L], left-padded
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)  # [B, L]
         clock, started = _FirstToken(), perf_counter()
-        model = cast(Any, self.engine.target)
-        output = model.generate(
+        output = self.target.generate(
             ids,
             attention_mask=mask,
             do_sample=False,
@@ -56,11 +59,11 @@ class TransformersGenerate:
         return [self._generation(row[width:].tolist(), seconds, clock.at - started) for row in output]
 
     def _assistant(self) -> dict[str, Any]:
-        if not self.assisted:
+        if self.draft is None:
             return {}
         engine = self.engine
         tokenizers = {"tokenizer": engine.tokenizer, "assistant_tokenizer": engine.draft_tokenizer}
-        return {"assistant_model": engine.draft, **({} if engine.same_tokens else tokenizers)}
+        return {"assistant_model": self.draft, **(tokenizers if _widths_differ(engine) else {})}
 
     def _generation(self, ids: list[int], seconds: float, first: float) -> Generation:
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
@@ -71,6 +74,29 @@ class TransformersGenerate:
         return Generation(text, ids[:end], "stop" if end < len(ids) else "length", segments, stats)
 
 
+def _plain(model: PreTrainedModel) -> Any:
+    """The same model without what its generation config asks for."""
+    plain: Any = copy.copy(model)
+    plain.generation_config = GenerationConfig()
+    return plain
+
+
+def can_assist(engine: Engine, prompts: Sequence[str | Messages], limit: int) -> bool:
+    """Whether the draft can be an assistant: `transformers` tells other tokens by the vocabularies' sizes alone.
+
+    And whether its context holds every prompt with an answer of `limit` tokens.
+    """
+    if engine.draft is None or not (engine.same_tokens or _widths_differ(engine)):
+        return False
+    longest = engine.models["draft"].context_length
+    return longest is None or max(len(engine.encode_for_draft(prompt)) for prompt in prompts) + limit <= longest
+
+
+def _widths_differ(engine: Engine) -> bool:
+    assert engine.draft is not None
+    return bool(engine.target.config.vocab_size != engine.draft.config.vocab_size)
+
+
 class _FirstToken(StoppingCriteria):
     """Stops nothing; notes when the first tokens were written."""
 
@@ -79,5 +105,7 @@ class _FirstToken(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         """None of the B texts is finished by this."""
-        self.at = self.at or perf_counter()
+        if not self.at:
+            input_ids[0, -1].item()  # which waits for the device
+            self.at = perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -155,27 +155,31 @@ def _letters(text: str) -> str:
 
 
 def check_speculation(recipe: Recipe) -> None:
-    """Refuse lossless speculation by a draft without the target's tokens.
+    """Refuse methods in which a draft without the target's tokens would propose some.
 
     Raises:
         RecipeError: with the remedy.
     """
-    asked = recipe.eval.methods
-    if "speculation" not in (asked or ()) and (asked is not None or not recipe.eval.speculation_draft):
-        return
     section = recipe.eval
-    key, source = (
-        ("speculation_draft", section.speculation_draft) if section.speculation_draft else ("draft", section.draft)
-    )
+    asked = section.methods if section.methods is not None else ["speculation"] if section.speculation_draft else []
+    if "speculation" in asked and section.speculation_draft:
+        _check_proposing(recipe, "speculation", "speculation_draft", section.speculation_draft)
+    elif "speculation" in asked:
+        _check_proposing(recipe, "speculation", "draft", section.draft)
+    if "parse_lookahead" in asked:
+        _check_proposing(recipe, "parse_lookahead", "draft", section.draft)
+
+
+def _check_proposing(recipe: Recipe, method: str, key: str, source: str | None) -> None:
     try:
         own = AutoTokenizer.from_pretrained(tokenizer_of(source)) if source else draft_tokenizer(recipe)
     except (OSError, ValueError) as error:
         raise RecipeError(f"eval.{key}: {source} cannot be read as a model: {error}") from error
     if own.get_vocab() != target_tokenizer(recipe).get_vocab():
+        remedy = f"name a draft with tokens of {recipe.target} as eval.speculation_draft, or "
         raise RecipeError(
-            f"eval.methods has 'speculation', in which the draft proposes tokens, and those of {source or 'the draft'} "
-            f"are not the target's: name a draft with tokens of {recipe.target} as eval.speculation_draft, or leave "
-            "the method out"
+            f"eval.methods has {method!r}, in which the draft proposes tokens, and those of {source or 'the draft'} "
+            f"are not the target's: {remedy if method == 'speculation' else ''}leave the method out"
         )
 
 

@@ -83,7 +83,7 @@ def _calibration(engine: Engine) -> Calibration:
 def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, float]) -> dict[int, Outcomes]:
     """What each method answered, by the number of requests at once."""
     prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts]
-    methods = settings_of(recipe, thresholds, methods_of(recipe, engine))
+    methods = settings_of(recipe, thresholds, methods_of(recipe, engine, prompts))
     others: dict[str, Engine | TransformersGenerate] = {
         "generate": TransformersGenerate(engine),
         "assisted": TransformersGenerate(engine, assisted=True),

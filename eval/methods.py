@@ -13,7 +13,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from eval.baselines import TransformersGenerate
+from eval.baselines import TransformersGenerate, can_assist
 from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
 from eval.tasks.rows import key_of
@@ -22,7 +22,7 @@ from parse import Engine, Generation
 from parse.prompts import opens_thinking
 from parse.scheduler import run_together
 from recipes.progress import progress_bar
-from recipes.schema import Recipe
+from recipes.schema import Recipe, RecipeError
 
 JUDGED_AT_ONCE = 16
 BLOCK = 4  # prompts for each request at once: after so many the next method has its turn
@@ -39,7 +39,6 @@ WHAT = {
     "parse": "every prefix of the draft in one pass",
     "parse_lookahead": "the same, and the draft proposes a few tokens at a time while the target writes",
 }
-SAME_TOKENS = ("speculation", "parse_lookahead")  # what takes a draft with the target's tokens
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,24 @@ class Outcome:
     turn: int = 0  # in which it was timed, alone or with others
 
 
-def methods_of(recipe: Recipe, engine: Engine) -> list[str]:
-    """The recipe's methods, or all that its models can do."""
-    if recipe.eval.methods is not None:
-        return list(recipe.eval.methods)
-    alike = {"speculation"} if recipe.eval.speculation_draft else set()
-    return [name for name in WHAT if engine.same_tokens or name in alike or name not in SAME_TOKENS]
+def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
+    """The recipe's methods, or all that its models can do.
+
+    Raises:
+        RecipeError: for assisted generation that is asked for and that these models cannot do.
+    """
+    named, section = recipe.eval.methods, recipe.eval
+    assisted = can_assist(engine, prompts, recipe.engine.max_new_tokens)
+    if named is not None:
+        if "assisted" in named and not assisted:
+            raise RecipeError(
+                "eval.methods has 'assisted', which transformers refuses for this draft: its tokens are others in a "
+                "vocabulary of the same size, or its context does not hold prompts with answers; leave the method out"
+            )
+        return list(named)
+    can = {"assisted": assisted, "speculation": engine.same_tokens or bool(section.speculation_draft)}
+    can["parse_lookahead"] = engine.same_tokens
+    return [name for name in WHAT if can.get(name, True)]
 
 
 def settings_of(recipe: Recipe, thresholds: dict[str, float], names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -94,11 +94,10 @@ def generate_over_target_loop(engine: Engine, prompts: Sequence[Prompt], limit: 
 
 def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> float | None:
     """How often the target finishes rightly a right prefix in a foreign manner; None where the task has none."""
-    write_foreign = getattr(task, "foreign_prefix", None)
-    if write_foreign is None:
+    if task.foreign_prefix is None:
         return None
     rng = random.Random(0)
-    prefixes = [write_foreign(prompt, rng) for prompt in prompts]
+    prefixes = [task.foreign_prefix(prompt, rng) for prompt in prompts]
     encode = engine.tokenizer.encode
     ids = [
         [*engine.encode(prompt), *encode(prefix, add_special_tokens=False)]
@@ -112,7 +111,7 @@ def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> f
     ) / len(prompts)
 
 
-def _agreeing(examples: Example) -> int:
+def _agreeing(example: Example) -> int:
     """Leading tokens of a draft that the target would have written itself: what lossless speculation keeps."""
-    agrees = (examples.evidence.margin[: examples.evidence.ends[-1]] <= 0).long()  # [N]
+    agrees = (example.evidence.margin[: example.evidence.ends[-1]] <= 0).long()  # [N]
     return int(agrees.cumprod(0).sum())

@@ -23,14 +23,14 @@ span { border-radius: 3px; padding: 0 .15rem } sup { color: #777; font-size: .7e
 def console_table(rows: Sequence[dict[str, Any]]) -> str:
     """The methods as text, one a line."""
     lines = [
-        f"{'method':12s}{'accuracy':>9s} {'95% interval':>15s}{'speed-up':>10s} {'95% interval':>14s}"
+        f"{'method':16s}{'accuracy':>9s} {'95% interval':>15s}{'speed-up':>10s} {'95% interval':>14s}"
         f"{'s/request':>11s}{'first token':>13s}{'accepted':>10s}{'vs target':>11s}"
     ]
     for row in rows:
         low, high = row["accuracy_ci95"]
         slow, fast = row["speedup_ci95"]
         lines.append(
-            f"{row['name']:12s}{row['accuracy']:9.1%} {f'{low:.1%}-{high:.1%}':>15s}{row['speedup']:9.2f}x "
+            f"{row['name']:16s}{row['accuracy']:9.1%} {f'{low:.1%}-{high:.1%}':>15s}{row['speedup']:9.2f}x "
             f"{f'{slow:.2f}-{fast:.2f}':>14s}{row['seconds_per_request']:11.3f}{row['first_token_seconds']:12.3f}s"
             f"{_percent(row['accepted_fraction']):>10s}{row['accuracy_difference'] * 100:+9.1f}pt"
         )

@@ -71,6 +71,7 @@ def _parser() -> _Parser:
     models.add_argument("--draft", help="like --target")
     models.add_argument("--verifier", help=f"{VERIFIER}; default: the run's")
     models.add_argument("--segments", type=_value, help="where an answer may be cut: sentence, line or every N tokens")
+    models.add_argument("--compile", action="store_true", help="compile passes first where that pays: for many prompts")
     settings = parser.add_argument_group("settings", "as of Engine.generate; default: the run's, else the engine's")
     settings.add_argument("--method", help="parse, target (alone) or draft (alone)")
     settings.add_argument("--threshold", type=float, help="accept confidences at or above it; default: as calibrated")
@@ -208,7 +209,7 @@ def _answer(prompts: list[str | Messages], given: dict[str, Any]) -> list[Genera
     from parse.engine import Engine
 
     try:
-        engine = Engine.from_pretrained(**parts, segments=segments)
+        engine = Engine.from_pretrained(**parts, segments=segments, compile=given.get("compile"))
     except Exception as error:  # of whatever kind a library raises for a file that it cannot read
         named = ", ".join(parts[part] for part, need in needed.items() if need)
         kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "

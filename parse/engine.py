@@ -64,7 +64,7 @@ class Engine:
         # then several processes run this engine, in step
         self.distributed = any(is_distributed(model.runner.model) for model in self.models.values())
         self.scheduler = Scheduler()
-        self._warm: set[bool] | None = set() if compile else None  # for one request or for several; None: when asked
+        self._compiles_first, self._warm = bool(compile), 0  # for so many requests at once
 
     @property
     def verifier(self) -> Verifier | None:
@@ -155,11 +155,11 @@ class Engine:
         """Compile forward passes where that pays, for as many requests at once: up to minutes, kept on disk."""
         for model in self.models.values():
             model.warm_up(at_once)
+        self._warm = max(self._warm, at_once)
 
     def _warm_up_first(self, at_once: int) -> None:
-        """Before the first request of its kind, where `compile=True` asks for it."""
-        if self._warm is not None and (at_once > 1) not in self._warm:
-            self._warm.add(at_once > 1)
+        """Before the first request of its kind, where `compile=True` asks for it: one alone, or several at once."""
+        if self._compiles_first and min(at_once, 2) > self._warm:
             self.warm_up(at_once)
 
     def generate(
@@ -254,8 +254,8 @@ class Engine:
         return [finished[index] for index in range(len(encoded))]
 
     def _alone(self, prompt: Any, settings: Settings, raw: bool) -> Generation:
-        self._warm_up_first(1)
         answer = self._start(*self._encoded(prompt, raw), settings)
+        self._warm_up_first(1)
         return self.scheduler.run(answer.answer())
 
     def stream(self, prompt: str | Messages, *, raw: bool = False, **options: Any) -> Iterator[str]:
@@ -285,7 +285,9 @@ class Engine:
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
     ) -> Generation:
         """Answer one prompt that is tokenized already; see `generate`."""
-        return self.scheduler.run(self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings).answer())
+        answer = self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)
+        self._warm_up_first(1)
+        return self.scheduler.run(answer.answer())
 
     def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Round:
         self._check_tokens("target", prompt_ids)
@@ -323,6 +325,7 @@ class Engine:
             raise ValueError(f"verify takes a prompt and prefix ends: {len(prompt_ids)} tokens, {len(ends)} ends")
         self._check_tokens("target", [*prompt_ids, *draft_ids])
         verifier = verifier or self.need_verifier()
+        self._warm_up_first(1)
 
         async def judge() -> Tensor:
             needs = verifier.needs

@@ -102,7 +102,7 @@ class Dependencies:
         values["target"] = self._digest("target")
         if stage == "distill" and isinstance(self.recipe.draft, str):
             values["draft"] = self._digest("draft")
-        if stage == "distill" and self.recipe.distill.lora_from is not None:
+        if stage == "distill" and values["distill"].pop("lora_from") is not None:
             values["lora_from"] = self._digest("lora_from")
         for earlier in self.reads(stage):
             record = self._record_of(earlier)
@@ -128,4 +128,4 @@ def _that_matters(section: Any) -> Any:
         return section
     server = section.get("server")
     kept = {key: value for key, value in section.items() if key not in RUNNING}
-    return kept | ({key: server[key] for key in ("model", "extra_body")} if server else {})
+    return kept | ({key: server[key] for key in ("model", "extra_body") if server[key] != {}} if server else {})

@@ -80,18 +80,18 @@ def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, 
     script = Scripted((9,), [7, 8])
     engine = ScriptedEngine(target, tokenizer, draft, tokenizer, script, segments=4, compile=False)
     engine.pair.apart = True
-    ahead, is_right, threads = Event(), Event(), torch.get_num_threads()
+    ahead, verifying, threads = Event(), Event(), torch.get_num_threads()
     plain = engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids
     read, write = engine.models["target"].runner.forward, engine.models["draft"].runner.forward
 
     def reading(passes, alone=False):
         if passes[0].layout:
-            is_right.set()
+            verifying.set()
             assert ahead.wait(20), "the draft waits for the verdict"
         return read(passes, alone)
 
     def writing(passes, alone=False):
-        if is_right.is_set():
+        if verifying.is_set():
             ahead.set()
         return write(passes, alone)
 

@@ -94,6 +94,9 @@ def test_lossless_speculation_needs_a_draft_with_the_targets_tokens(other, tmp_p
     ):
         check_speculation(load_recipe(QUICK, [*words, f"eval.speculation_draft={MODELS / 'ledger-draft'}"]))
     check_speculation(load_recipe(QUICK, [*words, f"eval.speculation_draft={other}"]))
+    more = [words[0], "eval.methods=[target,speculation,parse_lookahead]", f"eval.speculation_draft={other}"]
+    with pytest.raises(RecipeError, match="'parse_lookahead', in which .* are not the target's: leave the method out"):
+        check_speculation(load_recipe(QUICK, more))
     check_speculation(load_recipe(QUICK, [words[0], "eval.methods=[target,parse]"]))  # the method is not asked for
     with pytest.raises(RecipeError, match="eval.speculation_draft: .*nothing cannot be read as a model"):
         check_speculation(load_recipe(QUICK, [*words, f"eval.speculation_draft={tmp_path}/nothing"]))

@@ -1,6 +1,7 @@
 """Compiled passes: one graph without breaks a bucket of shapes, the same answers, and never in the way."""
 
 import warnings
+from threading import Thread, get_ident
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from parse import Engine
 from parse.layout import pack
 from parse.local.compiled import WIDE, Compiled
+from parse.local.model import LocalModel
 from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood, PromptVerifier
@@ -42,7 +44,7 @@ def shallow(name):
 def compiled_runner(model, counter, as_on_gpu=False, warm=True) -> ModelRunner:
     """A runner that compiles whatever form of a pass comes first, as within a warm-up, where `warm`."""
     compiled = Compiled(model, counter)
-    compiled.graph, compiled._warming = as_on_gpu, warm
+    compiled.graph, compiled._warming = as_on_gpu, get_ident() if warm else None
     return ModelRunner(model, frozenset([1]), compiled)
 
 
@@ -316,6 +318,58 @@ def test_nothing_is_compiled_while_a_request_is_answered(shallow_pair, tokenizer
         assert seen[-1] == [counter.graphs for counter in counters.values()]
     assert seen[0] == [0, 0]
     assert all(0 < one < many for one, many in zip(seen[1], seen[2], strict=True))
+
+
+def test_as_on_a_gpu_requests_of_any_length_find_their_layers_compiled(shallow_pair, tokenizer):
+    """A step reads all keys of a bucket, and its buffers have room for more, or just for these."""
+    target, _ = shallow_pair
+    counter = Counter()
+    engine = Engine(target, tokenizer, compile=None)
+    engine.models["target"].runner.compiled = compiled_runner(target, counter, True, warm=False).compiled
+    engine.warm_up(3)
+    graphs = counter.graphs
+    assert graphs
+    for prompts in (PROMPTS[:1], [" ".join(PROMPTS * 9)], [" ".join(PROMPTS * 2)] * 2, PROMPTS):
+        engine.generate(prompts, 20, method="target", raw=True)
+    assert engine.models["target"].runner.cache.recorded
+    assert counter.graphs == graphs
+
+
+def test_warm_ups_of_several_threads_wait_for_each_other(shallow_pair, tokenizer):
+    """Each used to hold a model and to wait for the other's."""
+    engine = Engine(*(part for model in shallow_pair for part in (model, tokenizer)), compile=None)
+    for runner in runners_of(engine).values():
+        runner.compiled = compiled_runner(runner.model, Counter(), warm=False).compiled
+    threads = [Thread(target=engine.warm_up, args=(at_once,), daemon=True) for at_once in (1, 4, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert all(runner.compiled.forms for runner in runners_of(engine).values())
+
+
+def test_a_compiler_that_fails_at_a_warm_up_leaves_steps_as_they_were(shallow_pair, tokenizer, capsys):
+    """The first pass that it meets is a wide one."""
+
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler here")
+
+    engine = Engine(shallow_pair[0], tokenizer, compile=None)
+    compiled = engine.models["target"].runner.compiled = compiled_runner(shallow_pair[0], broken, warm=False).compiled
+    with pytest.warns(UserWarning, match="it runs without"):
+        engine.warm_up()
+    assert compiled.pays == {"steps": False, "wide": False}
+    assert not compiled.forms
+
+
+def test_no_prompt_is_no_first_request(shallow_pair, tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(LocalModel, "warm_up", lambda self, at_once: asked.append(at_once))
+    engine = Engine(shallow_pair[0], tokenizer, compile=True)
+    for prompts in ([], PROMPTS[:1], PROMPTS[:1], PROMPTS[:3], PROMPTS[:1], PROMPTS):
+        engine.generate(prompts, 2, method="target")
+    assert asked == [1, 3]
 
 
 @pytest.mark.parametrize(

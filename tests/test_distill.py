@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from datasets import load_from_disk
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
@@ -122,6 +122,17 @@ def test_a_lora_goes_on_learning(begin):
 def test_a_lora_that_cannot_go_on_is_refused(words, said):
     with pytest.raises(RecipeError, match=said):
         try_distill(load_recipe(QUICK, words))
+
+
+def test_a_lora_of_a_model_of_other_sizes_is_refused(begin, tmp_path):
+    folder = distilled(begin("distill.trainer={max_steps: 1}", "distill.lora={r: 4}", "distill.merge=false"))
+    try_distill(load_recipe(QUICK, [f"distill.lora_from={folder}"]))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor[:, :3].contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    with pytest.raises(RecipeError, match="was learnt on another model than the draft: its .* has the shape"):
+        try_distill(load_recipe(QUICK, [f"distill.lora_from={folder}"]))
 
 
 def test_kept_logits_are_the_targets(tmp_path, begin):

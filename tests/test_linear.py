@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_whoever_else_holds_the_model_finds_it_as_it_was(monkeypatch: pytest.Mon
     layer(torch.zeros(1, 2))
     assert not asked
     assert type(layer) is nn.Linear
+
+
+def test_a_model_that_was_saved_whole_is_read_where_no_engine_is(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 2)
+    install(layer)
+    torch.save(layer, tmp_path / "layer")
+    read = torch.load(tmp_path / "layer", weights_only=False)
+    torch.testing.assert_close(read(torch.ones(1, 2)), layer(torch.ones(1, 2)))
+    assert read.forward.__func__ is nn.Linear.forward
 
 
 class _Other(nn.Linear):

@@ -23,6 +23,7 @@ HUB = "tuetschek/e2e_nlg_cleaned"
 TEMPERATURE = 0.6  # at which a target answers
 SAMPLES = 2  # answers to each prompt
 AT_ONCE = 64
+APART = 1000  # added to the seed, so that the prompts are others than a run's
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def _by_target(target: Path, count: int, seed: int) -> Iterator[tuple[str, str |
     from parse import Engine
 
     engine = Engine.from_pretrained(target, dtype=torch.bfloat16)  # half the time of float32 where a CPU knows it
-    prompts = [str(prompt) for prompt in draw_prompts(TASKS["restaurants"], "train", count, seed)]
+    prompts = [str(prompt) for prompt in draw_prompts(TASKS["restaurants"], "train", count, APART + seed)]
     for start in range(0, count, AT_ONCE):
         some = prompts[start : start + AT_ONCE]
         answers = [

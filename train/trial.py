@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -63,12 +66,28 @@ def _lora_of(recipe: Recipe) -> LoraConfig | None:
         if not isinstance(adapter, LoraConfig):
             raise RecipeError(f"{key}: {section.lora_from} holds {adapter.peft_type}, and a LoRA is needed")
         adapter.inference_mode = False
+        _check_shapes(recipe, adapter, Path(section.lora_from))
     elif section.lora is not None:
         adapter = lora_config(section.lora, key)
     else:
         return None
     _try_lora(recipe, adapter, key)
     return adapter
+
+
+def _check_shapes(recipe: Recipe, adapter: LoraConfig, folder: Path) -> None:
+    """Refuse a LoRA that was learnt on a model of other sizes."""
+    with whole_weights(), torch.device("meta"):
+        made = get_peft_model_state_dict(get_peft_model(empty_draft(recipe), adapter))
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if other := sorted(name for name in shapes.keys() | held.keys() if shapes.get(name) != held.get(name)):
+        name = other[0]
+        raise RecipeError(
+            f"distill.lora_from: the LoRA in {folder} was learnt on another model than the draft: its {name} has the "
+            f"shape {held.get(name)}, and the draft's would have {shapes.get(name)}"
+        )
 
 
 def try_align(recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ class Task(ABC):
     # wrong sentence, the answer is wrong. No function where nobody knows
     first_wrong: FirstWrong | None = None
     corrupted: Corrupted | None = None  # a right answer with one fault, or None where none can be made
+    foreign_prefix: Callable[[Prompt, random.Random], str] | None = None  # a right beginning in another writer's words
     references: Mapping[str, tuple[str, ...]] = {}  # right answers by `key_of(prompt)`, where they are given
     duplicates = 0  # prompts that were left out, since an earlier one is the same
 
@@ -53,6 +54,7 @@ class Generated(Task):
         self._module = module
         self.first_wrong = module.first_wrong
         self.corrupted = getattr(module, "corrupted", None)
+        self.foreign_prefix = getattr(module, "foreign_prefix", None)
 
     def prompts(self, split: str, seed: int) -> Iterator[Prompt]:
         """See `Task`."""

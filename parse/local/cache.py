@@ -1,6 +1,6 @@
 """Key-value caches that commit a prefix and drop the rest at no cost.
 
-Keys and values of many texts live in one buffer a layer, a row a text; a text's length is a number. Reading
+Keys and values of many texts live in one buffer per layer, one row per text; a text's length is a number. Reading
 appends after that length, and rolling back lowers it: nothing is copied, and what was verified stays as the
 packed pass wrote it. Works with every `transformers` model whose layers call `Cache.update`, because it is a
 `transformers.Cache`.
@@ -203,10 +203,8 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         rows = torch.arange(self.key_index.shape[0], device=self.key_index.device) if self.rows is None else self.rows
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[rows[:, None], :, self.key_index] = states.transpose(1, 2)  # [B, T, heads, D]
-        texts, stop = (
-            self.key_index.shape[0],
-            self.key.shape[0],
-        )  # in no nested scope: there a compiler takes sizes for numbers
+        # in no nested scope: there a compiler takes sizes for numbers
+        texts, stop = self.key_index.shape[0], self.key.shape[0]
         if self.rows is None:
             return self.buffers[0][:texts, :, :stop], self.buffers[1][:texts, :, :stop]
         return self.buffers[0][:, :, :stop][rows], self.buffers[1][:, :, :stop][rows]

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from time import perf_counter, sleep
 from typing import Any, Literal, NamedTuple, cast
 
@@ -28,12 +29,12 @@ from parse.layout import integers, mask_mod, visible
 from parse.local.cache import BufferLayer, PrefixCache
 from parse.local.graphs import CompiledLayers, Recorder
 from parse.local.loading import FLEX, SLIDING, attention_types, is_distributed
-from parse.local.locks import others_idle
+from parse.local.locks import others_idle, warming_up
 
 Shape = tuple[int, int]  # texts B and keys P of a decoding step; 0: any number of them
 Buffers = list[tuple[Tensor, Tensor]]
 Arguments = tuple[Tensor, Tensor | None, Tensor, Buffers, Tensor | None, bool]  # of `forward`, after the model
-Form = tuple[bool, ...]
+Form = tuple[int, ...]  # what differs between graphs of a layer
 Backend = Literal["inductor"] | Callable[..., Any]  # a function of the graph and its inputs, as of `torch.compile`
 
 LARGEST = 200 * 2**20  # bytes of weights
@@ -73,23 +74,26 @@ class Compiled:
         self.pays = {"steps": pays, "wide": pays and not by_blocks}
         self.forms: set[Form] = set()  # what the layers are compiled for
         self._recorder = Recorder(self.device)
-        self._warming = False
+        self._warming: int | None = None  # the thread that warms it up
+        self._said = False  # that it compiles
         self._key = torch.arange(0)  # [P], or longer: of the longest text so far
 
     @contextmanager
     def warming(self) -> Iterator[None]:
-        """Within, what passes need is compiled, and it is said what takes so long."""
-        name, before, started = self.model.config.name_or_path or self.model.config.model_type, len(self.forms), 0.0
-        if any(self.pays.values()):
-            started = perf_counter()
-            print(f"compiling {name} (a minute or so, once: it is kept on disk) ...", file=sys.stderr, flush=True)
-        self._warming = True
-        try:
-            yield
-        finally:
-            self._warming = False
-            if len(self.forms) > before:
-                print(f"... compiled {name} in {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        """Within, what passes of this thread need is compiled, and it is said what takes so long."""
+        with warming_up:
+            self._warming, self._said, started = get_ident(), False, perf_counter()
+            try:
+                yield
+            finally:
+                self._warming = None
+                if self._said:
+                    took = f"{perf_counter() - started:.0f} s"
+                    print(f"... compiled {self._name} in {took}", file=sys.stderr, flush=True)
+
+    @property
+    def _name(self) -> str:
+        return str(self.model.config.name_or_path or self.model.config.model_type)
 
     def shape(self, rows: int, width: int, longest: int) -> Shape | None:
         """The bucket of a pass, or None where it does not pay to compile it.
@@ -131,10 +135,22 @@ class Compiled:
             rows = None
         places = None if rows is None else integers(rows).to(self.device)  # [B]
         arguments = numbers.to(self.device), places, key, buffers, keep, with_states
-        form = _form(arguments)
+        form, warming = self._form(arguments), self._warming == get_ident()
         if form not in self.forms:
-            return self._compile(form, shape, arguments, cache) if self._warming else None
-        return self.run(shape, arguments, cache)
+            return self._first(form, shape, arguments, cache, wait=True) if warming else None
+        if self._is_recorded(shape, with_states, cache):
+            return self.run(shape, arguments, cache)
+        return self._first(form, shape, arguments, cache, wait=warming)
+
+    def _form(self, arguments: Arguments) -> Form:
+        """What layers are compiled for: sizes of one, or any other; and on a CPU a number of threads."""
+        numbers, places, _, buffers, keep, _ = arguments
+        threads = 0 if self.graph else torch.get_num_threads()
+        return keep is None, places is None, numbers.shape[1] == 1, buffers[0][0].shape[0] == 1, threads
+
+    def _is_recorded(self, shape: Shape, with_states: bool, cache: PrefixCache) -> bool:
+        """Whether a pass can be run at once: a step on a GPU is recorded first, for each bucket of shapes."""
+        return not self.graph or shape == WIDE or (shape, with_states) in cache.recorded
 
     def run(self, shape: Shape, arguments: Arguments, cache: PrefixCache) -> Read:
         """One pass, by compiled layers or, for steps on a GPU, by a recorded graph."""
@@ -157,32 +173,47 @@ class Compiled:
 
         return self._recorder.record(run, arguments[0], first)
 
-    def _compile(self, form: Form, shape: Shape, arguments: Arguments, cache: PrefixCache) -> Read | None:
-        """The first pass of a form, which compiles it; None, and a warning, where that fails."""
+    def _first(self, form: Form, shape: Shape, arguments: Arguments, cache: PrefixCache, wait: bool) -> Read | None:
+        """The first pass of a form, which compiles it, or of a bucket, which records it.
+
+        Args:
+            wait: for other threads' passes, for a compiler changes what all models share.
+
+        Returns:
+            None, with a warning, where it fails; None for now where other threads use models.
+        """
         while True:
-            with others_idle() as idle:  # a compiler changes what all models share
-                if not idle:
-                    sleep(0.01)
-                    continue
-                try:
-                    output = self.run(shape, arguments, cache)
-                except Exception as error:  # whatever a compiler may raise
-                    return self._without(form, shape, arguments, cache, error)
-                self.forms.add(form)
-                return output
+            with others_idle() as idle:
+                if idle:
+                    return self._made(form, shape, arguments, cache)
+            if not wait:
+                return None
+            sleep(0.01)
+
+    def _made(self, form: Form, shape: Shape, arguments: Arguments, cache: PrefixCache) -> Read | None:
+        if self._warming and not self._said:
+            self._said = True
+            print(f"compiling {self._name} (a minute or so, once: it is kept on disk) ...", file=sys.stderr, flush=True)
+        try:
+            output = self.run(shape, arguments, cache)
+        except Exception as error:  # whatever a compiler may raise
+            return self._without(form, shape, arguments, cache, error)
+        self.forms.add(form)
+        return output
 
     def _without(
         self, form: Form, shape: Shape, arguments: Arguments, cache: PrefixCache, error: Exception
     ) -> Read | None:
         """Go on without the compiler: steps on a GPU are recorded as they are, all else runs eagerly."""
         again = self.graph and shape != WIDE and self.layers.compiling
-        self.pays["wide" if shape == WIDE else "steps"] = again
+        for kind in ("wide",) if self.graph and shape == WIDE else ("steps",) if self.graph else ("wide", "steps"):
+            self.pays[kind] = again
         self.layers.compiling = False
+        self._recorder = Recorder(self.device)  # with memory of its own: the last one's may hold half a graph
         how = "its steps are recorded as they are" if again else "it runs without"
         reason = " ".join(str(error).split("\n\n")[0].split())
-        name = self.model.config.name_or_path or self.model.config.model_type
-        warnings.warn(f"{name} cannot be compiled here: {how}: {type(error).__name__}: {reason}", stacklevel=2)
-        return self._compile(form, shape, arguments, cache) if again else None
+        warnings.warn(f"{self._name} cannot be compiled here: {how}: {type(error).__name__}: {reason}", stacklevel=2)
+        return self._made(form, shape, arguments, cache) if again else None
 
     def follow(
         self, numbers: Tensor, rows: Sequence[int], cache: PrefixCache, take: Callable[[Sequence[int]], bool]
@@ -201,6 +232,8 @@ class Compiled:
         shape = self.shape(max(rows) + 1, 1, longest)
         assert shape is not None
         key, buffers = self._held(shape, longest, cache)  # [P], one pair per layer
+        if not self._is_recorded(shape, False, cache):
+            return None
         for _ in range(len(key) - max(cache.lengths[row] for row in rows)):
             likeliest = numbers.tolist()[0]  # [B][1]; faster than to choose first
             if not take([likeliest[row][0] for row in rows]):
@@ -217,12 +250,6 @@ class Compiled:
             self._key = torch.arange(2 * keys, device=self.device)
         fixed = self.graph and shape != WIDE  # else never read buffers to their very end, which is a graph of its own
         return self._key[:keys], cache.buffers(shape[0], keys if fixed else keys + 1)
-
-
-def _form(arguments: Arguments) -> Form:
-    """What layers are compiled for: sizes of one, or any other."""
-    numbers, places, _, buffers, keep, _ = arguments
-    return keep is None, places is None, numbers.shape[1] == 1, buffers[0][0].shape[0] == 1
 
 
 def forward(

@@ -1,7 +1,8 @@
 """Who may use a model: one pass at a time, and a compiler only while no other model is in use.
 
 A pass changes a model for its duration (`parse.local.linear`) and writes into a cache that other texts share; a
-compiler changes what all models share. So passes that several threads ask for wait for each other.
+compiler changes what all models share. So passes that several threads ask for wait for each other, and one warm-up
+waits for another one before it takes a model's lock.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _guard = RLock()
+warming_up = RLock()  # of all models: whoever holds it may wait for the others while it holds a model's lock
 
 
 def lock_of(model: nn.Module) -> Any:

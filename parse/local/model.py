@@ -19,6 +19,8 @@ from parse.model import OnToken, Proposer, Stop
 from parse.sampling import GREEDY, Sampling, Written
 from parse.verifiers import PROVIDED, Evidence, Needs
 
+ROOM = 512  # tokens that a warm-up's buffers hold: more than its passes read, as is most often so
+
 
 class LocalModel:
     """A model, its tokenizer, and the sequences that it reads at the same time."""
@@ -77,24 +79,32 @@ class LocalModel:
             ModelRunner(mine.model, mine.eos_ids, mine.compiled if compiled else None, mine.width), self.tokenizer
         )
 
+    @torch.inference_mode()  # as all passes are: what is made in another mode is another kind of tensor
     def warm_up(self, at_once: int = 1) -> None:
-        """Compile the passes of as many sequences at once, where that pays, by running some over a few tokens."""
+        """Compile the passes of as many sequences at once, where that pays, by running some over a few tokens.
+
+        Of one sequence in a cache for one; and where there may be several, of any of them in a cache for more: one, the
+        first or another, and two, with the first or without it.
+        """
         compiled = self.runner.compiled
         if compiled is None or not any(compiled.pays.values()):
             return
         ids = [token % self.vocabulary for token in range(3, 11)]
-        texts = [CachedSequence(self.runner) for _ in range(min(at_once, 3))]
-        # one sequence, the first, and others than the first, one and two of them
-        groups = [texts[:1], texts[:2], texts[1:2], texts[1:]][: 1 if at_once == 1 else None]
-        try:
-            self.runner.forward([Pass(self.runner, text.row, ids) for text in texts])  # tells what a layer keeps
-            with compiled.warming():
-                for group in groups:
-                    for width in (len(ids), 1, 1):
-                        self.runner.forward([Pass(self.runner, text.row, ids[:width]) for text in group])
-        finally:
-            for text in texts:
-                text.close()
+        runner, rows = self.with_own_cache().runner, list[int]()
+
+        def read(group: Sequence[int]) -> None:
+            for width in (len(ids), 1, 1):
+                runner.forward([Pass(runner, row, ids[:width]) for row in group])
+
+        with compiled.warming():
+            rows.append(runner.open())
+            runner.forward([Pass(runner, rows[0], ids)])  # tells what a layer keeps
+            runner.cache.buffers(tokens=ROOM)
+            read(rows)
+            if at_once > 1:
+                rows += [runner.open(), runner.open()]
+                for group in (rows[:1], rows[:2], rows[1:2], rows[1:]):
+                    read(group)
 
     async def logits(self, ids: Sequence[int], first: int = -1) -> Tensor:
         """The logits after each token of a text from index `first` on, [len(ids) - first, V]."""
