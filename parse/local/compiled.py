@@ -1,12 +1,13 @@
 """Compiled forward passes over the cache's own buffers.
 
-Where a model is small or the hardware fast, most of a decoding step is Python and the start of kernels, not
-arithmetic. So a model's layers are compiled, once for all that do the same (`parse.local.graphs`), and on a GPU
-decoding steps are replayed as CUDA graphs. Compiling takes seconds to a minute: it happens in `warm_up`, never while a
-request is being answered, and what is not compiled then runs as it is. Where it pays:
+Where a model is small or the hardware fast, most of a decoding step is Python and the start of kernels, not arithmetic.
+Compiling takes seconds to a minute: it happens in `warm_up`, never while a request is being answered, and what is not
+compiled then runs as it is. Where it pays:
 
-    on a CPU   models up to `LARGEST` bytes: larger ones are bound by memory and take the same time
-    on a GPU   always
+    on a CPU   decoding steps of models up to `LARGEST` bytes, whole: larger ones are bound by memory and take the same
+               time. Layer by layer nothing is gained, for each call of a compiled function takes time.
+    on a GPU   always: a model's layers, once for all that do the same, and decoding steps are replayed as CUDA graphs,
+               see `parse.local.graphs`
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import Cache, PreTrainedModel
 
 from parse.layout import integers, mask_mod, visible
 from parse.local.cache import BufferLayer, PrefixCache
-from parse.local.graphs import CompiledLayers, Recorder
+from parse.local.graphs import CompiledLayers, Recorder, attending, compiled, of_any_size
 from parse.local.loading import FLEX, SLIDING, attention_types, is_distributed
 from parse.local.locks import others_idle, warming_up
 
@@ -68,10 +69,12 @@ class Compiled:
         split = is_distributed(model)  # each of its processes would compile at a moment of its own
         small = self.device.type == "cpu" and weights <= LARGEST
         self.layers = CompiledLayers(model, backend)
-        pays = not spread and not split and self.layers.are_all and (self.graph or small)
+        # the model, and the functions that it calls, stay as they are
+        self._step = compiled(_step, backend, guarded=lambda name: not name.startswith(("model", "G[")))
+        self._width = width
+        pays = not spread and not split and (small or (self.graph and self.layers.are_all))
         # FlexAttention compiles a kernel of its own for wide passes; steps take dense masks all the same
-        by_blocks = self.graph and model.config._attn_implementation == FLEX
-        self.pays = {"steps": pays, "wide": pays and not by_blocks}
+        self.pays = {"steps": pays, "wide": pays and self.graph and model.config._attn_implementation != FLEX}
         self.forms: set[Form] = set()  # what the layers are compiled for
         self._recorder = Recorder(self.device)
         self._warming: int | None = None  # the thread that warms it up
@@ -129,6 +132,8 @@ class Compiled:
             longest: keys of the longest text after the pass.
             kept: M indices of the tokens whose logits are needed.
         """
+        if with_states and not self.graph:
+            return None
         key, buffers = self._held(shape, longest, cache)
         keep = None if shape != WIDE else integers(kept).to(self.device)  # [M]
         if rows == list(range(len(rows or ()))):  # a view of the buffers, and no copy
@@ -153,14 +158,20 @@ class Compiled:
         return not self.graph or shape == WIDE or (shape, with_states) in cache.recorded
 
     def run(self, shape: Shape, arguments: Arguments, cache: PrefixCache) -> Read:
-        """One pass, by compiled layers or, for steps on a GPU, by a recorded graph."""
-        if not self.graph or shape == WIDE:
+        """One pass: compiled whole on a CPU; on a GPU by compiled layers or, for steps, by a recorded graph."""
+        if not self.graph:
+            numbers, _, key, buffers, _, _ = arguments
+            sized = [(of_any_size(keys, 0, 2), of_any_size(values, 0, 2)) for keys, values in buffers]
+            with attending(self.model):
+                step = self._step(self.model, of_any_size(numbers, 1), of_any_size(key, 0), sized, self._width)
+            return Read(step[0], following=step[1])
+        if shape == WIDE:
             with self.layers.running(wide=shape == WIDE):
                 return self._forward(self.model, *arguments)
-        key = shape, arguments[5]
-        if key not in cache.recorded:
-            cache.recorded[key] = self._record(arguments, first=not cache.recorded)
-        following, logits, *states = cache.recorded[key](arguments[0])
+        bucket = shape, arguments[5]
+        if bucket not in cache.recorded:
+            cache.recorded[bucket] = self._record(arguments, first=not cache.recorded)
+        following, logits, *states = cache.recorded[bucket](arguments[0])
         return Read(logits, tuple(states), following)
 
     def _record(self, arguments: Arguments, first: bool) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -289,6 +300,12 @@ def forward(
         likeliest = logits.argmax(-1)  # [B, 1]
         following = torch.cat([likeliest[None], numbers[1:] + (limit > 0)])  # [5, B, 1]; the idle stay where they are
     return Read(logits, output.hidden_states or (), following)
+
+
+def _step(model: PreTrainedModel, numbers: Tensor, key: Tensor, buffers: Buffers, width: int | None) -> Any:
+    """A decoding step's logits and `following`, see `Read`."""
+    read = forward(model, numbers, None, key, buffers, None, False, width)
+    return read.logits, read.following
 
 
 def masks(model: PreTrainedModel, *rows: Tensor, keys: int) -> Any:

@@ -44,7 +44,7 @@ class CompiledLayers:
         self.model, self.compiling = model, True
         self.layers = [module for module in model.modules() if type(module).__name__ in kinds]
         self._within = [[module for module in layer.modules() if module is not layer] for layer in self.layers]
-        self._run = {wide: _compiled(backend) for wide in (False, True)}
+        self._run = {wide: compiled(_forward, backend, _takes_note) for wide in (False, True)}
 
     @property
     def are_all(self) -> bool:
@@ -91,21 +91,25 @@ def _unrecorded(modules: Sequence[nn.Module]) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
-def _compiled(backend: Any) -> Callable[..., Any]:
-    """A layer's pass, to be compiled once for all layers that differ in nothing but their number.
+def compiled(function: Callable[..., Any], backend: Any, guarded: Callable[[str], bool]) -> Callable[..., Any]:
+    """A function, to be compiled in one piece when it is first called, with sizes as they are but for those marked.
 
-    A graph holds no number, for `_OneLayer` needs none, so the guard on it is left out.
+    Args:
+        guarded: whether a graph is made anew where what has this name, as of the function's arguments, is another.
     """
-    code = _forward.__code__.replace()  # one of its own, lest another model's graphs count towards this one's limit
-    own = FunctionType(code, _forward.__globals__)
-    without_number = lambda guards: [not guard.name.endswith(".layer_idx") for guard in guards]
+    code = function.__code__.replace()  # one of its own, lest another model's graphs count towards this one's limit
     return torch.compile(
-        own,
+        FunctionType(code, function.__globals__),
         fullgraph=True,
-        dynamic=False,  # but for what is marked
+        dynamic=False,
         backend=backend,
-        options={"guard_filter_fn": without_number},
+        options={"guard_filter_fn": lambda guards: [guarded(guard.name) for guard in guards]},
     )
+
+
+def _takes_note(name: str) -> bool:
+    """Layers that differ in nothing but their number are one graph, which holds no number: `_OneLayer` needs none."""
+    return not name.endswith(".layer_idx")
 
 
 def _forward(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
