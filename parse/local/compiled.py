@@ -166,7 +166,7 @@ class Compiled:
                 step = self._step(self.model, of_any_size(numbers, 1), of_any_size(key, 0), sized, self._width)
             return Read(step[0], following=step[1])
         if shape == WIDE:
-            with self.layers.running(wide=shape == WIDE):
+            with self.layers.running(wide=True):
                 return self._forward(self.model, *arguments)
         bucket = shape, arguments[5]
         if bucket not in cache.recorded:
