@@ -1,14 +1,14 @@
-"""The recipe for one's own domain, on a real chat model, with a handful of the shipped prompts."""
+"""The recipe for one's own domain, on a real chat model, with a handful of prompts."""
 
 import json
 
 import pytest
-from datasets import load_from_disk
 
 from eval.__main__ import main as evaluate
 from eval.measure import summarize
 from eval.methods import compare
 from eval.tasks import TASKS, draw_prompts
+from eval.tasks.__main__ import main as write_rows
 from eval.tasks.rows import Rows
 from parse import Engine
 from recipes.schema import Data, load_recipe, to_dict
@@ -19,30 +19,22 @@ RECIPE = "recipes/custom_domain.yaml"
 
 
 @pytest.mark.slow
-def test_a_domain_of_ones_own_from_prompts_to_evaluation(smollm, tmp_path, capsys):
-    target = smollm[0].config.name_or_path
-    few = ["answers.prompts=6", "rollouts.train=2", "rollouts.calibration=2", "rollouts.test=2", "rollouts.recheck=1"]
-    few += [
-        "eval.prompts=1",
-        "eval.warmup=0",
-        "eval.sweep_prompts=0",
-        "engine.compile=false",
-        "engine.max_new_tokens=32",
-    ]
-    few += [
-        "draft={layers: 4}",
-        "distill.trainer={max_steps: 4, per_device_train_batch_size: 2}",
-        "verifier.kind=likelihood",
-    ]
-    words = [RECIPE, f"target={target}", f"runs={tmp_path}", *few]
+@pytest.mark.usefixtures("smollm")
+def test_a_domain_of_ones_own_from_prompts_to_evaluation(tmp_path, capsys):
+    task = tmp_path / "restaurants.jsonl"
+    assert write_rows(["restaurants", str(task), "--rows", "60"]) == 0
+    few = ["answers.prompts=6", "rollouts.train=4", "rollouts.calibration=3", "rollouts.test=2", "rollouts.recheck=1"]
+    few += ["distill.trainer={max_steps: 2, per_device_train_batch_size: 2}", "verifier.probe.epochs=2"]
+    few += ["eval.prompts=1", "eval.warmup=0", "eval.sweep_prompts=0", "engine.compile=false"]
+    words = [RECIPE, f"task={task}", f"runs={tmp_path}", *few]
     assert train(words) == 0
     recipe = load_recipe(RECIPE, words[1:])
-    prompts = load_from_disk(recipe.folder / "answers")["prompt"]
-    assert prompts[0][0] == {"role": "system", "content": recipe.data.system}
+    labels = json.loads((recipe.rollouts_folder / "labels.json").read_text())
+    assert labels["labels"] == {"train": "checker", "calibration": "bisect", "test": "bisect"}
     assert evaluate(words) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["name"] for row in summary["methods"]} >= {"target", "parse"}
-    assert summary["pair"] is None
+    assert summary["pair"]["draft_layers"] == 4
 
 
 @pytest.mark.slow

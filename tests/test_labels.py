@@ -11,7 +11,7 @@ from eval.judges import Agreement, Checked, controls
 from eval.tasks import TASKS, draw_prompts, ledger, load_task
 from parse import Engine
 from parse.scheduler import run, run_together
-from recipes.schema import RecipeError, load_recipe, to_dict
+from recipes.schema import Data, RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS
 from train.labels import Labeller, bisect
 from train.rollouts import TimeBudget, _balance, first_segment, labels_of, roll_out
@@ -146,13 +146,15 @@ def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
     assert len({tuple(ids) for ids in first}) == 3
 
 
-def test_labels_come_from_the_program_only_where_it_knows_them():
+def test_labels_come_from_the_program_only_where_it_knows_them(tmp_path):
     words = ["rollouts.labels=checker"]
     assert labels_of(load_recipe(QUICK), TASKS["ledger"], "train") == "checker"
     assert labels_of(load_recipe(QUICK), TASKS["ledger"], "test") == "bisect"
     assert labels_of(load_recipe(QUICK, ["rollouts.labels=all"]), TASKS["ledger"], "train") == "all"
     assert labels_of(load_recipe(QUICK, ["rollouts.labeller=agreement"]), TASKS["ledger"], "train") == "bisect"
-    rows = load_task("recipes/data/parcels.jsonl", to_dict(load_recipe("recipes/custom_domain.yaml").data))
+    references = tmp_path / "rows.jsonl"
+    references.write_text("".join(f'{{"prompt": "{i}?", "reference": "{i}"}}\n' for i in range(40)))
+    rows = load_task(str(references), to_dict(Data()))
     assert labels_of(load_recipe(QUICK), rows, "train") == "bisect"
     with pytest.raises(RecipeError, match="has no program that knows the first wrong sentence"):
         labels_of(load_recipe(QUICK, words), rows, "train")

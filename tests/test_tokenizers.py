@@ -9,10 +9,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from eval.bench.fakes import endless
+from eval.tasks import TASKS, draw_prompts
 from parse import Engine
 from parse.text import encode_text, text_after, text_of
 from parse.verifiers import Likelihood
-from tests.conftest import ROOT, random_model
+from tests.conftest import random_model
 
 TEXTS = [
     "👩‍🚀 é e\u0301 ❤️",
@@ -42,7 +43,7 @@ def unigram():
     )
     trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
     raw.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    raw.train_from_iterator((ROOT / "recipes" / "data" / "parcels.jsonl").read_text().splitlines(), trainer)
+    raw.train_from_iterator(draw_prompts(TASKS["restaurants"], "train", 400, seed=1), trainer)
     learnt = [(piece, score) for piece, score in json.loads(raw.to_str())["model"]["vocab"]]
     every_byte = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     raw.model = models.Unigram(learnt + every_byte, unk_id=0, byte_fallback=True)
