@@ -18,17 +18,13 @@ from parse.local.loading import ATTENTION, Messages, finding, is_distributed, lo
 from parse.local.model import LocalModel
 from parse.local.runner import check_packing, embeddings
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
-from parse.round import Pair, Round
+from parse.round import NoRoom, Pair, Round
 from parse.sampling import Written
 from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
 from parse.text import eos_ids, shared_ends
 from parse.verifiers import Verifier
 from parse.verifiers.saved import load as load_verifier
-
-
-class NoRoom(ValueError):
-    """A prompt that leaves no room for an answer in a model's context."""
 
 
 class Engine:
@@ -290,21 +286,11 @@ class Engine:
         return self.scheduler.run(answer.answer())
 
     def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Round:
-        self._check_tokens("target", prompt_ids)
+        self.models["target"].check_tokens(prompt_ids)
         if "draft" in self.models:
-            self._check_tokens("draft", draft_prompt_ids)
-        budget = self._budget(prompt_ids, draft_prompt_ids, settings)
-        return Round(self.pair, prompt_ids, draft_prompt_ids, settings, budget)
-
-    def _check_tokens(self, role: str, ids: Sequence[int]) -> None:
-        """Refuse tokens that a model has no embedding for: its tokenizer was given more, and the model was not."""
-        model = self.models[role]
-        if not 0 <= min(ids, default=0) <= max(ids, default=0) < model.vocabulary:
-            raise ValueError(
-                f"a prompt holds the token {max(ids)}, and {model.runner.model.config.name_or_path} has "
-                f"{model.vocabulary}: its tokenizer has tokens that the model was not given (resize_token_embeddings), "
-                "or belongs to another model"
-            )
+            self.models["draft"].check_tokens(draft_prompt_ids)
+        room = self.pair.room(len(prompt_ids), len(draft_prompt_ids), settings)
+        return Round(self.pair, prompt_ids, draft_prompt_ids, settings, room)
 
     def verify(
         self,
@@ -323,7 +309,7 @@ class Engine:
         """
         if not prompt_ids or not ends:
             raise ValueError(f"verify takes a prompt and prefix ends: {len(prompt_ids)} tokens, {len(ends)} ends")
-        self._check_tokens("target", [*prompt_ids, *draft_ids])
+        self.models["target"].check_tokens([*prompt_ids, *draft_ids])
         verifier = verifier or self.need_verifier()
         self._warm_up_first(1)
 
@@ -405,25 +391,6 @@ class Engine:
                 "target's: use 0, or a draft with the same tokenizer"
             )
         return settings
-
-    def _budget(self, prompt_ids: Sequence[int], draft_prompt_ids: Sequence[int], settings: Settings) -> int:
-        """New tokens that fit: the request's own limit, or what the contexts leave of which the answer needs all."""
-        room = settings.max_new_tokens
-        suffix = len(self.verifier.needs.suffix_ids) if self.verifier and settings.method == "parse" else 0
-        needed = {"target": (len(prompt_ids), suffix)}
-        if settings.method == "draft" or settings.lookahead:  # else the target goes on where the draft's context ends
-            needed["draft"] = len(draft_prompt_ids), 0
-        for role, (prompt, verdict) in needed.items():
-            longest = self.models[role].context_length
-            if longest is not None:
-                room = min(room, longest - prompt - verdict)
-            if room < 1:
-                asking = f", a verdict takes {verdict}," if verdict else ""
-                raise NoRoom(
-                    f"the prompt has {prompt} tokens{asking} and the context of the {role} holds {longest}, which "
-                    "leaves no room for an answer: shorten the prompt"
-                )
-        return room
 
 
 def _tokenizer(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedTokenizerBase:

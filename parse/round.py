@@ -25,6 +25,10 @@ from parse.text import certain_text, encode_continuation, find_stop, text_after,
 from parse.verifiers import Verifier
 
 
+class NoRoom(ValueError):
+    """A prompt that leaves no room for an answer in a model's context."""
+
+
 @dataclass
 class Pair:
     """The models that answer together, and how drafts are cut and judged."""
@@ -52,6 +56,32 @@ class Pair:
                 f"the verifier {verifier.kind!r} needs {', '.join(missing)}, and this target gives {given}: use "
                 "another kind of verifier, or a target on this machine"
             )
+
+    def room(self, prompt: int, draft_prompt: int, settings: Settings) -> int:
+        """New tokens that fit: the request's own limit, or what the contexts leave of which the answer needs all.
+
+        Args:
+            prompt, draft_prompt: tokens of the prompt, the target's and the draft's.
+
+        Raises:
+            NoRoom: where there is room for none.
+        """
+        verdict = len(self.verifier.needs.suffix_ids) if self.verifier and settings.method == "parse" else 0
+        needed = [("target", self.target, prompt, verdict)]
+        if settings.method == "draft" or settings.lookahead:  # else the target goes on where the draft's context ends
+            assert self.draft is not None
+            needed.append(("draft", self.draft, draft_prompt, 0))
+        room = settings.max_new_tokens
+        for role, model, tokens, more in needed:
+            if model.context_length is not None:
+                room = min(room, model.context_length - tokens - more)
+            if room < 1:
+                asking = f", a verdict takes {more}," if more else ""
+                raise NoRoom(
+                    f"the prompt has {tokens} tokens{asking} and the context of the {role} holds "
+                    f"{model.context_length}, which leaves no room for an answer: shorten the prompt"
+                )
+        return room
 
     @property
     def draft_tokenizer(self) -> Any:

@@ -42,3 +42,13 @@ def test_the_assistant_may_have_other_tokens(smollm):
     expected = engine.generate([prompt], 12, method="target")
     answers = TransformersGenerate(engine, assisted=True).generate([prompt], 12)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+
+
+def test_what_a_generation_config_asks_for_is_left_out_as_by_the_engine(engine, monkeypatch):
+    expected = engine.generate(PROMPTS[:1], 40, method="target")
+    monkeypatch.setattr(engine.target.generation_config, "repetition_penalty", 3.0)
+    monkeypatch.setattr(engine.target.generation_config, "num_beams", 2)
+    for assisted in (False, True):
+        answers = TransformersGenerate(engine, assisted).generate(PROMPTS[:1], 40)
+        assert answers[0].token_ids == expected[0].token_ids
+    assert engine.target.generation_config.num_beams == 2

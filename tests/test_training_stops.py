@@ -4,6 +4,8 @@ import math
 import random
 import re
 import signal
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,25 +26,34 @@ class Stopped(Exception):
     pass
 
 
+def kill():
+    raise Stopped
+
+
+@contextmanager
+def acting_at(number, act):
+    """Do something as the training takes the step after so many."""
+    step = Guarded.training_step
+
+    def acting(self, *rest):
+        if self.state.global_step == number:
+            act()
+        return step(self, *rest)
+
+    with patch.object(Guarded, "training_step", acting):
+        yield
+
+
 @pytest.mark.parametrize("method", ["sequence", "logits", "on_policy"])
 @pytest.mark.parametrize("at", [3, 5])
-def test_a_killed_training_goes_on_and_comes_out_the_same(begin, method, at, monkeypatch):
+def test_a_killed_training_goes_on_and_comes_out_the_same(begin, method, at):
     """Stopped after a checkpoint or between two: the losses and the weights are those of a run that was not."""
     steps = "{max_steps: 8, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, save_steps: 3}"
     words = [f"distill.trainer={steps}", f"distill.method={method}", "engine.max_new_tokens=30"]
     whole = distilled(begin(*words, "name=whole"))
-    step = Guarded.training_step
-
-    def stopping(self, *rest):
-        if self.state.global_step == at:
-            raise Stopped
-        return step(self, *rest)
-
     recipe = begin(*words, "name=stopped")
-    with monkeypatch.context() as patch:
-        patch.setattr(Guarded, "training_step", stopping)
-        with pytest.raises(Stopped):
-            distilled(recipe)
+    with acting_at(at, kill), pytest.raises(Stopped):
+        distilled(recipe)
     assert not (recipe.folder / "draft").exists()
     torn = recipe.folder / ".draft.part" / ".kept" / "checkpoints" / "checkpoint-7"
     torn.mkdir()
@@ -54,21 +65,13 @@ def test_a_killed_training_goes_on_and_comes_out_the_same(begin, method, at, mon
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_not_continued_from(begin, monkeypatch, capsys, file, damage):
+def test_a_damaged_checkpoint_is_not_continued_from(begin, capsys, file, damage):
     words = ["distill.trainer={max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, "]
     words = [words[0] + "save_steps: 1, save_total_limit: 2}", "distill.lora=null"]
     whole = distilled(begin(*words, "name=whole"))
-    step, recipe = Guarded.training_step, begin(*words, "name=stopped")
-
-    def stopping(self, *rest):
-        if self.state.global_step == 3:
-            raise Stopped
-        return step(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Guarded, "training_step", stopping)
-        with pytest.raises(Stopped):
-            distilled(recipe)
+    recipe = begin(*words, "name=stopped")
+    with acting_at(3, kill), pytest.raises(Stopped):
+        distilled(recipe)
     path = recipe.folder / ".draft.part" / ".kept" / "checkpoints" / "checkpoint-3" / file
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-20])
     (path.parent.parent / "checkpoint-abc").mkdir()
@@ -94,8 +97,8 @@ def test_a_finished_checkpoint_is_saved_and_never_trained_on(begin, monkeypatch,
         save(self, *rest, _internal_call=True)
 
     recipe = begin(*words, "name=stopped")
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_model", killed)
+    with monkeypatch.context() as later:
+        later.setattr(Trainer, "save_model", killed)
         with pytest.raises(Stopped):
             distilled(recipe)
     steps_taken = []
@@ -108,21 +111,12 @@ def test_a_finished_checkpoint_is_saved_and_never_trained_on(begin, monkeypatch,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_by_the_user_saves_first(begin, monkeypatch, number):
+def test_a_stop_by_the_user_saves_first(begin, number):
     words = ["distill.trainer={max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1}"]
     whole = distilled(begin(*words, "name=whole"))
-    step = Guarded.training_step
-
-    def interrupted(self, *rest):
-        if self.state.global_step == 3:
-            signal.raise_signal(number)
-        return step(self, *rest)
-
     recipe = begin(*words, "name=stopped")
-    with monkeypatch.context() as patch:
-        patch.setattr(Guarded, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            distilled(recipe)
+    with acting_at(3, lambda: signal.raise_signal(number)), pytest.raises(KeyboardInterrupt):
+        distilled(recipe)
     assert (recipe.folder / ".draft.part" / ".kept" / "checkpoints" / "checkpoint-4").is_dir()
     folder = distilled(recipe)
     assert losses(folder) == losses(whole)

@@ -161,9 +161,11 @@ class Compiled:
         """One pass: compiled whole on a CPU; on a GPU by compiled layers or, for steps, by a recorded graph."""
         if not self.graph:
             numbers, _, key, buffers, _, _ = arguments
-            sized = [(of_any_size(keys, 0, 2), of_any_size(values, 0, 2)) for keys, values in buffers]
+            if self._warming:  # the sizes of what is compiled now are marked, and found marked in its graph
+                numbers, key = of_any_size(numbers, 1), of_any_size(key, 0)
+                buffers = [(of_any_size(keys, 0, 2), of_any_size(values, 0, 2)) for keys, values in buffers]
             with attending(self.model):
-                step = self._step(self.model, of_any_size(numbers, 1), of_any_size(key, 0), sized, self._width)
+                step = self._step(self.model, numbers, key, buffers, self._width)
             return Read(step[0], following=step[1])
         if shape == WIDE:
             with self.layers.running(wide=True):
@@ -217,8 +219,7 @@ class Compiled:
     ) -> Read | None:
         """Go on without the compiler: steps on a GPU are recorded as they are, all else runs eagerly."""
         again = self.graph and shape != WIDE and self.layers.compiling
-        for kind in ("wide",) if self.graph and shape == WIDE else ("steps",) if self.graph else ("wide", "steps"):
-            self.pays[kind] = again
+        self.pays["wide" if shape == WIDE else "steps"] = again
         self.layers.compiling = False
         self._recorder = Recorder(self.device)  # with memory of its own: the last one's may hold half a graph
         how = "its steps are recorded as they are" if again else "it runs without"

@@ -68,6 +68,15 @@ class LocalModel:
         """Where its first weights lie."""
         return self.runner.model.device
 
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model has no embedding for: its tokenizer was given more, and the model was not."""
+        if not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocabulary:
+            raise ValueError(
+                f"a prompt holds the token {max(ids)}, and {self.runner.model.config.name_or_path} has "
+                f"{self.vocabulary}: its tokenizer has tokens that the model was not given (resize_token_embeddings), "
+                "or belongs to another model"
+            )
+
     def open(self, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> LocalSequence:
         """A sequence that begins with a prompt; see `parse.model.Model`."""
         return LocalSequence(self, prompt_ids, layers)
