@@ -170,11 +170,9 @@ class Rollouts:
     rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
     drafts: Count = 2  # of each training prompt: the greedy one, and others by sampling
     negatives: Whole = 1  # of each right one of these, with a fault that the task makes, where it can
-    labels: Literal["auto", "checker", "bisect", "all"] = (
-        "auto"  # "checker": of training prompts by the task's program,
-    )
-    # where it knows the first wrong sentence, which costs the target next to nothing; it is "auto" there, and else
-    # "bisect". Those of calibration and test are by the target's ways on: "all" asks about every prefix
+    labels: Literal["auto", "checker", "bisect", "all"] = "auto"  # "checker": by the task's program, where it knows the
+    # first wrong sentence, which costs the target next to nothing; "bisect" and "all" by the target's ways on, "all"
+    # from every prefix. "auto" is "checker" for training prompts where the program knows, and else "bisect"
     labeller: Literal["auto", "task", "agreement"] = "auto"  # "task", its checker, where it has one; else "agreement":
     # the target compares with its own answer
     samples: Count = 1  # ways on from a prefix, of which the most decide; 1 is greedy

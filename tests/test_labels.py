@@ -150,6 +150,7 @@ def test_labels_come_from_the_program_only_where_it_knows_them(tmp_path):
     words = ["rollouts.labels=checker"]
     assert labels_of(load_recipe(QUICK), TASKS["ledger"], "train") == "checker"
     assert labels_of(load_recipe(QUICK), TASKS["ledger"], "test") == "bisect"
+    assert labels_of(load_recipe(QUICK, words), TASKS["ledger"], "calibration") == "checker"
     assert labels_of(load_recipe(QUICK, ["rollouts.labels=all"]), TASKS["ledger"], "train") == "all"
     assert labels_of(load_recipe(QUICK, ["rollouts.labeller=agreement"]), TASKS["ledger"], "train") == "bisect"
     references = tmp_path / "rows.jsonl"

@@ -221,6 +221,30 @@ def test_peoples_texts_become_right_answers_of_the_training_split(folder):
     assert list(people(hub, 10, seed=0)) == rows[:10]
 
 
+def test_right_paragraphs_of_answers_are_mixed_anew_with_other_values(folder, tmp_path, capsys):
+    rows = list(people(rows_of(folder), 20, seed=0))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, some in zip(files, (rows[:10], rows[10:]), strict=True):
+        lines = (json.dumps({"prompt": prompt, "reference": answer}) for prompt, answer in some)
+        file.write_text("\n".join(lines), encoding="utf-8")
+    with files[0].open("a", encoding="utf-8") as file:
+        wrong = {"prompt": rows[0][0], "reference": "1. Nowhere is a nightclub with Martian food."}
+        file.write("\n" + json.dumps(wrong))
+    out = tmp_path / "mixed.jsonl"
+    assert main([str(out), "--mix", *map(str, files), "--rows", "40"]) == 0
+    mixed = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(mixed) == 40
+    assert all(check(row["prompt"], row["reference"]) and "Martian" not in row["reference"] for row in mixed)
+    assert {split_of(place) for row in mixed for place in read_prompt(row["prompt"])} == {"train"}
+    assert len({row["prompt"] for row in mixed} - {prompt for prompt, _ in rows}) == 40
+    files[0].write_text('{"text": "x"}')
+    assert main([str(out), "--mix", str(files[0])]) == 2
+    assert "--mix takes JSONL files of rows with `prompt` and `reference`" in capsys.readouterr().err
+    files[0].write_text(json.dumps(wrong))
+    assert main([str(out), "--mix", str(files[0])]) == 2
+    assert "none of the rows holds a paragraph that is right" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "old", "new", "expected"),
     [

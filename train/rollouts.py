@@ -66,7 +66,7 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
             for sample in range(section.drafts if split == "train" else 1):
                 count = 1 if sample else section.rounds  # what is sampled the engine would not repair
                 rounds += await roll_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
-            if labels == "checker":
+            if split == "train" and labels == "checker":
                 rounds += [fault for row in rounds for fault in with_faults(labeller, prompt, row, section.negatives)]
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
@@ -121,7 +121,7 @@ def labels_of(recipe: Recipe, task: Task, split: str) -> str:
             "answer, or rollouts.labeller leaves it out, or drafts are cut within sentences (segments or "
             "engine.horizon is a number): use bisect"
         )
-    if split == "train" and knows and labels in ("auto", "checker"):
+    if labels == "checker" or (split == "train" and knows and labels == "auto"):
         return "checker"
     return "all" if labels == "all" else "bisect"
 

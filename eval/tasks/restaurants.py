@@ -265,6 +265,33 @@ def people(rows: Iterable[Mapping[str, str]], count: int, seed: int) -> Iterator
     ]
     if not described:
         raise ValueError("none of the rows holds a description that is right: are they those of the E2E NLG data?")
+    return _mixed(described, count, seed)
+
+
+def retold(rows: Iterable[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Prompts, and answers made of the right paragraphs of other answers: as `people`, in a model's own manner.
+
+    Args:
+        rows: prompts of the task and answers to them.
+        count: how many.
+        seed: of the draws.
+
+    Raises:
+        ValueError: where no paragraph is right.
+    """
+    told = [
+        (place, text) for prompt, answer in rows for place, text in _told(prompt, answer) if not _wrong(place, text)
+    ]
+    if not told:
+        raise ValueError("none of the rows holds a paragraph that is right: are they prompts and answers of this task?")
+    return _mixed(told, count, seed)
+
+
+def _told(prompt: str, answer: str) -> Iterator[tuple[Place, str]]:
+    return zip(read_prompt(prompt), (text for _, text in _paragraphs(answer)), strict=False)
+
+
+def _mixed(described: Sequence[tuple[Place, str]], count: int, seed: int) -> Iterator[tuple[str, str]]:
     rng = random.Random(f"people {seed}")
     alike: dict[frozenset[str], list[tuple[Place, str]]] = {}  # by their attributes
     for place, text in described:
