@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from eval.judges import Checked
 from eval.tasks import TASKS, draw_prompts, load_task, restaurants
 from eval.tasks.__main__ import main as write_rows
-from eval.tasks.restaurants import best_of, check, first_wrong, people, prompt_text, read_prompt, rows_of, split_of
+from eval.tasks.restaurants import check, first_wrong, is_wrong, prompt_text, read_prompt, split_of
 from eval.tasks.wordings import NAMES, NEAR, stated
 from parse import Engine
 from recipes.schema import Data, to_dict
 from recipes.vocabulary import byte_level_tokenizer
 from tests.conftest import random_model
+from train import people as texts
 from train.labels import Labeller
-from train.people import main
+from train.people import best_of, main, people, rows_of
 from train.rollouts import with_faults
 
 MILL = {"name": "The Mill", "type": "coffee shop", "food": "Chinese", "price": "cheap", "rating": "5 out of 5"}
@@ -256,14 +257,14 @@ def test_right_paragraphs_of_answers_are_mixed_anew_with_other_values(folder, tm
     ],
 )
 def test_values_are_exchanged_with_their_articles(text, old, new, expected):
-    assert restaurants._exchanged(text, old, new) == expected
+    assert texts._exchanged(text, old, new) == expected
 
 
 def test_a_set_lists_its_attributes_as_its_text_states_them():
     place = {"name": "Cocum", "type": "pub", "food": "Indian", "price": "cheap", "near": "Ranch"}
     text = "Near Ranch you pay little at Cocum, a cheap pub. Its food is Indian."
-    assert list(restaurants._in_order(place, text)) == ["name", "near", "price", "type", "food"]
-    assert restaurants.prompt_text([restaurants._in_order(place, text)]).endswith(
+    assert list(texts._in_order(place, text)) == ["name", "near", "price", "type", "food"]
+    assert restaurants.prompt_text([texts._in_order(place, text)]).endswith(
         "1. Cocum; near Ranch; price: cheap; pub; food: Indian"
     )
 
@@ -272,8 +273,8 @@ def test_a_set_lists_its_attributes_as_its_text_states_them():
 def test_what_is_exchanged_in_a_text_is_exchanged_in_its_set(seed):
     place = {"name": "Cocum", "type": "pub", "food": "Indian", "price": "less than £20", "rating": "low"}
     text = "Cocum is an Indian pub where you pay less than £20. It has a low customer rating."
-    other, varied = restaurants._varied(place, text, random.Random(seed))
-    assert not restaurants._wrong(other, varied)
+    other, varied = texts._varied(place, text, random.Random(seed))
+    assert not is_wrong(other, varied)
     assert other["price"] in ("less than £20", "£20-25", "more than £30")
     assert other["rating"] in ("low", "average", "high")
     assert "a Indian" not in varied
