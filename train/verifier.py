@@ -8,6 +8,7 @@ worth is measured on the test prompts: no number vouches for a choice that it ha
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ from train.verifier_training import AdapterModule, Log, acceptable, fit
 
 HELD_OUT = (1 / 6, 1 / 3)  # of the training prompts, at least and at most, decide on epochs, layers and kinds
 FEWEST = 2  # of them to make up the promised loss, where there are enough
+ENOUGH_RIGHT, FEW_RIGHT = 1.5, 500  # right drafts to learn from for each wrong one, and those that are never too many
 TIMED = 10  # drafts on which a verdict's cost is measured
 
 Scores = dict[str, list[Scored]]  # by split, of all processes
@@ -161,6 +163,7 @@ def train_kinds(
     folder = kept / "evidence" / of_values([layers, attentive])[:12]
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
+    usable["train"] = _enough(usable["train"])
     train_set, held_out = (
         gather(
             engine,
@@ -183,6 +186,16 @@ def train_kinds(
     if "adapter" in wanted:
         kinds["adapter"] = train_adapter(engine, train_set, held_out, section.adapter, max_accuracy_loss, log)
     return Trained(kinds, curve)
+
+
+def _enough(drafts: list[Draft]) -> list[Draft]:
+    """All drafts that go wrong, and not many more of the right ones: each costs a pass of the target."""
+    wrong = sum(not all(draft.valid) for draft in drafts)
+    right = [i for i, draft in enumerate(drafts) if all(draft.valid)]
+    left_out = {
+        *random.Random(len(right)).sample(right, max(0, len(right) - max(int(ENOUGH_RIGHT * wrong), FEW_RIGHT)))
+    }
+    return [draft for i, draft in enumerate(drafts) if i not in left_out]
 
 
 def train_adapter(
