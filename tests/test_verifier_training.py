@@ -1,6 +1,7 @@
 """Trained verifiers: what learns, what is saved and loaded, and what stays as it was."""
 
 import dataclasses
+import random
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from tests.conftest import fresh_context, random_adapter, verify_prefixes
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.evidence import up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve
-from train.verifier import choose, held_out_every, labelled
+from train.verifier import choose, enough_of, held_out_every, labelled
 from train.verifier_training import AdapterModule, ProbeModule, fit
 
 
@@ -50,6 +51,18 @@ def test_training_asks_up_to_the_first_invalid_cut():
     )
     right = Draft([1], [5, 6], [1, 2], True, [True, True])
     assert up_to_first_invalid(right) == right
+
+
+@pytest.mark.parametrize(("wrong", "right", "kept"), [(400, 2000, 600), (10, 2000, 500), (400, 300, 300), (0, 0, 0)])
+def test_every_draft_that_goes_wrong_is_learnt_from_and_not_many_more_of_the_right_ones(wrong, right, kept):
+    drafts = [Draft([1], [2, 3], [1, 2], True, [True, n >= wrong], number=n) for n in range(wrong + right)]
+    random.Random(0).shuffle(drafts)
+    chosen = enough_of(drafts)
+    assert sum(not all(draft.valid) for draft in chosen) == wrong
+    assert sum(all(draft.valid) for draft in chosen) == kept
+    order = [draft.number for draft in chosen]
+    assert order == [draft.number for draft in drafts if draft.number in {*order}]
+    assert chosen == enough_of(drafts)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -163,7 +163,7 @@ def train_kinds(
     folder = kept / "evidence" / of_values([layers, attentive])[:12]
     # where the target is wrong by itself, the labels say nothing of the draft
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
-    usable["train"] = _enough(usable["train"])
+    usable["train"] = enough_of(usable["train"])
     train_set, held_out = (
         gather(
             engine,
@@ -188,13 +188,12 @@ def train_kinds(
     return Trained(kinds, curve)
 
 
-def _enough(drafts: list[Draft]) -> list[Draft]:
+def enough_of(drafts: list[Draft]) -> list[Draft]:
     """All drafts that go wrong, and not many more of the right ones: each costs a pass of the target."""
     wrong = sum(not all(draft.valid) for draft in drafts)
     right = [i for i, draft in enumerate(drafts) if all(draft.valid)]
-    left_out = {
-        *random.Random(len(right)).sample(right, max(0, len(right) - max(int(ENOUGH_RIGHT * wrong), FEW_RIGHT)))
-    }
+    enough = max(int(ENOUGH_RIGHT * wrong), FEW_RIGHT)
+    left_out = {*random.Random(len(right)).sample(right, max(0, len(right) - enough))}
     return [draft for i, draft in enumerate(drafts) if i not in left_out]
 
 
