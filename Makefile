@@ -1,5 +1,5 @@
 # make quickstart   train a draft and a verifier on the embedded pair, then measure PARSE against the target alone
-# make restaurants  the same for a real chat model and people's language, in an hour and a half or more
+# make restaurants  the same for a real chat model and people's language, in more than an hour
 # make test         the tests that take minutes together
 # make slow         those that take longer: the whole chain, kills, two processes, real models
 # make smollm2      a real chat model of 135M parameters as a folder, .venv/SmolLM2-135M-Instruct.Q4_1

@@ -224,10 +224,7 @@ def _repaired(engine: Engine, given: Drafted, label: Labels) -> list[int] | None
 
 
 def with_faults(labeller: Labeller, prompt: Prompt, row: Row, count: int) -> list[Row]:
-    """A whole draft that is right, with a fault in each copy, where the task makes them; see `eval.tasks.Task`.
-
-    It is cut before the fault too, so that what is learnt is which token is wrong, not only which sentence.
-    """
+    """A whole draft that is right, with a fault in each copy, where the task makes them; see `eval.tasks.Task`."""
     if not row["ended"] or row["prefix_ids"] or not all(row["valid"]):
         return []
     assert isinstance(labeller.judge, Checked)
@@ -239,9 +236,8 @@ def with_faults(labeller: Labeller, prompt: Prompt, row: Row, count: int) -> lis
         if text is None:
             continue
         ids = encode_continuation(text, tokenizer)
-        fault = next((i for i, (own, other) in enumerate(zip(ids, row["draft_ids"], strict=False)) if own != other), 0)
-        ends = sorted({*cut(ids, tokenizer, labeller.engine.segments), *([fault] if fault else [])})
-        valid = [end == fault or labeller.first_wrong(prompt, text_of(ids[:end], tokenizer)) is None for end in ends]
+        ends = cut(ids, tokenizer, labeller.engine.segments)
+        valid = [labeller.first_wrong(prompt, text_of(ids[:end], tokenizer)) is None for end in ends]
         valid[-1] = False  # what was left out is missing at the end
         rows.append({**row, "met": False, "draft_ids": ids, "ends": ends, "valid": valid, "continuation_ids": []})
     return rows
