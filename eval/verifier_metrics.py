@@ -36,10 +36,10 @@ class Draft:
     ends: list[int]  # K
     ended: bool
     valid: list[bool]  # K
-    target_right: bool = True  # whether the target gets there from where the draft began, so that something can be lost
+    target_right: bool = True  # from where the draft began or a valid prefix of it, so that something can be lost
     number: int = 0  # of the prompt
     round: int = 0  # above 0 after the target's repair of an earlier draft of the prompt
-    met: bool = True  # in the engine; False for those that are sampled, or have a fault put in, to learn from
+    met: bool = True  # in the engine; False for those of disturbed copies, or with a fault put in, to learn from
 
 
 @dataclass(frozen=True)
@@ -112,24 +112,27 @@ async def _draft_logits(model: LocalModel, draft: Draft) -> Tensor:
     return logits[: len(draft.ids) + draft.ended]
 
 
-def all_needs(engine: Engine, layers: tuple[int, ...] = (), context_states: bool = False) -> Needs:
+def all_needs(engine: Engine, layers: tuple[int, ...] = (), context_states: bool = False, asking: bool = True) -> Needs:
     """What every kind but the adapter needs, in one pass.
 
     The draft's own positions cannot see the suffixes, so the `prompt` kind's do not touch what the others read.
+
+    Args:
+        asking: for the `prompt` kind too, whose suffixes are most of such a pass.
     """
-    asking = PromptVerifier.if_possible(engine.tokenizer)
-    suffix_ids = asking.needs.suffix_ids if asking else ()
+    prompt = PromptVerifier.if_possible(engine.tokenizer) if asking else None
+    suffix_ids = prompt.needs.suffix_ids if prompt else ()
     return Needs(token_logprobs=True, layers=layers, context_states=context_states, suffix_ids=suffix_ids)
 
 
-def untrained_kinds(engine: Engine) -> dict[str, Verifier]:
-    """Every kind that needs no training, by its name in reports."""
+def untrained_kinds(engine: Engine, asking: bool = True) -> dict[str, Verifier]:
+    """Every kind that needs no training, by its name in reports; `prompt` only if `asking`, where it is possible."""
     kinds: dict[str, Verifier] = {}
     for free in (Likelihood, Divergence) if _comparable(engine) else (Likelihood,):
         for rule, scope in itertools.product(("mean", "lowest"), ("segment", "prefix")):
             kinds[f"{free.kind} {rule} {scope}"] = free(rule, scope)
-    if asking := PromptVerifier.if_possible(engine.tokenizer):
-        kinds["prompt"] = asking
+    if asking and (prompt := PromptVerifier.if_possible(engine.tokenizer)):
+        kinds["prompt"] = prompt
     return kinds
 
 
@@ -149,10 +152,14 @@ def known_cuts(valid: Sequence[bool]) -> int:
 
 
 def judgements(scored: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence and validity of every known cut: float and bool [n]."""
+    """Confidence and validity of every known cut: float and bool [n].
+
+    Drafts with which nothing can be lost, as the target errs there too, are left out.
+    """
     pairs = [
         pair
         for one in scored
+        if one.draft.target_right
         for pair in list(zip(one.confidences, one.draft.valid, strict=True))[: known_cuts(one.draft.valid)]
     ]
     return np.array([confidence for confidence, _ in pairs]), np.array([valid for _, valid in pairs], dtype=bool)
@@ -164,7 +171,7 @@ def keeps(one: Scored, threshold: float, policy: str = "first_fail") -> int:
 
 
 def loses(draft: Draft, kept: int) -> bool:
-    """Whether keeping so many cuts of the draft makes an answer wrong that the target had got right."""
+    """Whether keeping so many cuts of the draft makes an answer wrong that the target would have got right."""
     return draft.target_right and kept > 0 and not draft.valid[kept - 1]
 
 
@@ -176,6 +183,8 @@ def accuracy_loss(scored: Sequence[Scored], threshold: float, policy: str = "fir
 
 def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fail") -> dict[str, float]:
     """A verifier's figures at a threshold.
+
+    Drafts that go wrong where the target errs too count in the accepted fractions alone: nothing is lost with them.
 
     Returns:
         `auc`; `false_accept_rate` of the invalid and `false_reject_rate` of the valid cuts; `first_error_f1`, the
@@ -189,7 +198,8 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
     found: dict[bool, list[bool]] = {True: [], False: []}  # by whether the draft is wrong
     for one in scored:
         ends, labels = [0, *one.draft.ends], one.draft.valid
-        found[not all(labels)].append(accept(one.confidences, threshold) == valid_cuts(labels))
+        if one.draft.target_right:
+            found[not all(labels)].append(accept(one.confidences, threshold) == valid_cuts(labels))
         accepted += ends[keeps(one, threshold, policy)]
         oracle += ends[valid_cuts(labels)]
         total += ends[-1]
@@ -203,8 +213,14 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         "accepted_fraction": accepted / total,
         "oracle_accepted_fraction": oracle / total,
         "accuracy_loss": accuracy_loss(scored, threshold, policy),
-        "ece": sum(share * abs(stated - true) for share, stated, true in reliability(confidences, valid)),
+        "ece": _calibration_error(confidences, valid),
     }
+
+
+def _calibration_error(confidences: np.ndarray, valid: np.ndarray) -> float:
+    if not len(valid):
+        return float("nan")
+    return sum(share * abs(stated - true) for share, stated, true in reliability(confidences, valid))
 
 
 def reliability(confidences: np.ndarray, valid: np.ndarray) -> list[tuple[float, float, float]]:

@@ -157,7 +157,7 @@ def _roc(scored: Sequence[Scored]) -> Curve:
 
 def _losses(scored: Sequence[Scored]) -> Curve:
     """Accuracy lost and share of the drafts' tokens accepted, over thresholds."""
-    confidences = np.unique(judgements(scored)[0])
+    confidences = np.unique([confidence for one in scored for confidence in one.confidences])
     chosen = confidences[np.linspace(0, len(confidences) - 1, POINTS).astype(int)]
     total = sum(one.draft.ends[-1] for one in scored)
     kept = [sum([0, *one.draft.ends][keeps(one, t)] for one in scored) / total for t in chosen]

@@ -168,11 +168,12 @@ class Rollouts:
     test: Count = 400  # prompts on which the verifier is measured
     minutes: Minutes | None = 60  # after which no other training prompt is taken up; they come last
     rounds: Count = 8  # the target repairs fewer drafts of a prompt than that
-    drafts: Count = 2  # of each training prompt: the greedy one, and others by sampling
-    negatives: Whole = 1  # of each right one of these, with a fault that the task makes, where it can
+    drafts: Count = 3  # of each training prompt: one by the draft itself, the others by disturbed copies of it, which
+    # err more often
+    negatives: Whole = 0  # copies of each right one by the draft itself, with a fault that the task makes, where it can
     labels: Literal["auto", "checker", "bisect", "all"] = "auto"  # "checker": by the task's program, where it knows the
-    # first wrong sentence, which costs the target next to nothing; "bisect" and "all" by the target's ways on, "all"
-    # from every prefix. "auto" is "checker" for training prompts where the program knows, and else "bisect"
+    # first wrong sentence, which costs one way on of the target for each wrong draft; "bisect" and "all" by its ways
+    # on, "all" from every prefix. "auto" is "checker" for training prompts where the program knows, else "bisect"
     labeller: Literal["auto", "task", "agreement"] = "auto"  # "task", its checker, where it has one; else "agreement":
     # the target compares with its own answer
     samples: Count = 1  # ways on from a prefix, of which the most decide; 1 is greedy

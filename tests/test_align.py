@@ -33,7 +33,7 @@ def aligned(begin):
             ends = [i + 1 for i, token in enumerate(engine.tokenizer.convert_ids_to_tokens(ids)) if token == "."]
             rows.append(
                 {"split": "train", "number": number, "round": 0, "prompt": prompt, "prefix_ids": [], "draft_ids": ids}
-                | {"prompt_ids": engine.encode(prompt), "ended": True, "ends": ends, "target_right": True}
+                | {"prompt_ids": engine.encode(prompt), "ended": True, "ends": ends, "target_right": True, "met": True}
                 | {"valid": [True] + [False] * (len(ends) - 1), "continuation_ids": good}
             )
         adopt(recipe, distill=Path(recipe.draft), rollouts=Dataset.from_list(rows))

@@ -101,6 +101,18 @@ def test_nothing_is_lost_where_the_target_is_wrong_by_itself():
     assert smallest(data, 0.01) == 0.0
 
 
+def test_figures_leave_out_what_the_target_gets_wrong_too():
+    """But for the tokens accepted: those drafts are met as well."""
+    data = [scored([0.9, 0.7], [True, True]), scored([0.8, 0.2], [True, False]), scored([0.6], [True])]
+    lost = scored([0.95, 0.9], [True, False], target_right=False)
+    figures, alone = measure([*data, lost], 0.5), measure(data, 0.5)
+    for key in ("auc", "false_accept_rate", "false_reject_rate", "first_error_f1", "ece", "accuracy_loss"):
+        assert figures[key] == alone[key], key
+    assert figures["accepted_fraction"] == pytest.approx((2 + 1 + 1 + 2) / 7)
+    assert alone["accepted_fraction"] == pytest.approx(4 / 5)
+    assert all(math.isnan(measure([lost], 0.5)[key]) for key in ("auc", "ece"))
+
+
 def test_a_verifier_that_tells_right_from_wrong_is_not_let_down_to_what_may_be_lost():
     data = [scored([0.9, 0.8], [True, True], number=i) for i in range(297)]
     data += [scored([0.9, 0.8, c], [True, True, False], number=int(10000 * c)) for c in (0.1, 0.2, 0.3)]

@@ -26,13 +26,16 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(tmp_path, capsys):
     assert write_rows(["restaurants", str(task), "--rows", "60"]) == 0
     few = ["answers.prompts=6", "rollouts.train=4", "rollouts.calibration=3", "rollouts.test=2", "rollouts.recheck=1"]
     few += ["distill.trainer={max_steps: 2, per_device_train_batch_size: 2}", "verifier.probe.epochs=2"]
+    few += ["rollouts.drafts=2", "rollouts.negatives=1"]
     few += ["eval.prompts=1", "eval.warmup=0", "eval.sweep_prompts=0", "engine.compile=false"]
     words = [RECIPE, f"task={task}", f"runs={tmp_path}", *few]
     assert train(words) == 0
     recipe = load_recipe(RECIPE, words[1:])
     labels = json.loads((recipe.rollouts_folder / "labels.json").read_text())
     assert {*labels["labels"].values()} == {"checker"}
+    assert len(labels["noise_levels"]) == 1
     rows = load_from_disk(recipe.rollouts_folder)
+    assert any(not row["met"] for row in rows)
     assert any(all(row["valid"]) for row in rows if row["split"] != "train")  # into which a fault could have been put
     assert all(row["met"] for row in rows if row["split"] != "train")
     assert evaluate(words) == 0

@@ -13,6 +13,7 @@ from parse import Engine
 from parse.scheduler import run, run_together
 from recipes.schema import Data, RecipeError, load_recipe, to_dict
 from tests.conftest import MODELS
+from train.disturbed import disturbed
 from train.labels import Labeller, bisect
 from train.rollouts import TimeBudget, _balance, first_segment, labels_of, roll_out
 
@@ -116,11 +117,21 @@ def test_a_target_compares_answers_where_there_is_no_checker(smollm):
     assert run(agreement.is_right(prompts[0], agreement.references[prompts[0]]))  # its own words
 
 
-def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alone(engine):
+class Counting(Labeller):
+    """Counts the target's ways on."""
+
+    finished = 0
+
+    async def finish(self, *arguments):
+        self.finished += 1
+        return await super().finish(*arguments)
+
+
+def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_ways_on_alone(engine):
     """The shipped target finishes every right prefix rightly, so both know the same drafts, repairs and labels."""
     prompts = draw_prompts(TASKS["ledger"], "train", 12, seed=12)
     asking = Labeller(engine, Checked(TASKS["ledger"]), 200)
-    knowing = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
+    knowing = Counting(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
     found = []
     for labeller, labels in ((asking, "bisect"), (knowing, "checker")):
         steps = (roll_out(labeller, prompt, 3, labels) for prompt in prompts)
@@ -132,18 +143,26 @@ def test_the_tasks_program_labels_as_the_target_does_and_asks_it_for_repairs_alo
     assert [drop(rows) for rows in found[0]] == [drop(rows) for rows in found[1]]
     assert any(row["round"] for rows in found[1] for row in rows)
     assert not knowing.asked
-    for rows in found[1]:
-        for row in rows:
-            assert len(row["continuation_ids"]) <= 30  # one sentence
+    wrong = [row for rows in found[1] for row in rows if not all(row["valid"])]
+    assert all(row["target_right"] for row in wrong)
+    assert knowing.finished == len(wrong)
 
 
-def test_sampled_drafts_of_a_prompt_differ_and_can_be_drawn_again(engine):
-    (prompt,) = draw_prompts(TASKS["ledger"], "train", 1, seed=3)
-    labeller = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
-    drafts = [run(roll_out(labeller, prompt, 2, "checker", sample=sample)) for sample in (0, 1, 2, 1)]
-    first = [rows[0]["draft_ids"] for rows in drafts]
-    assert drafts[1] == drafts[3]
-    assert len({tuple(ids) for ids in first}) == 3
+class Stern(Checked):
+    """Calls every finished answer wrong, as if the target always erred."""
+
+    async def is_right(self, prompt, answer):
+        return False
+
+
+def test_a_draft_costs_nothing_where_the_target_errs_too(engine):
+    """The program's labels stay; that the target's way on ends up wrong as well is kept beside them."""
+    prompts = draw_prompts(TASKS["ledger"], "train", 12, seed=12)
+    labeller = Labeller(engine, Stern(TASKS["ledger"]), 200, ledger.first_wrong)
+    rows = [row for prompt in prompts for row in run(roll_out(labeller, prompt, 3, "checker"))]
+    assert len(rows) == len(prompts)  # nothing is drafted after a repair that leads nowhere
+    assert not any(row["target_right"] for row in rows)
+    assert any(any(row["valid"]) for row in rows)
 
 
 def test_labels_come_from_the_program_only_where_it_knows_them(tmp_path):
@@ -185,10 +204,11 @@ def whole(engine, prompt):
     return all(run(roll_out(Labeller(engine, Checked(TASKS["ledger"]), 200), prompt, 1, "bisect"))[0]["valid"])
 
 
-def test_sampled_drafts_are_labelled_without_the_target(engine):
+def test_drafts_that_the_engine_does_not_meet_are_labelled_without_the_target(engine):
     prompts = draw_prompts(TASKS["ledger"], "train", 6, seed=12)
     labeller = Labeller(engine, Checked(TASKS["ledger"]), 200, ledger.first_wrong)
-    rows = [row for p in prompts for row in run(roll_out(labeller, p, 1, "checker", sample=1))]
+    with disturbed(engine.draft, 0.4, seed=1):
+        rows = [row for p in prompts for row in run(roll_out(labeller, p, 1, "checker", met=False))]
     assert len(rows) == 6
     assert not any(row["continuation_ids"] or row["met"] for row in rows)
     assert not all(all(row["valid"]) for row in rows)
@@ -223,6 +243,7 @@ def test_what_is_counted_is_what_the_engine_meets():
         "prompts": {"train": 2, "test": 1},
         "drafts": 4,
         "drafts_made": 1,
+        "drafts_made_wrong": 1,
         "drafts_right": 2 / 3,
         "prefixes": 5,
         "valid_prefixes": 4,

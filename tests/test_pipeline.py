@@ -233,7 +233,7 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     folder, kept = tmp_path / "quickstart", tmp_path / "quickstart" / ".rollouts.part" / ".kept" / "rollouts"
     options = [*(w for w in words if not w.startswith(("runs=", "rollouts."))), f"runs={tmp_path}", UNALIGNED]
     options += [f"rollouts.{split}=10" for split in ("train", "calibration", "test")]
-    options += ["rollouts.recheck=2", "rollouts.batch_size=4"]
+    options += ["rollouts.recheck=2", "rollouts.batch_size=4", "rollouts.drafts=2"]
     adopt(load_recipe(RECIPE, options), distill=recipe.folder / "draft")
     process = launch("ddp", RECIPE, "rollouts", *options)
     lines = lambda: sum(file.read_text().count("\n") for file in kept.glob("*.jsonl")) if kept.is_dir() else 0
@@ -249,6 +249,7 @@ def test_killed_rollouts_go_on_and_come_out_the_same(words, recipe, tmp_path):
     shutil.rmtree(folder / "rollouts")
     assert train([RECIPE, "rollouts", *options]) == 0
     assert load_from_disk(folder / "rollouts").to_list() == interrupted
+    assert sum(not row["met"] for row in interrupted) == 10
 
 
 def test_rollouts_take_up_no_training_prompt_after_their_time(words, recipe, tmp_path, capsys):

@@ -262,7 +262,7 @@ def test_the_promised_loss_is_more_than_one_held_out_prompt_where_there_are_enou
 
 @pytest.mark.parametrize(("prompts", "aside"), [(30, 10), (4, 2), (2, 1)])
 def test_held_out_are_prompts_of_training_with_the_drafts_that_the_engine_meets(prompts, aside):
-    """Sampled drafts, and those with a fault, are learnt from; of prompts that decide, none is learnt from."""
+    """Drafts of disturbed copies are learnt from too; of prompts that decide, none is learnt from."""
     row = {"prompt_ids": [1], "prefix_ids": [], "draft_ids": [2], "ends": [1], "ended": True, "valid": [True]}
     row |= {"target_right": True, "round": 0}
     rows = [

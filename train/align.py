@@ -84,7 +84,7 @@ def pairs(engine: Engine, rollouts: Dataset) -> Iterator[dict[str, list[int]]]:
         prompt_ids (the prompt and the valid prefix), chosen_ids, rejected_ids, in the draft's tokens.
     """
     for row in rollouts:
-        if all(row["valid"]) or not row["target_right"] or not row["continuation_ids"]:
+        if not row["met"] or all(row["valid"]) or not row["target_right"] or not row["continuation_ids"]:
             continue
         first = row["valid"].index(False)
         start, end = [0, *row["ends"]][first], row["ends"][first]

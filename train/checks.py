@@ -128,16 +128,17 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
             from train import logits
 
             need["the target's logits"] = tokens * recipe.distill.top_k * logits.BYTES * 4 // 3
-    labelled = recipe.rollouts.train + recipe.rollouts.calibration + recipe.rollouts.test
+    rolled = recipe.rollouts
+    labelled = rolled.train * rolled.drafts + rolled.calibration + rolled.test
     first = recipe.align.prompts if recipe.aligned else labelled
     prompts = first * ("rollouts" in stages) + labelled * ("relabel" in stages)
     need["rollouts"] = prompts * recipe.engine.max_new_tokens * ROW
     if "verifier" in stages and recipe.verifier.kind in ("best", "probe"):
-        config, rollouts = target_config(recipe), recipe.rollouts
+        config = target_config(recipe)
         width = len(hidden_states(recipe.verifier.probe.layers, config.num_hidden_layers)) * config.hidden_size
-        answers = rollouts.drafts + rollouts.negatives * (rollouts.labels in ("auto", "checker"))
+        answers = rolled.drafts + rolled.negatives * (rolled.labels in ("auto", "checker"))
         contexts = REPAIRED if recipe.verifier.probe.blocks else 0  # a prompt and the answer so far, each
-        tokens = rollouts.train * (answers + contexts) * recipe.engine.max_new_tokens
+        tokens = rolled.train * (answers + contexts) * recipe.engine.max_new_tokens
         need["states"] = tokens * width * BYTES
     folder = recipe.folder
     while not folder.is_dir():

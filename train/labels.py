@@ -5,10 +5,10 @@ answer (`eval.judges`). Which prefixes are asked is `bisect`, for the first inva
 hardly ever regained), or `all`. The target continues from any prefix of a draft in one context: what two prefixes share
 is read once.
 
-Where a task's program can say which sentence is the first wrong one, `checker` takes its word for the prefixes, and the
-target writes the repair alone: a draft costs little more than writing it. How often the two disagree is measured. And
-bisection starts where the program says: nothing after a wrong sentence can end up right, so most often a single way
-on, from in front of it, tells all.
+Where a task's program can say which sentence is the first wrong one, `checker` takes its word for the prefixes. The
+target only continues from the last valid prefix of a wrong draft: that is its repair, and shows whether anything would
+be lost by accepting what is wrong. How often the two disagree is measured. And bisection starts where the program says:
+nothing after a wrong sentence can end up right, so most often a single way on, from in front of it, tells all.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from eval.judges import TEMPERATURE, Judge
 from eval.tasks.task import FirstWrong, Prompt
 from parse import Engine
 from parse.model import ModelSequence
-from parse.sampling import GREEDY, Sampling, Written
+from parse.sampling import Sampling, Written
 from parse.scheduler import Steps
-from parse.segments import ends_segment
 from parse.text import text_of
 
 Asked = dict[tuple[int, ...], tuple[bool, Written]]  # of prefixes of answers to one prompt: valid? and the way on
@@ -102,20 +101,18 @@ class Labeller:
         return labels
 
     async def label_by_checker(self, target: ModelSequence, draft: Drafted, repair: bool) -> Labels:
-        """Label a draft's K prefixes by the task's program alone.
+        """Label a draft's K prefixes by the task's program.
 
         Args:
             target: its sequence that begins with the prompt.
-            repair: let the target write after the last valid prefix, to the next cut.
+            repair: let the target continue from the last valid prefix, which tells whether it is right from there.
         """
-        engine, labels = self.engine, self.by_program(draft)
+        labels = self.by_program(draft)
         if all(labels) or not repair:
             return Labels(labels, True, [], False)
         kept = [0, *draft.ends][labels.index(False)]
-        stop = lambda ids: ends_segment(ids, engine.tokenizer, engine.segments)
-        start = [*draft.prefix, *draft.written.ids[:kept]]
-        written = await target.decode(start, max(self.limit - len(start), 1), GREEDY, stop)
-        return Labels(labels, True, written.ids, written.ended)
+        right, written = await self.finish(target, draft.prompt, [*draft.prefix, *draft.written.ids[:kept]])
+        return Labels(labels, right, written.ids, written.ended)
 
     async def label(self, target: ModelSequence, draft: Drafted, every: bool, asked: Asked) -> Labels:
         """Label a draft's K prefixes by the target's ways on.

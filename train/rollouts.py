@@ -1,8 +1,9 @@
 """Stage 3: what the draft answers, and which of its prefixes are valid; see `train.labels`.
 
 A prompt's rollout follows the rounds of the engine: where a draft goes wrong, the target's way on from its last valid
-prefix is kept up to the next cut, and the draft drafts again from there. So the verifier learns, and its threshold is
-calibrated, on the drafts that it will meet: those after a repair as well.
+prefix is followed up to the next cut, and the draft drafts again from there. So the verifier learns, and its threshold
+is calibrated, on the drafts that it will meet: those after a repair as well. To learn from there are also those of
+disturbed copies of the draft, which err more often; see `train.disturbed`.
 """
 
 from __future__ import annotations
@@ -11,29 +12,36 @@ import json
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
-from eval.generation import REFUSED, Row, batched, finish_all
-from eval.judges import TEMPERATURE, Agreement, Checked, controls, labeller_of
+from eval.generation import REFUSED, Row, Work, batched, finish_all
+from eval.judges import Agreement, Checked, controls, labeller_of
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.task import FirstWrong, Prompt
 from parse import Engine
 from parse.model import ModelSequence
 from parse.prompts import opens_thinking
-from parse.sampling import Sampling, Written
+from parse.sampling import GREEDY, Written
 from parse.scheduler import run_together
 from parse.segments import cut, ends_segment
 from parse.text import encode_continuation, text_of
+from recipes.digests import of_values
 from recipes.files import write_text
 from recipes.pair import load_engine
 from recipes.run import KEPT, Run
 from recipes.schema import Recipe, RecipeError, to_dict
+from train.disturbed import LEVELS, TRIED, WRONG, disturbed, matrices_of
 from train.labels import Asked, Drafted, Labeller, Labels
+
+Item = tuple[str, Prompt]  # a split, and one of its prompts
 
 SAMPLED = 2  # ways on by which a label is asked again
 CONTROLS = 24  # prompts whose answers measure the noise of agreement
@@ -49,49 +57,92 @@ def run(recipe: Recipe, run: Run) -> None:
     write_rollouts(recipe, run, "rollouts", run.path("distill"))
 
 
-def write_rollouts(recipe: Recipe, run: Run, stage: str, draft: Path) -> None:
+def write_rollouts(recipe: Recipe, run: Run, stage: str, draft_folder: Path) -> None:
     """The stage's body, for the draft in a folder."""
     with run.stage(stage) as folder:
         task, section = load_task(recipe.task, to_dict(recipe.data)), recipe.rollouts
-        engine = load_engine(recipe, draft)
+        engine = load_engine(recipe, draft_folder)
+        draft = engine.draft
+        assert draft is not None
         prompts = sorted(prompts_of(recipe, task, stage).prompts, key=lambda item: item[0] == "train")
         labeller, noise = _labeller(recipe, engine, task, [prompt for _, prompt in prompts])
         budget = TimeBudget(section.minutes)
+        known: defaultdict[str, Asked] = defaultdict(dict)  # by prompt
 
-        async def roll(item: tuple[str, Prompt]) -> Row:
+        async def roll(item: Item, met: bool = True) -> Row:
             split, prompt = item
-            labels, rounds, asked = labels_of(recipe, task, split), list[Row](), Asked()
+            labels, asked = labels_of(recipe, task, split), known[of_values([prompt])]
             if split == "train" and budget.is_over():
                 return {"split": split, "prompt": prompt, "rounds": [], REFUSED: "there was no time left"}
-            for sample in range(section.drafts if split == "train" else 1):
-                count = 1 if sample else section.rounds  # what is sampled the engine would not repair
-                rounds += await roll_out(labeller, prompt, count, labels, recipe.engine.horizon, sample, asked)
-            if split == "train" and labels == "checker":
+            count = section.rounds if met else 1
+            rounds = await roll_out(labeller, prompt, count, labels, recipe.engine.horizon, met, asked)
+            if split == "train" and labels == "checker" and met:
                 rounds += [fault for row in rounds for fault in with_faults(labeller, prompt, row, section.negatives)]
             return {"split": split, "prompt": prompt, "rounds": rounds}
 
-        work = batched(roll, section.batch_size)
-        found = finish_all(folder / KEPT / "rollouts", prompts, work, stage)
+        def roll_all(name: str, items: list[Item], what: str, met: bool) -> list[Row]:
+            work: Work[Item] = batched(partial(roll, met=met), section.batch_size)
+            return finish_all(folder / KEPT / name, items, work, what)
+
+        found = roll_all("rollouts", prompts, stage, met=True)
+        numbered, noise_levels = [*enumerate(found)], list[float]()
+        learnt = {number: item for number, item in enumerate(prompts) if item[0] == "train"}
+        aligns = recipe.aligned and stage == "rollouts"  # the draft learns from these, and from its own alone
+        for copy in range(1, section.drafts if matrices_of(draft) and not aligns else 1):
+            roll_copy, seed = partial(roll_all, met=False), recipe.seed * 997 + copy
+            rolled, level = _roll_disturbed(draft, seed, f"copy {copy}", [*learnt.values()], roll_copy)
+            if level is None:
+                break
+            numbered += zip(learnt, rolled, strict=True)
+            noise_levels.append(level)
         rows = [
             {"split": row["split"], "number": number, "prompt": row["prompt"], **drafted}
-            for number, row in enumerate(found)
+            for number, row in sorted(numbered, key=lambda pair: pair[0])
             for drafted in row["rounds"]
         ]
         if not rows:
             raise RecipeError(
-                f"{stage}: the draft in {draft} answered none of {len(prompts)} prompts with as much as a segment: see "
-                "what it learnt (losses.json), and whether draft and target end their answers alike"
+                f"{stage}: the draft of {draft_folder} answered none of {len(prompts)} prompts with even a segment: "
+                "see what it learnt (losses.json), and whether draft and target end their answers alike"
             )
         labels = {split: labels_of(recipe, task, split) for split in ("train", "calibration", "test")}
-        again = _ask_again(folder / KEPT / "again", labeller, rows, section.recheck, section.batch_size, recipe.seed)
+        again = _ask_again(
+            folder / KEPT / "again", labeller, rows, labels, section.recheck, section.batch_size, recipe.seed
+        )
         again |= _disagreement(again.pop("places"), rows, labels)
         if run.is_main:
             Dataset.from_list(rows).save_to_disk(folder)
             late = sum(REFUSED in row for row in found)
-            summary = {**_balance(rows), "not_taken_up": late, "labels": labels, **again, **noise}
+            summary = {
+                **_balance(rows),
+                "not_taken_up": late,
+                "labels": labels,
+                "noise_levels": noise_levels,
+                **again,
+                **noise,
+            }
             write_text(Path(folder) / "labels.json", json.dumps(summary, indent=2) + "\n")
             _explain(stage, summary)
             run.log(stage, {key: value for key, value in summary.items() if isinstance(value, int | float)})
+
+
+def _roll_disturbed(
+    draft: nn.Module, seed: int, name: str, items: list[Item], roll_all: Callable[[str, list[Item], str], list[Row]]
+) -> tuple[list[Row], float | None]:
+    """What a disturbed copy of the draft answers, and its noise: the first level at which enough of it is wrong.
+
+    Nothing where there is no time left to find the level.
+    """
+    for level in LEVELS:
+        place, what = f"{name}, {level}", f"disturbed {name}, noise {level}"
+        with disturbed(draft, level, seed):
+            tried = roll_all(place, items[:TRIED], what)
+            if any(REFUSED in row for row in tried):
+                break
+            wrong = sum(not row["rounds"] or not all(row["rounds"][-1]["valid"]) for row in tried)
+            if wrong >= WRONG * len(tried) or level == LEVELS[-1]:
+                return roll_all(place, items, what), level
+    return [], None
 
 
 class TimeBudget:
@@ -138,7 +189,7 @@ async def roll_out(
     rounds: int,
     labels: str,
     horizon: int | str | None = None,
-    sample: int = 0,
+    met: bool = True,
     asked: Asked | None = None,
 ) -> list[Row]:
     """The drafts of one prompt with their labels, as the engine's rounds meet them.
@@ -148,7 +199,7 @@ async def roll_out(
     Args:
         rounds: the target repairs fewer drafts than that.
         labels: "checker", "bisect" or "all".
-        sample: 0 for greedy drafts; others are sampled, each in its own way.
+        met: whether the engine meets these drafts; those of disturbed copies it does not.
         asked: what is known of prefixes of this prompt's answers; see `Labeller.label`.
     """
     engine, asked = labeller.engine, {} if asked is None else asked
@@ -158,17 +209,16 @@ async def roll_out(
     found: list[Row] = []
     prefix: list[int] = []
     repairs = 0
-    choose = Sampling(TEMPERATURE, seed=labeller.seed * 997 + sample) if sample else Sampling()
     try:
         while repairs < rounds and len(prefix) < labeller.limit:
-            given = await _drafting(labeller, prompt, draft, prefix, horizon, choose)
+            given = await _drafting(labeller, prompt, draft, prefix, horizon)
             if not given.ends:  # the engine lets the target write the rest
                 break
             if labels == "checker":
-                label = await labeller.label_by_checker(target, given, repair=sample == 0)
+                label = await labeller.label_by_checker(target, given, repair=met)
             else:
                 label = await labeller.label(target, given, labels == "all", asked)
-            found.append({"round": repairs, "met": sample == 0, "prompt_ids": prompt_ids, **_row_of(given, label)})
+            found.append({"round": repairs, "met": met, "prompt_ids": prompt_ids, **_row_of(given, label)})
             if all(label.valid) and given.right is None:
                 prefix = [*prefix, *given.written.ids]
                 continue
@@ -190,11 +240,10 @@ async def _drafting(
     draft: ModelSequence,
     prefix: list[int],
     horizon: int | str | None,
-    choose: Sampling,
 ) -> Drafted:
     """The draft's next part of an answer, in the target's tokens; where it ends the answer, whether that is right."""
     engine = labeller.engine
-    drafted = await engine.pair.write_draft(draft, prefix, labeller.limit - len(prefix), horizon, choose)
+    drafted = await engine.pair.write_draft(draft, prefix, labeller.limit - len(prefix), horizon, GREEDY)
     written = Written(engine.pair.to_target(drafted.ids), drafted.ended)
     answer = [*prefix, *written.ids]
     right = None
@@ -269,14 +318,15 @@ def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[Prompt])
 
 
 def _ask_again(
-    folder: Path, labeller: Labeller, rows: list[Row], count: int, at_once: int, seed: int
+    folder: Path, labeller: Labeller, rows: list[Row], labels: dict[str, str], count: int, at_once: int, seed: int
 ) -> dict[str, Any]:
     """Ask about some labelled prefixes by themselves: how often the label is another, and how often by sampled ways on.
 
     The first is how often bisection and asking about every prefix disagree. The last prefix of a draft is not among
-    them: its label is the draft's own outcome.
+    them: its label is the draft's own outcome. Nor are drafts of disturbed copies.
     """
-    places = [(i, k) for i, row in enumerate(rows) for k in range(len(row["ends"]) - 1) if row["target_right"]]
+    known = [row["met"] and (row["target_right"] or labels[row["split"]] == "checker") for row in rows]
+    places = [(i, k) for i, row in enumerate(rows) for k in range(len(row["ends"]) - 1) if known[i]]
     chosen = random.Random(seed).sample(places, min(count, len(places)))
 
     async def ask_again(place: tuple[int, int]) -> Row:
@@ -324,7 +374,8 @@ def _balance(rows: list[Row]) -> dict[str, Any]:
     return {
         "prompts": dict(Counter({row["number"]: row["split"] for row in rows}.values())),
         "drafts": len(met),
-        "drafts_made": len(rows) - len(met),  # sampled, or with a fault put in
+        "drafts_made": len(rows) - len(met),  # by disturbed copies, or with a fault put in
+        "drafts_made_wrong": sum(not all(row["valid"]) for row in rows if not row["met"]),
         "drafts_right": sum(first.values()) / max(len(first), 1),
         "prefixes": sum(valid + invalid for valid, invalid in known),
         "valid_prefixes": sum(valid for valid, _ in known),
@@ -337,6 +388,12 @@ def _explain(stage: str, summary: dict[str, Any]) -> None:
         f"{stage}: {sum(summary['prompts'].values())} prompts, {summary['drafts']} drafts with those after repairs, "
         f"the first one right in {summary['drafts_right']:.1%}; {share:.1%} of {summary['prefixes']} prefixes valid"
     )
+    if summary["drafts_made"]:
+        levels = ", ".join(map(str, summary["noise_levels"])) or "no copy"
+        print(
+            f"  to learn from, {summary['drafts_made']} drafts of disturbed copies (noise {levels}) and with faults, "
+            f"{summary['drafts_made_wrong']} of them wrong"
+        )
     if summary["not_taken_up"]:
         print(f"  {summary['not_taken_up']} prompts to learn from were not taken up within rollouts.minutes")
     if summary["asked_again"]:

@@ -65,7 +65,8 @@ def run(recipe: Recipe, run: Run) -> None:
         assert isinstance(rollouts, Dataset)
         drafts = labelled(rollouts, max_accuracy_loss)
         trained = train_kinds(engine, drafts, recipe, folder / KEPT, partial(run.log, "verifier"))
-        kinds = {**untrained_kinds(engine), **trained.kinds}
+        asking = recipe.verifier.kind in ("best", "prompt")  # else its passes, which are long, are spared
+        kinds = {**untrained_kinds(engine, asking), **trained.kinds}
         scores = score_all(engine, kinds, drafts)
         name = choose(recipe.verifier.kind, scores, max_accuracy_loss)
         limits = {kind: thresholds(scores[kind]["calibration"], max_accuracy_loss, settings.handback) for kind in kinds}
@@ -161,7 +162,7 @@ def train_kinds(
     attentive = bool(layers and section.probe.blocks)
     needs = Needs(token_logprobs=True, layers=layers, context_states=attentive)
     folder = kept / "evidence" / of_values([layers, attentive])[:12]
-    # where the target is wrong by itself, the labels say nothing of the draft
+    # where the target errs too, nothing is lost by accepting, and what it would say of the draft is no guide
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
     usable["train"] = enough_of(usable["train"])
     train_set, held_out = (
@@ -226,7 +227,7 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
     context = any(kind.needs.context_states for kind in kinds.values())
     adapters = {name: kind for name, kind in kinds.items() if kind.needs.adapter is not None}
     others = {name: kind for name, kind in kinds.items() if name not in adapters}
-    passes = [(all_needs(engine, layers, context), others)]
+    passes = [(all_needs(engine, layers, context, "prompt" in others), others)]
     passes += [(kind.needs, {name: kind}) for name, kind in adapters.items()]
     scores: dict[str, Scores] = {name: {} for name in kinds}
     for split in ("held_out", "calibration", "test"):
