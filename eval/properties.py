@@ -25,6 +25,8 @@ from parse.segments import cut
 from parse.text import text_of
 from recipes.progress import progress_bar
 
+JUDGED = 100  # of the draft's answers: a pass of the target each
+
 
 def judge_drafts(
     engine: Engine, task: Task, outcomes: Sequence[Outcome], layers: tuple[int, ...] = ()
@@ -50,7 +52,7 @@ def judge_drafts(
 
 def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]) -> dict[str, Any]:
     """The properties of target and draft on the same prompts, of a task that knows the first wrong sentence."""
-    examples = judge_drafts(engine, task, draft)
+    examples = judge_drafts(engine, task, draft[:JUDGED])
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
     oracle = sum([0, *one.draft.ends][valid_cuts(one.draft.valid)] for one in examples)

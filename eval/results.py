@@ -45,8 +45,11 @@ def keep(run: Path, folder: Path) -> Path:
     content = {key: made[key] for key in ("finished", "git_commit", "packages", "hardware")}
     seconds = {stage: one["seconds"] for stage, one in record["stages"].items()}
     content |= {"name": summary["name"], "seconds": seconds, "summary": summary}
-    for key, path in {"verifier": "verifier/report.json", "labels": "rollouts/labels.json"}.items():
-        content[key] = json.loads((run / path).read_text()) if (run / path).is_file() else None
+    for key, path in {
+        "verifier": ROOT / summary["verifier"] / "report.json",  # the run's own, or one that is shipped
+        "labels": run / "rollouts" / "labels.json",
+    }.items():
+        content[key] = json.loads(path.read_text()) if path.is_file() else None
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"run-{summary['name']}.json"
     write_text(file, json.dumps(content, indent=1) + "\n")

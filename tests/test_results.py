@@ -7,6 +7,7 @@ import pytest
 from eval import results
 from eval.measure import summarize
 from eval.tasks import TASKS
+from eval.verifier_report import COLUMNS
 from parse import Segment
 from tests.test_measure import FIG, outcome
 
@@ -19,7 +20,18 @@ def run(tmp_path):
     rows = [summarize(name, some, target, TASKS["ledger"]) for name, some in (("target", target), ("parse", mine))]
     summary = {"name": "of-mine", "at_once": 1, "methods": rows, "concurrency": [{"at_once": 8, "methods": rows}]}
     made = {"finished": "2026-01-02", "git_commit": "a" * 40, "packages": {"torch": "9"}, "hardware": "2 cores"}
-    folder = tmp_path / "run"
+    folder, shipped = tmp_path / "run", tmp_path / "shipped"
+    summary["verifier"] = str(shipped)
+    shipped.mkdir()
+    figures = {key: 0.5 for key, _, _ in COLUMNS} | {"oracle_accepted_fraction": 0.75}
+    report = {
+        "chosen": "probe",
+        "n_prompts": 40,
+        "n_prefixes": 90,
+        "max_accuracy_loss": 0.01,
+        "kinds": {"probe": figures},
+    }
+    (shipped / "report.json").write_text(json.dumps(report))
     (folder / "eval").mkdir(parents=True)
     (folder / "eval/summary.json").write_text(json.dumps(summary))
     (folder / "provenance.json").write_text(json.dumps({"stages": {"eval": {**made, "seconds": 7.0}}}))
@@ -33,6 +45,7 @@ def test_a_runs_figures_are_kept_with_machine_commit_and_date(run, tmp_path):
     assert "2026-01-02, commit aaaaaaaaaaaa, 2 cores, torch 9." in text
     assert "4 test prompts, one request at a time:" in text
     assert "4 test prompts, 8 requests at once:" in text
+    assert "Verifiers on 40 test prompts (90 prefixes), 1.0% of accuracy promised; an oracle accepts 75.0%:" in text
     assert "| **PARSE** | 100.0% (51.0% to 100.0%) | +0.0 pt | 2.00x (2.00 to 2.00) | 1.000 | 0.300 s |" in text
 
 
