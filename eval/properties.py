@@ -51,7 +51,10 @@ def judge_drafts(
 
 
 def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: Sequence[Outcome]) -> dict[str, Any]:
-    """The properties of target and draft on the same prompts, of a task that knows the first wrong sentence."""
+    """The properties of target and draft on the same prompts, of a task that knows the first wrong sentence.
+
+    What takes a pass over the draft's answer (AUC, kept tokens) is of the first `JUDGED` prompts.
+    """
     examples = judge_drafts(engine, task, draft[:JUDGED])
     kinds = untrained_kinds(engine)
     lengths = [len(outcome.generation.token_ids) for outcome in target]
@@ -65,6 +68,7 @@ def measure_pair(engine: Engine, task: Task, target: Sequence[Outcome], draft: S
         "target_accuracy": sum(o.right for o in target) / len(target),
         "target_accuracy_after_foreign_prefix": foreign_accuracy(engine, task, [o.prompt for o in target]),
         "draft_accuracy": sum(o.right for o in draft) / len(draft),
+        "judged": len(examples),
         "auc": {name: measure(score(kind, examples), 0.5)["auc"] for name, kind in kinds.items()},
         "oracle_tokens": oracle / len(examples),
         "lossless_tokens": sum(_agreeing(one) for one in examples) / len(examples),

@@ -51,6 +51,7 @@ def pair_table(pair: dict[str, Any]) -> str:
         ("target right", f"{pair['target_accuracy']:.1%}"),
         ("target right after a foreign prefix", _percent(pair["target_accuracy_after_foreign_prefix"])),
         ("draft right alone", f"{pair['draft_accuracy']:.1%}"),
+        ("of these drafts judged", f"{pair['judged']}"),
         ("AUC of the best free rule", f"{max(free.values()):.3f}"),
         ("AUC of the prompt verdict", f"{auc['prompt']:.3f}" if "prompt" in auc else "-"),
         (

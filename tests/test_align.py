@@ -58,6 +58,13 @@ def test_a_pair_is_a_segment_of_each_after_the_last_valid_prefix(aligned):
     assert engine.tokenizer.decode(pair["rejected_ids"]) == second.replace("coins", "coins 1", 1)
 
 
+def test_what_a_disturbed_copy_said_is_no_pair(aligned):
+    recipe, engine = aligned()
+    rows = load_from_disk(recipe.folder / "rollouts")
+    assert list(train.align.pairs(engine, rows))
+    assert not list(train.align.pairs(engine, rows.map(lambda _: {"met": False})))
+
+
 @pytest.mark.parametrize("method", ["dpo", "on_policy"])
 def test_alignment_gives_a_plain_peft_folder(aligned, method):
     """The engine runs it merged, or as it is, and answers the same."""

@@ -106,3 +106,13 @@ def test_a_rollout_stage_holds_the_drafts_of_disturbed_copies_beside_their_promp
     assert sum(row["draft_ids"] != first[row["number"]]["draft_ids"] for row in made) > len(made) / 2
     assert len(json.loads((recipe.rollouts_folder / "labels.json").read_text())["noise_levels"]) == 2
     assert [row["number"] for row in rows] == sorted(row["number"] for row in rows)
+
+
+def test_a_draft_is_aligned_by_what_it_says_itself(tmp_path):
+    """The rollouts before the alignment hold no drafts of copies."""
+    words = [f"runs={tmp_path}", "align.prompts=4", "rollouts.drafts=3", "rollouts.recheck=1"]
+    recipe = load_recipe("recipes/quickstart.yaml", words)
+    assert recipe.aligned
+    with Run(recipe, content_of_task) as run:
+        write_rollouts(recipe, run, "rollouts", MODELS / "ledger-draft")
+        assert {row["met"] for row in load_from_disk(run.path("rollouts"))} == {True}

@@ -1,8 +1,7 @@
 """Disturbed copies of a draft: they err as the draft does, only more often.
 
-A verifier must know the errors that the draft makes, and a good draft makes few of them. What it says when it samples
-goes wrong in other ways, which stand out by their low probability. With noise on its weights it still says what it
-finds most likely, but knows less well what that is.
+A verifier must know the errors that the draft makes when it answers, and a good draft makes few of them. With noise on
+its weights it still says what it finds most likely, but knows less well what that is.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def write_rollouts(recipe: Recipe, run: Run, stage: str, draft_folder: Path) -> 
         ]
         if not rows:
             raise RecipeError(
-                f"{stage}: the draft of {draft_folder} answered none of {len(prompts)} prompts with even a segment: "
+                f"{stage}: the draft of {draft_folder} answered none of {len(prompts)} prompts with a whole segment: "
                 "see what it learnt (losses.json), and whether draft and target end their answers alike"
             )
         labels = {split: labels_of(recipe, task, split) for split in ("train", "calibration", "test")}

@@ -162,7 +162,7 @@ def train_kinds(
     attentive = bool(layers and section.probe.blocks)
     needs = Needs(token_logprobs=True, layers=layers, context_states=attentive)
     folder = kept / "evidence" / of_values([layers, attentive])[:12]
-    # where the target errs too, nothing is lost by accepting, and what it would say of the draft is no guide
+    # where the target errs too, nothing is lost by accepting: such drafts are not learnt from
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
     usable["train"] = enough_of(usable["train"])
     train_set, held_out = (
