@@ -276,7 +276,7 @@ def test_a_verifier_is_measured_on_the_drafts_of_another_run(words, recipe, caps
     report = json.loads((recipe.folder / "verifier" / "report.json").read_text())
     for key, value in report["kinds"][report["chosen"]].items():
         if key != "milliseconds_per_cut":
-            assert found[key] == found["recalibrated"][key] == pytest.approx(value), key
+            assert found[key] == found["recalibrated"][key] == pytest.approx(value, abs=1e-4), key
     assert transfer([RECIPE, str(recipe.folder / "rollouts"), *settings]) == 2  # of its training prompts alone
     assert "holds no drafts of calibration and test prompts" in capsys.readouterr().err
 

@@ -67,8 +67,7 @@ def _main(options: argparse.Namespace) -> int:
             raise RecipeError(
                 f"{rollouts} holds no drafts of calibration and test prompts: name the rollouts of a verifier"
             )
-        drafts["held_out"] = []
-        scores = score_all(engine, {verifier.kind: verifier}, drafts)[verifier.kind]
+        scores = score_all(engine, {verifier.kind: verifier}, drafts, ["calibration", "test"])[verifier.kind]
         threshold = thresholds(scores["calibration"], max_accuracy_loss, section.handback)[section.policy]
         transferred = measure(scores["test"], verifier.threshold, section.policy)
         recalibrated = measure(scores["test"], threshold, section.policy)

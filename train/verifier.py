@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ from train.verifier_training import AdapterModule, Log, acceptable, fit
 
 HELD_OUT = (1 / 6, 1 / 3)  # of the training prompts, at least and at most, decide on epochs, layers and kinds
 FEWEST = 2  # of them to make up the promised loss, where there are enough
-ENOUGH_RIGHT, FEW_RIGHT = 1.5, 500  # right drafts to learn from for each wrong one, and those that are never too many
+ENOUGH_RIGHT, FEW_RIGHT = 1.0, 500  # right drafts to learn from for each wrong one, and those that are never too many
 TIMED = 10  # drafts on which a verdict's cost is measured
 
 Scores = dict[str, list[Scored]]  # by split, of all processes
@@ -67,8 +67,10 @@ def run(recipe: Recipe, run: Run) -> None:
         trained = train_kinds(engine, drafts, recipe, folder / KEPT, partial(run.log, "verifier"))
         asking = recipe.verifier.kind in ("best", "prompt")  # else its passes, which are long, are spared
         kinds = {**untrained_kinds(engine, asking), **trained.kinds}
-        scores = score_all(engine, kinds, drafts)
-        name = choose(recipe.verifier.kind, scores, max_accuracy_loss)
+        among = candidates(recipe.verifier.kind, kinds)
+        deciding = ["held_out"] if len(among) > 1 else []
+        scores = score_all(engine, kinds, drafts, [*deciding, "calibration", "test"])
+        name = choose({kind: scores[kind] for kind in among}, max_accuracy_loss)
         limits = {kind: thresholds(scores[kind]["calibration"], max_accuracy_loss, settings.handback) for kind in kinds}
         for kind, verifier in kinds.items():
             verifier.threshold = limits[kind][settings.policy]
@@ -221,7 +223,9 @@ def train_adapter(
     return Adapter(module.adapted, module.head, suffix)
 
 
-def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list[Draft]]) -> dict[str, Scores]:
+def score_all(
+    engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list[Draft]], splits: Sequence[str]
+) -> dict[str, Scores]:
     """Every kind's confidences in the drafts of all processes that none of them has learnt from."""
     layers = next((kind.needs.layers for kind in kinds.values() if kind.needs.layers), ())
     context = any(kind.needs.context_states for kind in kinds.values())
@@ -230,7 +234,7 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
     passes = [(all_needs(engine, layers, context, "prompt" in others), others)]
     passes += [(kind.needs, {name: kind}) for name, kind in adapters.items()]
     scores: dict[str, Scores] = {name: {} for name in kinds}
-    for split in ("held_out", "calibration", "test"):
+    for split in splits:
         with progress_bar(f"verdicts, {split.replace('_', ' ')}", total=len(passes) * len(drafts[split])) as bar:
             for needs, judges in passes:
                 found: dict[str, list[Scored]] = {name: [] for name in judges}
@@ -243,21 +247,28 @@ def score_all(engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list
     return scores
 
 
-def choose(kind: str, scores: dict[str, Scores], max_accuracy_loss: float) -> str:
+def candidates(kind: str, kinds: Iterable[str]) -> list[str]:
+    """The kinds, by their names in the report, among which the recipe's `verifier.kind` leaves the choice.
+
+    Divergence stands in the report alone: the engine does not keep the draft's distributions.
+    """
+    usable = [name for name in kinds if not name.startswith("divergence")]
+    return [name for name in usable if kind in ("best", name) or name.split()[0] == kind]
+
+
+def choose(scores: dict[str, Scores], max_accuracy_loss: float) -> str:
     """The kind's name in the report; among several the one that may accept most of the held-out drafts.
 
     Where several may accept as much, the one whose confidences are nearest to the labels, by their mean squared error
-    (Brier's score). Divergence stands in the report alone: the engine does not keep the draft's distributions.
+    (Brier's score).
     """
-    usable = [name for name in scores if not name.startswith("divergence")]
-    among = [name for name in usable if kind in ("best", name) or name.split()[0] == kind]
 
     def merit(name: str) -> tuple[float, float]:
         held_out = scores[name]["held_out"]
         confidences, valid = judgements(held_out)  # [n] each
         return acceptable(held_out, max_accuracy_loss), -float(((confidences - valid) ** 2).mean())
 
-    return max(among, key=merit)
+    return max(scores, key=merit) if len(scores) > 1 else next(iter(scores))
 
 
 def report_of(
