@@ -33,7 +33,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     task, engine = load_task(recipe.task, to_dict(recipe.data)), _ready(recipe)
     thresholds = _calibration(engine).thresholds
     found = _compared(recipe, task, engine, thresholds)
-    tables = {at_once: _summarized(task, engine, outcomes) for at_once, outcomes in found.items()}
+    tables = {at_once: _summarized(recipe, task, engine, outcomes) for at_once, outcomes in found.items()}
     first = recipe.eval.concurrency[0]
     outcomes, pair = found[first], None
     if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
@@ -105,9 +105,9 @@ def _agreement(recipe: Recipe) -> float:
     return float(noise.get("threshold", 0.5))
 
 
-def _summarized(task: Task, engine: Engine, outcomes: Outcomes) -> list[dict[str, Any]]:
-    opened = opens_thinking(engine.tokenizer)
-    return [summarize(name, some, outcomes["target"], task, opened) for name, some in outcomes.items()]
+def _summarized(recipe: Recipe, task: Task, engine: Engine, outcomes: Outcomes) -> list[dict[str, Any]]:
+    facts = task, opens_thinking(engine.tokenizer), recipe.verifier.max_accuracy_loss
+    return [summarize(name, some, outcomes["target"], *facts) for name, some in outcomes.items()]
 
 
 def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes) -> None:

@@ -1,62 +1,126 @@
 """Metrics, each defined once.
 
-Accuracy is the share of requests whose finished answer the task calls right. Speed-up is the seconds
-of target-alone over the method's, summed over the same requests. Acceptance counts the target's
-tokens: `accepted_fraction` is accepted draft tokens over all draft tokens, `full_accept_rate` the
-share of requests that the target wrote nothing of. False accepts and rejects count verdicts on the
-cuts of each draft up to and including its first wrong one. A request's latency is the time from its start in the engine
-to its end, beside whatever else runs there; `_p95` is what one request in twenty exceeds.
+Accuracy is the share of requests whose finished answer the task calls right. Speed-up is the seconds of target-alone
+over the method's, summed over the same requests. Acceptance counts the target's tokens: `accepted_fraction` is accepted
+draft tokens over all draft tokens, `accepted_per_verification` accepted draft tokens over packed passes (the token that
+the target writes after them, which others count as a bonus, is not one of them), `full_accept_rate` the share of
+requests that the target wrote nothing of. `wholly_rejected_slowdown` is the method's seconds over those of target-alone
+on the requests of which no draft token was kept. False accepts and rejects count verdicts on the cuts of each draft up
+to and including its first wrong one. A request's latency is the time from its start in the engine to its end, beside
+whatever else runs there, and `token_seconds` what follows its first token over the tokens that follow; of these `_p95`
+is what one request in twenty exceeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import sqrt
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy import stats
+from scipy.optimize import brentq
 
 from eval.judges import Checked
 from eval.methods import Outcome
 from eval.tasks import Task
 
 RESAMPLES = 2000
+SIGNIFICANT = 0.05
+PERCENTILES = (50, 95, 99)
+PLACES = 10  # equal parts of an answer, by which it is counted where verdicts err
+
+Interval = tuple[float, float]
+Columns = Sequence[Sequence[float]]  # of as many numbers each
+Statistic = Callable[..., Any]  # arrays [..., n], one a column, and the axis to [...]
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+class Judgement(NamedTuple):
+    """The verifier's verdict on one cut, beside the truth."""
+
+    confidence: float
+    accepted: bool
+    right: bool
+    place: float  # of the cut in the answer as the draft wrote it, 1 is its end
+
+
+def wilson(successes: int, n: int) -> Interval:
     """Wilson's 95% interval of a proportion."""
-    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    interval = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def bootstrap(values: Sequence[Sequence[float]], statistic: Any, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic over resampled requests (rows of `values`)."""
-    rows = np.asarray(values, dtype=float)  # [n, columns]
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(RESAMPLES)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+def bootstrap(columns: Columns, statistic: Statistic) -> Interval:
+    """The 95% percentile interval of a statistic over resampled rows; of a single row its value, twice."""
+    arrays = tuple(np.asarray(column, dtype=float) for column in columns)  # [n] each
+    if len(arrays[0]) == 1:
+        value = float(statistic(*arrays, axis=-1))
+        return value, value
+    options: Any = {"paired": True, "n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
+    found = stats.bootstrap(arrays, statistic, **options).confidence_interval
+    return float(found.low), float(found.high)
 
 
-def speedup(rows: np.ndarray) -> float:
-    """Seconds of target-alone (column 0) over the method's (column 1), summed."""
-    return float(rows[:, 0].sum() / rows[:, 1].sum())
+def speedup(target: Any, method: Any, axis: int = -1) -> Any:
+    """Seconds of target-alone over the method's, summed."""
+    return target.sum(axis) / method.sum(axis)
 
 
-def paired(target: Sequence[bool], method: Sequence[bool]) -> dict[str, Any]:
-    """The method's accuracy less the target's on the same requests: interval and McNemar's exact test."""
-    pairs = [(float(a), float(b)) for a, b in zip(target, method, strict=True)]
-    lost = sum(a > b for a, b in pairs)
-    won = sum(b > a for a, b in pairs)
+def paired(target: Sequence[bool], method: Sequence[bool], max_accuracy_loss: float = 0.01) -> dict[str, Any]:
+    """The method's accuracy against the target's on the same requests.
+
+    Returns:
+        `accuracy_difference`, the method's less the target's, with its bootstrap interval; `mcnemar_p`, of McNemar's
+        exact test; `accuracy_loss_ci95`, see `loss_interval`; `non_inferiority`, which by that interval is "shown"
+        where the loss is at most the promised one, "refuted" where it is more, and else "open"; `detectable_loss`, see
+        there.
+    """
+    n = len(target)
+    lost = sum(a and not b for a, b in zip(target, method, strict=True))
+    won = sum(b and not a for a, b in zip(target, method, strict=True))
+    least, most = loss_interval(lost, won, n)
+    shown, refuted = most <= max_accuracy_loss, least > max_accuracy_loss
     return {
-        "accuracy_difference": (won - lost) / len(pairs),
-        "accuracy_difference_ci95": bootstrap(pairs, lambda r: float((r[:, 1] - r[:, 0]).mean())),
-        "mcnemar_p": float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
+        "accuracy_difference": (won - lost) / n,
+        "accuracy_difference_ci95": bootstrap([target, method], lambda a, b, axis: (b - a).mean(axis)),
+        "mcnemar_p": mcnemar(lost, won),
+        "accuracy_loss_ci95": (least, most),
+        "non_inferiority": "shown" if shown else "refuted" if refuted else "open",
+        "detectable_loss": detectable_loss(won, n),
     }
 
 
-def verdicts(outcome: Outcome, task: Task, opened: bool = False) -> Iterator[tuple[float, bool, bool]]:
-    """(confidence, accepted, right) for every judged cut up to and including each draft's first wrong one.
+def mcnemar(lost: int, won: int) -> float:
+    """McNemar's exact test: how likely so uneven a split is where each of the two is as likely to be right alone."""
+    return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def detectable_loss(won: int, n: int) -> float:
+    """The smallest loss that McNemar's test would have called significant, with as many prompts won; 1 if none."""
+    return next(((lost - won) / n for lost in range(won, n - won + 1) if mcnemar(lost, won) < SIGNIFICANT), 1.0)
+
+
+def loss_interval(lost: int, won: int, n: int) -> Interval:
+    """The 95% interval of the accuracy lost, by the score test of a paired difference (Tango, Stat. Med. 17:891, 1998).
+
+    A bootstrap of few prompts that differ, or of none, makes its interval too narrow; this one stays honest there.
+    """
+
+    def score(loss: float) -> float:
+        """How far what was seen is above such a loss, in standard errors."""
+        a, b = 2 * n, -lost - won + (2 * n - lost + won) * loss
+        share = (sqrt(b * b + 4 * a * won * loss * (1 - loss)) - b) / (2 * a)  # of prompts won, most likely then
+        variance = n * (2 * share + loss * (1 - loss))
+        return (lost - won - n * loss) / sqrt(variance) if variance > 0 else 0.0
+
+    z, seen, edge = float(stats.norm.ppf(0.975)), (lost - won) / n, 1 - 1e-9
+    low = brentq(lambda loss: score(loss) - z, -edge, seen) if seen > -1 else -1.0
+    high = brentq(lambda loss: score(loss) + z, seen, edge) if seen < 1 else 1.0
+    return float(low), float(high)
+
+
+def judgements_of(outcome: Outcome, task: Task, opened: bool = False) -> Iterator[Judgement]:
+    """Every judged cut up to and including each draft's first wrong one.
 
     None where the task cannot tell right sentences from wrong ones; the verifier's own report can.
     """
@@ -71,66 +135,104 @@ def verdicts(outcome: Outcome, task: Task, opened: bool = False) -> Iterator[tup
             kept += segments[index].text
             index += 1
             continue
-        prefix, wrong = kept, False
-        while index < len(segments) and segments[index].source == "draft":
-            segment = segments[index]
+        end = next((i for i in range(index, len(segments)) if segments[i].source != "draft"), len(segments))
+        draft, prefix, wrong = segments[index:end], kept, False
+        length = len(kept) + sum(len(segment.text) for segment in draft)
+        for segment in draft:
             prefix += segment.text
             right = checked.first_wrong(outcome.prompt, prefix) is None
             if not wrong and segment.confidence is not None:
-                yield segment.confidence, segment.accepted, right
+                yield Judgement(segment.confidence, segment.accepted, right, len(prefix) / max(length, 1))
             wrong = wrong or not right
             kept += segment.text if segment.accepted else ""
-            index += 1
+        index = end
 
 
-def _p95(values: Sequence[float]) -> float:
-    """The value that one in twenty exceeds."""
-    return float(np.percentile(values, 95))
+def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    """A mean and percentiles as entries of a row: `name`, `name_p50`, `name_p95`, `name_p99`."""
+    found = np.percentile(values, PERCENTILES)
+    return {name: float(np.mean(values))} | {f"{name}_p{p}": float(v) for p, v in zip(PERCENTILES, found, strict=True)}
 
 
 def summarize(
-    name: str, outcomes: Sequence[Outcome], target: Sequence[Outcome], task: Task, opened: bool = False
+    name: str,
+    outcomes: Sequence[Outcome],
+    target: Sequence[Outcome],
+    task: Task,
+    opened: bool = False,
+    max_accuracy_loss: float = 0.01,
 ) -> dict[str, Any]:
     """One row of the evaluation: the keys of the public JSON, and the paired difference.
 
     Args:
         opened: whether prompts begin the thinking, see `parse.prompts.opens_thinking`.
+        max_accuracy_loss: the promised one.
     """
     n = len(outcomes)
     right = [outcome.right for outcome in outcomes]
-    seconds = np.array([outcome.seconds for outcome in outcomes])
-    baseline = np.array([outcome.seconds for outcome in target])
-    stats = [outcome.generation.stats for outcome in outcomes]
-    tokens = sum(len(outcome.generation.token_ids) for outcome in outcomes)
-    both = np.stack([baseline, seconds], axis=1)  # [n, 2]
+    seconds = np.array([outcome.seconds for outcome in outcomes])  # [n]
+    baseline = np.array([outcome.seconds for outcome in target])  # [n]
     turns = np.array([outcome.turn for outcome in outcomes])  # [n]
-    timed = np.stack([both[turns == turn].sum(0) for turn in np.unique(turns)])  # [turns, 2], measured by themselves
-    drafted = sum(s.draft_tokens for s in stats)
-    judged = [verdict for outcome in outcomes for verdict in verdicts(outcome, task, opened)]
-    wrong = [accepted for _, accepted, ok in judged if not ok]
-    fine = [accepted for _, accepted, ok in judged if ok]
-    spent = {key: sum(s.seconds[key] for s in stats) for key in stats[0].seconds}
+    timed = [[one[turns == turn].sum() for turn in np.unique(turns)] for one in (baseline, seconds)]  # [2, turns]
+    runs = [outcome.generation.stats for outcome in outcomes]
+    lengths = [len(outcome.generation.token_ids) for outcome in outcomes]
+    latencies = [sum(s.seconds.values()) for s in runs]
+    first = [s.first_token_seconds for s in runs]
+    drafted, accepted, passes = (
+        sum(getattr(s, key) for s in runs) for key in ("draft_tokens", "accepted_tokens", "verify_passes")
+    )
+    spent = {key: sum(s.seconds[key] for s in runs) for key in runs[0].seconds}
+    rejected = np.array([s.draft_tokens > 0 and s.accepted_tokens == 0 for s in runs])  # [n]
+    wasted = float(seconds[rejected].sum() / baseline[rejected].sum()) if rejected.any() else None
     return {
         "name": name,
         "n": n,
         "accuracy": sum(right) / n,
         "accuracy_ci95": wilson(sum(right), n),
-        **paired([outcome.right for outcome in target], right),
-        "speedup": speedup(both),
-        "speedup_ci95": bootstrap(timed.tolist(), speedup),
+        **paired([outcome.right for outcome in target], right, max_accuracy_loss),
+        "speedup": float(speedup(baseline, seconds)),
+        "speedup_ci95": bootstrap(timed, speedup),
         "seconds_per_request": float(seconds.mean()),
-        "tokens_per_second": tokens / float(seconds.sum()),
-        "first_token_seconds": float(np.mean([s.first_token_seconds for s in stats])),
-        "first_token_seconds_p95": _p95([s.first_token_seconds for s in stats]),
-        "latency_seconds_p95": _p95([sum(s.seconds.values()) for s in stats]),
-        "full_accept_rate": sum(s.draft_tokens > 0 and s.target_tokens == 0 for s in stats) / n,
-        "accepted_fraction": sum(s.accepted_tokens for s in stats) / drafted if drafted else None,
-        "false_accept_rate": sum(wrong) / len(wrong) if wrong else None,
-        "false_reject_rate": sum(not a for a in fine) / len(fine) if fine else None,
+        "requests_per_second": n / float(seconds.sum()),
+        "tokens_per_second": sum(lengths) / float(seconds.sum()),
+        **percentiles("first_token_seconds", first),
+        **percentiles("latency_seconds", latencies),
+        **percentiles("token_seconds", list(_after_first(latencies, first, lengths))),
+        "full_accept_rate": sum(s.draft_tokens > 0 and s.target_tokens == 0 for s in runs) / n,
+        "accepted_fraction": accepted / drafted if drafted else None,
+        "accepted_per_verification": accepted / passes if passes else None,
+        "wholly_rejected_rate": float(rejected.mean()),
+        "wholly_rejected_slowdown": wasted,
+        **_verdicts([one for outcome in outcomes for one in judgements_of(outcome, task, opened)]),
         "model_time_fraction": 1 - spent["other"] / sum(spent.values()),
-        "rounds": sum(s.rounds for s in stats) / n,
-        "tokens_per_answer": tokens / n,
-        "tokens_from_draft": sum(s.accepted_tokens for s in stats) / n,
-        "tokens_from_target": sum(s.target_tokens for s in stats) / n,
+        "rounds": sum(s.rounds for s in runs) / n,
+        "tokens_per_answer": sum(lengths) / n,
+        "tokens_from_draft": accepted / n,
+        "tokens_from_target": sum(s.target_tokens for s in runs) / n,
         "seconds": {key: value / n for key, value in spent.items()},
     }
+
+
+def _after_first(latencies: Iterable[float], first: Iterable[float], lengths: Iterable[int]) -> Iterator[float]:
+    """Seconds per token after the first one, of each request; 0 where none follows."""
+    for latency, start, length in zip(latencies, first, lengths, strict=True):
+        yield max(latency - start, 0.0) / (length - 1) if length > 1 else 0.0
+
+
+def _verdicts(judged: Sequence[Judgement]) -> dict[str, Any]:
+    """How often verdicts err, and in which tenth of the answer; None and no places where no cut was judged."""
+    wrong = [one for one in judged if not one.right]
+    right = [one for one in judged if one.right]
+    falsely = {"accept": [one for one in wrong if one.accepted], "reject": [one for one in right if not one.accepted]}
+    counts = {f"false_{what}_places": _places(some) for what, some in falsely.items()}
+    rates = [(falsely["accept"], wrong), (falsely["reject"], right)]
+    accept, reject = (len(some) / len(all_of) if all_of else None for some, all_of in rates)
+    return {"false_accept_rate": accept, "false_reject_rate": reject, **(counts if judged else {})}
+
+
+def _places(judged: Iterable[Judgement]) -> list[int]:
+    """How many cuts stand in each tenth of the answers."""
+    counts = [0] * PLACES
+    for one in judged:
+        counts[min(int(one.place * PLACES), PLACES - 1)] += 1
+    return counts

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.measure import bootstrap, paired, speedup, summarize, verdicts, wilson
+from eval.measure import bootstrap, detectable_loss, judgements_of, loss_interval, paired, speedup, summarize, wilson
 from eval.methods import Outcome, compare
 from eval.report import console_table, html_report
 from eval.tasks import TASKS, draw_prompts
@@ -21,7 +21,7 @@ END = "that is 11 coins ."
 
 
 def outcome(segments, seconds=1.0, right=True, drafted=10, accepted=5, written=5):
-    stats = Stats(draft_tokens=drafted, accepted_tokens=accepted, target_tokens=written, rounds=1)
+    stats = Stats(draft_tokens=drafted, accepted_tokens=accepted, target_tokens=written, rounds=1, verify_passes=2)
     stats.seconds.update(draft=0.2, verify=0.1, target=0.6, other=0.1)
     stats.first_token_seconds = 0.3
     text = " ".join(s.text.strip() for s in segments if s.accepted)
@@ -32,11 +32,12 @@ def test_wilson_and_bootstrap():
     low, high = wilson(98, 100)
     assert low == pytest.approx(0.930, abs=1e-3)
     assert high == pytest.approx(0.9945, abs=1e-3)
-    rows = [[2.0 + i % 3, 1.0 + i % 3] for i in range(60)]
-    low, high = bootstrap(rows, speedup)
-    assert speedup(np.array(rows)) == pytest.approx(1.5)
+    target, method = [2.0 + i % 3 for i in range(60)], [1.0 + i % 3 for i in range(60)]
+    low, high = bootstrap([target, method], speedup)
+    assert speedup(np.array(target), np.array(method)) == pytest.approx(1.5)
     assert low < 1.5 < high
-    assert bootstrap(rows, speedup) == (low, high)
+    assert bootstrap([target, method], speedup) == (low, high)
+    assert bootstrap([[3.0], [1.5]], speedup) == (2.0, 2.0)  # of a single measurement
 
 
 def test_the_paired_difference():
@@ -48,6 +49,40 @@ def test_the_paired_difference():
     assert paired([True], [True])["mcnemar_p"] == 1
 
 
+@pytest.mark.parametrize(("lost", "won", "n"), [(0, 0, 150), (10, 4, 100), (3, 0, 40), (0, 9, 60), (1, 0, 2)])
+def test_the_interval_of_the_loss_ends_where_the_score_test_does(lost, won, n):
+    """At either end what was seen is 1.96 standard errors away, by the likeliest share of prompts won there."""
+    low, high = loss_interval(lost, won, n)
+    assert low <= (lost - won) / n <= high
+    for end in (low, high):
+        shares = np.linspace(max(0.0, -end), min(1.0, (1 - end) / 2 + max(0.0, -end)), 200001)[1:-1]
+        same = 1 - end - 2 * shares  # neither lost nor won; lost are end + share
+        usable = (same > 0) & (shares + end > 0)
+        shares, same = shares[usable], same[usable]
+        likelihood = lost * np.log(shares + end) + won * np.log(shares) + (n - lost - won) * np.log(same)
+        share = shares[np.argmax(likelihood)]
+        error = np.sqrt((2 * share + end - end**2) / n)
+        assert abs((lost - won) / n - end) / error == pytest.approx(1.96, abs=0.02)
+
+
+def test_with_nothing_lost_the_interval_is_wilsons():
+    """z² / (n + z²): 150 prompts of which none differs cannot show that less than a point is lost, 400 can."""
+    assert loss_interval(0, 0, 150) == pytest.approx((-0.02497, 0.02497), abs=1e-5)
+    same, longer = [True] * 150, [True] * 400
+    assert paired(same, same)["accuracy_difference_ci95"] == (0, 0)  # a bootstrap claims too much
+    assert paired(same, same)["non_inferiority"] == "open"
+    assert paired(longer, longer)["non_inferiority"] == "shown"
+    assert paired([True] * 100, [True] * 80 + [False] * 20)["non_inferiority"] == "refuted"
+    assert paired([True] * 100, [True] * 99 + [False], max_accuracy_loss=0.1)["non_inferiority"] == "shown"
+
+
+def test_the_smallest_loss_that_could_have_been_shown():
+    """Six of six that differ are p = 2 / 2^6 = 0.031, five of five 0.0625; of three prompts none would do."""
+    assert detectable_loss(0, 150) == 6 / 150
+    assert detectable_loss(2, 100) == 8 / 100  # ten lost against two won: p = 0.039
+    assert detectable_loss(0, 3) == 1
+
+
 def test_verdicts_count_to_each_drafts_first_wrong_cut():
     segments = [
         Segment(FIG, "draft", 0.9, True),
@@ -56,15 +91,18 @@ def test_verdicts_count_to_each_drafts_first_wrong_cut():
         Segment(" " + TEA, "target", None, True),
         Segment(" " + END, "draft", 0.8, True),
     ]
-    found = list(verdicts(outcome(segments), TASKS["ledger"]))
-    assert found == [(0.9, True, True), (0.2, False, False), (0.8, True, True)]
+    found = list(judgements_of(outcome(segments), TASKS["ledger"]))
+    assert [one[:3] for one in found] == [(0.9, True, True), (0.2, False, False), (0.8, True, True)]
+    first, kept = len(FIG) + len(BAD) + len(END) + 2, len(FIG) + len(TEA) + len(END) + 2
+    places = [len(FIG) / first, (len(FIG) + len(BAD) + 1) / first, kept / kept]
+    assert [one.place for one in found] == pytest.approx(places)
 
 
 def test_a_summary_has_the_public_keys_and_its_definitions():
     target = [outcome([Segment(f"{FIG} {TEA} {END}", "target", None, True)], 2.0, True, 0, 0, 10)] * 4
     mine = [
         outcome([Segment(FIG, "draft", 0.9, True), Segment(" " + TEA, "target", None, True)]),
-        outcome([Segment(FIG, "draft", 0.4, False)], right=False),
+        outcome([Segment(FIG, "draft", 0.4, False)], right=False, accepted=0),
         outcome([Segment(BAD, "draft", 0.9, True)], right=False),
         outcome([Segment(FIG, "draft", 0.9, True)], written=0),
     ]
@@ -77,11 +115,18 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
     assert row["speedup"] == 2
     assert row["tokens_per_second"] == 10
     assert row["full_accept_rate"] == 0.25
-    assert row["accepted_fraction"] == 0.5
+    assert row["accepted_fraction"] == 15 / 40
     assert row["false_accept_rate"] == 1
     assert row["false_reject_rate"] == pytest.approx(1 / 3)
     assert row["model_time_fraction"] == pytest.approx(0.9)
-    assert row["first_token_seconds"] == pytest.approx(0.3)
+    assert row["first_token_seconds"] == row["first_token_seconds_p99"] == pytest.approx(0.3)
+    assert row["token_seconds_p50"] == pytest.approx((1.0 - 0.3) / 9)
+    assert row["requests_per_second"] == 1
+    assert row["accepted_per_verification"] == 15 / 8
+    assert row["wholly_rejected_rate"] == 0.25
+    assert row["wholly_rejected_slowdown"] == 0.5  # it was fast, and wrong
+    assert row["false_accept_places"] == [0] * 9 + [1]
+    assert row["non_inferiority"] == "open"
     json.dumps(row)
     table = console_table([row])
     assert "parse" in table
