@@ -1,4 +1,8 @@
-"""python -m eval RECIPE [section.key=value ...]: every method on the same prompts, end to end."""
+"""Evaluation from the command line.
+
+python -m eval RECIPE [section.key=value ...]   every method on the same prompts, end to end
+python -m eval compare RUN RUN ...              evaluated runs side by side
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,24 @@ from pathlib import Path
 
 from recipes.command import run_command
 
+COMPARE = "python -m eval compare RUN RUN ... shows evaluated runs side by side"
 LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`."""
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate a recipe's run.")
+    """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`. Or compare runs."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["compare"]:
+        from eval import compare
+
+        return compare.main(words[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m eval",
+        description="Evaluate a recipe's run; `compare RUN RUN ...` shows evaluated ones side by side.",
+    )
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(words)
     return run_command(lambda folders: _main(options, folders))
 
 

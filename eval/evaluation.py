@@ -13,13 +13,14 @@ from eval.measure import summarize
 from eval.methods import Outcome, compare, methods_of, settings_of
 from eval.prompts import prompts_of
 from eval.properties import measure_pair
-from eval.report import console_table, html_report, pair_table, requests
+from eval.report import console_table, csv_table, html_report, pair_table, requests, sentence
 from eval.tasks import Task, load_task
 from parse import Engine
 from parse.prompts import opens_thinking
 from parse.verifiers.base import Calibration
+from recipes import strict
 from recipes.files import write_text
-from recipes.machine import hardware
+from recipes.machine import environment, hardware
 from recipes.pair import load_engine
 from recipes.schema import Recipe, RecipeError, to_dict
 
@@ -44,6 +45,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "draft": str(draft),
         "verifier": str(verifier),
         "hardware": hardware(),
+        "max_accuracy_loss": recipe.verifier.max_accuracy_loss,
         "threshold": thresholds[recipe.engine.policy],
         "at_once": first,
         "methods": tables[first],
@@ -114,13 +116,27 @@ def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes) -> None:
     folder = recipe.folder / "eval"
     folder.mkdir(exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_text(folder / "report.html", html_report(summary, outcomes))
+    write_text(folder / "summary.csv", csv_table(summary))
+    report = recipe.evaluated[1] / "report.json"
+    verifier = json.loads(report.read_text()) if report.is_file() else None
+    write_text(folder / "report.html", html_report(summary, outcomes, verifier, _made(recipe)))
     write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
+
+
+def _made(recipe: Recipe) -> dict[str, Any]:
+    """How the evaluation was made, for its page."""
+    made = environment()
+    facts = [("machine", made["hardware"]), ("commit", made["git_commit"] or "unknown"), ("Python", made["python"])]
+    facts += [(name, version) for name, version in made["packages"].items() if version]
+    facts += [(name, str(getattr(recipe, name))) for name in ("target", "task")]
+    facts += list(zip(("draft", "verifier"), map(str, recipe.evaluated), strict=True))
+    return {"facts": facts, "recipe": strict.dump(to_dict(recipe))}
 
 
 def _show(recipe: Recipe, tables: dict[int, list[dict[str, Any]]], pair: dict[str, Any] | None, prompts: int) -> None:
     if pair:
         print(f"\nthe pair of models, on {prompts} test prompts\n{pair_table(pair)}")
+    print(f"\n{sentence(tables[recipe.eval.concurrency[0]], recipe.verifier.max_accuracy_loss)}")
     for at_once, table in tables.items():
         title = "" if list(tables) == [1] else f"{requests(at_once)}, {prompts} prompts\n"
         print(f"\n{title}{console_table(table)}")

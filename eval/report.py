@@ -1,23 +1,52 @@
-"""The report: a console table, and one self-contained HTML file with plots and coloured transcripts."""
+"""The report: a console table, and one self-contained HTML page (`templates/page.html`) with plots and transcripts."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from eval import plots
+from eval.measure import PERCENTILES
 from eval.methods import WHAT, Outcome
+from eval.page import Part, page
+from eval.verifier_report import verifier_parts
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } 
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #444 } td { border-bottom: 1px solid #ddd } 
-td:first-child, th:first-child { text-align: left }
-.kept { background: #d8f0d8 } .cut { background: #f6d5d5; text-decoration: line-through; color: #777 }
-.target { background: #d9e5f8 } .answer { padding: .6rem; border-left: 3px solid #bbb; margin: .5rem 0 1.5rem }
-span { border-radius: 3px; padding: 0 .15rem } sup { color: #777; font-size: .7em } svg text { font: 12px system-ui }
-"""
+SHOWN = 12  # transcripts of each sort
+VERDICTS = {
+    "shown": "not worse by more than the promised {points}",
+    "refuted": "worse by more than the promised {points}",
+    "open": "{n} prompts cannot tell whether it is worse by more than the promised {points}",
+}
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # a title, and how a row shows it
+METHODS: tuple[Column, ...] = (
+    ("method", lambda row: row["name"]),
+    ("right (95%)", lambda row: f"{row['accuracy']:.1%} ({_interval(row['accuracy_ci95'], '.1%')})"),
+    ("against target, points (95%)", lambda row: _difference(row)),
+    ("speed-up (95%)", lambda row: f"{row['speedup']:.2f}x ({_interval(row['speedup_ci95'], '.2f')})"),
+    ("s/request", lambda row: f"{row['seconds_per_request']:.3f}"),
+    ("first token, s", lambda row: f"{row['first_token_seconds']:.3f}"),
+    ("tokens from draft, target", lambda row: f"{row['tokens_from_draft']:.0f}, {row['tokens_from_target']:.0f}"),
+)
+DETAILS: tuple[Column, ...] = (
+    ("method", lambda row: row["name"]),
+    ("McNemar's p", lambda row: f"{row['mcnemar_p']:.2f}"),
+    ("latency p50, p95, p99, s", lambda row: _percentiles(row, "latency_seconds")),
+    ("first token p50, p95, p99, s", lambda row: _percentiles(row, "first_token_seconds")),
+    ("each next token p50, p95, p99, ms", lambda row: _percentiles(row, "token_seconds", 1000)),
+    ("requests/s", lambda row: f"{row['requests_per_second']:.2f}"),
+    ("tokens/s", lambda row: f"{row['tokens_per_second']:.0f}"),
+    ("rounds", lambda row: f"{row['rounds']:.2f}"),
+    ("accepted", lambda row: _percent(row["accepted_fraction"])),
+    ("tokens a verification", lambda row: _number(row["accepted_per_verification"])),
+    ("all accepted", lambda row: _percent(row["full_accept_rate"])),
+    ("all rejected", lambda row: _percent(row["wholly_rejected_rate"])),
+    ("its time over target's", lambda row: _number(row["wholly_rejected_slowdown"])),
+    ("false accepts", lambda row: _percent(row["false_accept_rate"])),
+    ("false rejects", lambda row: _percent(row["false_reject_rate"])),
+    ("time in models", lambda row: f"{row['model_time_fraction']:.1%}"),
+)
 
 
 def console_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -44,9 +73,14 @@ def requests(at_once: int) -> str:
 
 def pair_table(pair: dict[str, Any]) -> str:
     """The properties of the pair as text."""
+    return "\n".join(f"  {name:38s}{value}" for name, value in pair_rows(pair))
+
+
+def pair_rows(pair: dict[str, Any]) -> list[tuple[str, str]]:
+    """The properties of the pair: names and values."""
     tokens, auc = pair["answer_tokens"], pair["auc"]
     free = {name: value for name, value in auc.items() if name.startswith("likelihood")}
-    lines = [
+    return [
         ("answer tokens", f"{tokens['least']}-{tokens['most']}, mean {tokens['mean']:.0f}"),
         ("target right", f"{pair['target_accuracy']:.1%}"),
         ("target right after a foreign prefix", _percent(pair["target_accuracy_after_foreign_prefix"])),
@@ -62,109 +96,170 @@ def pair_table(pair: dict[str, Any]) -> str:
         ("target's time a token over draft's", f"{pair['cost_ratio']:.1f}"),
         ("generate's time over our target's", f"{pair['generate_over_target_loop']:.2f}"),
     ]
-    return "\n".join(f"  {name:38s}{value}" for name, value in lines)
 
 
-def html_report(summary: dict[str, Any], outcomes: dict[str, list[Outcome]], shown: int = 8) -> str:
-    """The whole report as one HTML document."""
-    rows = summary["methods"]
-    transcripts = "".join(_transcript(outcome) for outcome in outcomes.get("parse", [])[:shown])
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(summary["name"])}</title>
-<style>{STYLE}</style><h1>PARSE: {html.escape(summary["name"])}</h1>
-<p>{rows[0]["n"]} prompts, every method on the same ones in turn, {requests(summary["at_once"])}, on
-{html.escape(summary["hardware"])}. Speed-up is end-to-end seconds of target-alone over the method's; intervals are
-95%.</p>
-{_html_table(rows)}{_concurrency(summary)}<h2>Speed against accuracy</h2>{_plot(summary)}
-<p>Points are the methods; the line is PARSE over thresholds, on {summary["sweep_prompts"]} of the prompts.</p>
-<h2>The pair of models</h2><pre>{html.escape(pair_table(summary["pair"])) if summary["pair"] else ""}</pre>
-<h2>Transcripts</h2><p><span class="kept">draft, accepted</span> <span class="cut">draft, rejected</span>
-<span class="target">target</span>; small figures are the confidence at each cut.</p>{transcripts}</html>
-"""
-
-
-def _html_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = (
-        "method|accuracy|interval|vs target|p|speed-up|interval|s/request|first token|accepted|"
-        "false accepts|false rejects"
-    )
-    body = []
-    for row in rows:
-        low, high = row["accuracy_ci95"]
-        slow, fast = row["speedup_ci95"]
-        cells = [
-            row["name"],
-            f"{row['accuracy']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{row['accuracy_difference'] * 100:+.1f} pt",
-            f"{row['mcnemar_p']:.2f}",
-            f"{row['speedup']:.2f}x",
-            f"{slow:.2f} to {fast:.2f}",
-            f"{row['seconds_per_request']:.3f}",
-            f"{row['first_token_seconds']:.3f} s",
-            _percent(row["accepted_fraction"]),
-            _percent(row["false_accept_rate"]),
-            _percent(row["false_reject_rate"]),
-        ]
-        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    header = "".join(f"<th>{name}</th>" for name in head.split("|"))
-    what = "; ".join(f"<b>{row['name']}</b>: {WHAT[row['name']]}" for row in rows)
-    return f"<table><tr>{header}</tr>{''.join(body)}</table><p>{what}.</p>"
-
-
-def _concurrency(summary: dict[str, Any]) -> str:
-    """The same table for other numbers of requests at once; of these seconds are those of all over their number."""
-    return "".join(
-        f"<h2>{requests(other['at_once']).capitalize()}</h2>{_html_table(other['methods'])}"
-        for other in summary["concurrency"]
-    )
-
-
-def _plot(summary: dict[str, Any]) -> str:
-    """Speed-up (across) against accuracy (up), as inline SVG."""
-    points = [(row["speedup"], row["accuracy"], row["name"]) for row in summary["methods"]]
-    sweep = [(p["speedup"], p["accuracy"], f"{p['threshold']:.3g}") for p in summary["sweep"]]
-    width, height, margin = 640, 360, 50
-    right = max(x for x, _, _ in points + sweep) * 1.1
-    bottom = min(y for _, y, _ in points + sweep)
-    floor = max(0.0, bottom - (1 - bottom) * 0.15 - 0.005)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = margin + (width - 2 * margin) * x / right
-        return across, height - margin - (height - 2 * margin) * (y - floor) / (1 - floor)
-
-    shapes = []
-    for tick in range(int(right) + 1):
-        x, y = place(tick, floor)
-        shapes.append(f'<text x="{x:.0f}" y="{y + 20:.0f}" text-anchor="middle">{tick}x</text>')
-    for i in range(5):
-        value = floor + (1 - floor) * i / 4
-        x, y = place(0, value)
-        shapes.append(f'<text x="{x - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{value:.0%}</text>')
-        shapes.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{width - margin}" y2="{y:.0f}" stroke="#ddd"/>')
-    if sweep:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(a, b) for a, b, _ in sweep))
-        shapes.append(f'<polyline points="{path}" fill="none" stroke="#3a7" stroke-width="2"/>')
-    for a, b, name in sweep:
-        x, y = place(a, b)
-        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#3a7"><title>threshold {name}</title></circle>')
-    for a, b, name in points:
-        x, y = place(a, b)
-        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#27c"/>')
-        shapes.append(f'<text x="{x + 8:.1f}" y="{y + 16:.1f}">{name}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}">{"".join(shapes)}</svg>'
-
-
-def _transcript(outcome: Outcome) -> str:
-    pieces = []
-    for segment in outcome.generation.segments:
-        style = "target" if segment.source == "target" else "kept" if segment.accepted else "cut"
-        mark = f"<sup>{segment.confidence:.2f}</sup>" if segment.confidence is not None else ""
-        pieces.append(f'<span class="{style}">{html.escape(segment.text)}</span>{mark}')
-    verdict = "right" if outcome.right else "wrong"
+def sentence(rows: Sequence[dict[str, Any]], max_accuracy_loss: float) -> str:
+    """What happened, in plain words; empty where PARSE was not among the methods."""
+    parse, target = _row(rows, "parse"), _row(rows, "target")
+    if not parse or not target:
+        return ""
+    points = f"{100 * max_accuracy_loss:g} point{'s' if max_accuracy_loss != 0.01 else ''}"
+    verdict = VERDICTS[parse["non_inferiority"]].format(points=points, n=parse["n"])
     return (
-        f"<b>{html.escape(str(outcome.prompt))}</b> ({verdict}, {outcome.seconds:.2f} s)"
-        f'<div class="answer">{" ".join(pieces)}</div>'
+        f"PARSE answered {parse['speedup']:.1f} times as fast as the target alone; {parse['accuracy']:.1%} of its "
+        f"answers were right, and {target['accuracy']:.1%} of the target's: {verdict} "
+        f"(95% interval of the difference: {_gain(parse)} points)."
     )
+
+
+def csv_table(summary: dict[str, Any]) -> str:
+    """The methods' rows as CSV, one per method and number of requests at once; intervals and phases in columns."""
+    rows = [{"at_once": at_once} | dict(_cells(row)) for at_once, table in tables_of(summary).items() for row in table]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}_{name}", one) for name, one in value.items())
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            names = ("low", "high") if key.endswith("ci95") else map(str, range(len(value)))
+            yield from ((f"{key}_{name}", one) for name, one in zip(names, value, strict=True))
+        else:
+            yield key, value
+
+
+def html_report(
+    summary: dict[str, Any],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    verifier: dict[str, Any] | None = None,
+    made: dict[str, Any] | None = None,
+) -> str:
+    """The whole report as one HTML document.
+
+    Args:
+        summary: what `eval/summary.json` holds.
+        outcomes: by method; those of PARSE are shown as transcripts.
+        verifier: what the verifier's `report.json` holds.
+        made: `facts`, pairs of words, and `recipe`, YAML.
+    """
+    rows = summary["methods"]
+    first = [sentence(rows, summary["max_accuracy_loss"]), _detectable(rows)]
+    parts = [*_method_parts(summary), *verifier_parts(verifier, _row(rows, "parse")), *_pair_part(summary["pair"])]
+    transcripts = [*_transcripts(outcomes.get("parse", []), outcomes.get("target", []))]
+    return page(f"PARSE: {summary['name']}", first, parts, transcripts, made)
+
+
+def _detectable(rows: Sequence[dict[str, Any]]) -> str:
+    """What a test of this size could have found."""
+    found = _row(rows, "parse") or rows[-1]
+    return (
+        f"Every method answered the same {found['n']} test prompts in turn; a loss of "
+        f"{100 * found['detectable_loss']:.1f} points is the smallest that this sample could have shown."
+    )
+
+
+def tables_of(summary: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """The methods' rows by the number of requests at once, the first one first."""
+    first = {summary["at_once"]: summary["methods"]}
+    return first | {other["at_once"]: other["methods"] for other in summary["concurrency"]}
+
+
+def _method_parts(summary: dict[str, Any]) -> list[Part]:
+    """Two tables for each number of requests at once; the plots stand after the first."""
+    parts = []
+    for at_once, rows in tables_of(summary).items():
+        title = requests(at_once)[0].upper() + requests(at_once)[1:]
+        pictures = method_plots(summary) if at_once == summary["at_once"] else []
+        more = [[show(row) for _, show in DETAILS] for row in rows]
+        parts.append(methods_part(summary, at_once, title)._replace(plots=pictures))
+        parts.append(Part(f"{title}: details", [name for name, _ in DETAILS], more, "", "parse", folded=True))
+    return parts
+
+
+def methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
+    """The methods with so many requests at once."""
+    rows = tables_of(summary)[at_once]
+    text = f"{rows[0]['n']} prompts on {summary['hardware']}, {requests(at_once)}. Seconds are end to end"
+    text += "." if at_once == 1 else "; those of a request are those of all over their number."
+    terms = {row["name"]: WHAT[row["name"]] for row in rows}
+    body = [[show(row) for _, show in METHODS] for row in rows]
+    return Part(title, [name for name, _ in METHODS], body, text, "parse", terms)
+
+
+def method_plots(summary: dict[str, Any]) -> list[str]:
+    """Speed against accuracy, where the time goes, and throughput against load where that was measured."""
+    tables = tables_of(summary)
+    rows = summary["methods"]
+    pictures = [plots.speed_and_accuracy(rows, summary["sweep"], summary["threshold"]), plots.seconds_by_phase(rows)]
+    return pictures + ([plots.throughput(tables)] if len(tables) > 1 else [])
+
+
+def _pair_part(pair: dict[str, Any] | None) -> list[Part]:
+    if not pair:
+        return []
+    text = "Whether the task needs a semantic verifier at all: what the free rules and lossless speculation reach."
+    return [Part("The pair of models", ["what", "value"], pair_rows(pair), text)]
+
+
+def _transcripts(parse: Sequence[Outcome], target: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """Some answers of each sort, in the prompts' order."""
+    right_alone = {i for i, outcome in enumerate(target) if outcome.right}
+    slow = sorted(range(len(parse)), key=lambda i: -parse[i].seconds)[:SHOWN]
+    sorts: dict[str, list[int]] = {"all": [*range(min(SHOWN, len(parse)))], "slow": slow}
+    sorts["false-accept"] = [i for i, one in enumerate(parse) if not one.right and _drafted(one) and i in right_alone]
+    sorts["rejected"] = [i for i, one in enumerate(parse) if any(not s.accepted for s in one.generation.segments)]
+    sorts["wrong"] = [i for i, one in enumerate(parse) if not one.right]
+    chosen = {sort: set(some[:SHOWN]) for sort, some in sorts.items()}
+    for i in sorted(set().union(*chosen.values())):
+        outcome = parse[i]
+        yield {
+            "kinds": ["all", *(sort for sort, some in chosen.items() if i in some and sort != "all")],
+            "title": f"{'Right' if outcome.right else 'Wrong'}, {outcome.seconds:.2f} s",
+            "prompt": str(outcome.prompt),
+            "pieces": [
+                {
+                    "style": "written" if segment.source == "target" else "kept" if segment.accepted else "cut",
+                    "text": segment.text,
+                    "confidence": segment.confidence,
+                }
+                for segment in outcome.generation.segments
+            ],
+        }
+
+
+def _drafted(outcome: Outcome) -> bool:
+    return any(segment.source == "draft" and segment.accepted for segment in outcome.generation.segments)
+
+
+def _row(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    return next((row for row in rows if row["name"] == name), None)
+
+
+def _interval(ends: Sequence[float], form: str) -> str:
+    return " to ".join(format(end, form) for end in ends)
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['accuracy_difference']:+.1f} ({_gain(row)})"
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    """The interval of the difference in points: that of the loss, turned round."""
+    least, most = row["accuracy_loss_ci95"]
+    return _interval((-100 * most, -100 * least), "+.1f")
+
+
+def _percentiles(row: Mapping[str, Any], key: str, scale: float = 1) -> str:
+    return ", ".join(f"{scale * row[f'{key}_p{p}']:.3g}" for p in PERCENTILES)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _percent(value: float | None) -> str:

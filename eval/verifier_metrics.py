@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from parse import Engine
@@ -25,6 +25,7 @@ from parse.verifiers import Divergence, Evidence, Likelihood, Needs, PromptVerif
 
 AT_ONCE = 16  # drafts in a pass
 BINS = 10  # of the reliability curve
+POINTS = 60  # of the other curves, at most
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,33 @@ def reliability(confidences: np.ndarray, valid: np.ndarray) -> list[tuple[float,
     bins = np.clip(np.digitize(confidences, edges) - 1, 0, BINS - 1)  # [n]
     groups = [bins == index for index in range(BINS) if (bins == index).any()]
     return [(float(g.mean()), float(confidences[g].mean()), float(valid[g].mean())) for g in groups]
+
+
+def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, list[list[float]]]:
+    """What a verifier could do at other thresholds, as points.
+
+    Returns:
+        `roc`, invalid against valid cuts accepted; `reliability`, stated against true confidence; `use`, a threshold,
+        the accuracy lost there and the share of the drafts' tokens accepted.
+    """
+    confidences, valid = judgements(scored)
+    roc: list[list[float]] = []
+    if 0 < valid.sum() < len(valid):
+        false, true, _ = roc_curve(valid, confidences)  # [points] each
+        roc = np.stack([false, true], axis=1)[_spread(len(false))].tolist()
+    stated = np.unique([confidence for one in scored for confidence in one.confidences])
+    total = sum(one.draft.ends[-1] for one in scored)
+    use = []
+    for threshold in stated[_spread(len(stated))]:
+        kept = sum([0, *one.draft.ends][keeps(one, threshold, policy)] for one in scored)
+        use.append([float(threshold), accuracy_loss(scored, threshold, policy), kept / total])
+    reliable = [[stated_mean, true_share] for _, stated_mean, true_share in reliability(confidences, valid)]
+    return {"roc": roc, "reliability": reliable, "use": use}
+
+
+def _spread(count: int) -> np.ndarray:
+    """Indices of at most `POINTS` of so many points, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int))
 
 
 def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Sequence[Draft]) -> dict[str, float]:

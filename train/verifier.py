@@ -24,6 +24,7 @@ from eval.verifier_metrics import (
     Example,
     Scored,
     all_needs,
+    curves,
     examine,
     judgements,
     measure,
@@ -93,8 +94,7 @@ def run(recipe: Recipe, run: Run) -> None:
             save(folder, kinds[name], engine.target, facts)
             report = report_of(name, kinds, scores, costs, recipe) | {"learning_curve": trained.curve}
             write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
-            tested = {kind: found["test"] for kind, found in scores.items()}
-            write_text(folder / "report.html", html_report(recipe.name, report, tested))
+            write_text(folder / "report.html", html_report(recipe.name, report))
             print(f"verifier: {n} calibration prompts, at most {max_accuracy_loss:.1%} accuracy loss promised")
             print(console_table(report))
             run.log("verifier", {f"{kind}/{key}": v for kind, row in report["kinds"].items() for key, v in row.items()})
@@ -284,6 +284,7 @@ def report_of(
     return {
         "kinds": figures,
         "chosen": name,
+        "curves": {kind: curves(scores[kind]["test"], recipe.engine.policy) for kind in kinds},
         "n_prompts": len({one.draft.number for one in tested}),
         "n_prefixes": sum(len(one.draft.ends) for one in tested),
         "max_accuracy_loss": recipe.verifier.max_accuracy_loss,

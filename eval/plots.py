@@ -1,0 +1,233 @@
+"""Plots as SVG that takes its colours from the page, so that one picture serves light, dark and paper.
+
+Matplotlib draws with colours that stand for others: they are replaced by the page's variables (`page.css`), and letters
+stay letters, so that they can be searched, read aloud and printed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from eval.methods import WHAT
+
+SIZE = 4.6, 3.7  # inches: on a phone's width letters keep the size that they have here
+INK, FAINT = "#010101", "#020202"
+COLOURS = tuple(f"#0300{i:02x}" for i in range(len(WHAT)))  # --c0, --c1 ... of the page, told apart by the colour-blind
+MARKERS = "osD^vP*Xh"
+PHASES = {"draft": 4, "verify": 7, "target": 0, "other": 2}  # of Stats.seconds, and their colours
+IN_TURN = (0, 7, 4, 2, 5, 6, 3, 8, 1)  # colours of kinds, neighbours as unlike as can be
+RULES = 4  # kinds that share a colour, at most, where their names begin with the same word
+RC: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "parse",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.use": True,
+}
+
+Row = Mapping[str, Any]
+Curve = Sequence[Sequence[float]]  # pairs
+
+
+class LineStyle(NamedTuple):
+    """How a kind's line is drawn."""
+
+    colour: str
+    dashes: tuple[float, ...]  # lengths of line and gap, points; none is solid
+    width: float
+
+
+def speed_and_accuracy(rows: Sequence[Row], sweep: Sequence[Row], threshold: float | None) -> str:
+    """The methods with their intervals, and PARSE over thresholds as a line, the calibrated one marked."""
+
+    def draw(axes: Axes) -> None:
+        if sweep:
+            points = sorted((one["speedup"], one["accuracy"]) for one in sweep)
+            line: Any = {"color": _colour("parse"), "linewidth": 1, "marker": ".", "label": "PARSE over thresholds"}
+            axes.plot(*zip(*points, strict=True), **line)
+        for row in rows:
+            x, y = row["speedup"], row["accuracy"]
+            errors = [
+                [[abs(value - end)] for end in row[f"{key}_ci95"]] for value, key in ((x, "speedup"), (y, "accuracy"))
+            ]
+            label = row["name"]
+            if label == "parse" and threshold is not None:
+                label = f"parse, calibrated ({threshold:.3g})"
+            look: Any = {"fmt": _marker(row["name"]), "color": _colour(row["name"]), "elinewidth": 0.8, "markersize": 5}
+            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **look)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set(xlabel="times as fast as the target alone", ylabel="answers right", ylim=(None, 1.0 + 0.005))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if value in (0.2, 0.5, 2, 5, 20, 50) else "")
+        axes.tick_params(axis="x", which="minor", labelsize=8)
+
+    return _picture("Speed against accuracy", draw)
+
+
+def seconds_by_phase(rows: Sequence[Row]) -> str:
+    """What a request's seconds go into, by method, as stacked bars."""
+
+    def draw(axes: Axes) -> None:
+        names = [row["name"] for row in reversed(rows)]
+        ends = [0.0] * len(names)
+        for phase, colour in PHASES.items():
+            widths = [row["seconds"][phase] for row in reversed(rows)]
+            axes.barh(names, widths, left=ends, color=COLOURS[colour], label=phase, height=0.7)
+            ends = [end + width for end, width in zip(ends, widths, strict=True)]
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="seconds in the engine per request")
+
+    return _picture("Seconds by phase", draw)
+
+
+def throughput(tables: Mapping[int, Sequence[Row]]) -> str:
+    """Requests per second against the number of requests at once."""
+
+    def draw(axes: Axes) -> None:
+        for name in [row["name"] for row in next(iter(tables.values()))]:
+            points = [
+                (at_once, row["requests_per_second"])
+                for at_once, rows in sorted(tables.items())
+                for row in rows
+                if row["name"] == name
+            ]
+            axes.plot(*zip(*points, strict=True), marker=_marker(name), color=_colour(name), label=name, markersize=5)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(tables), map(str, sorted(tables)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.set(xlabel="requests at once", ylabel="requests per second")
+
+    return _picture("Throughput against load", draw)
+
+
+def error_places(row: Row) -> str:
+    """In which tenth of the draft the verifier errs."""
+
+    def draw(axes: Axes) -> None:
+        kinds = (("accept", "wrong, accepted", -0.2, 4), ("reject", "right, rejected", 0.2, 0))
+        for kind, label, shift, colour in kinds:
+            counts = row[f"false_{kind}_places"]
+            places = [n + 0.5 + shift for n in range(len(counts))]
+            axes.bar(places, counts, width=0.4, color=COLOURS[colour], label=label)
+        axes.grid(axis="x", visible=False)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks(range(0, 11, 2), [f"{10 * n}%" for n in range(0, 11, 2)])
+        axes.set(xlabel="place in the draft's answer", ylabel="cuts")
+
+    return _picture("Where verdicts err", draw)
+
+
+def verifier_curves(report: Row) -> list[str]:
+    """ROC, reliability, and tokens accepted against accuracy lost, a line for each kind."""
+    curves: Mapping[str, Mapping[str, Curve]] = report["curves"]
+    styles = line_styles(list(curves))
+    most = max(5 * report["max_accuracy_loss"], 0.05)
+
+    def lines(axes: Axes, what: str) -> None:
+        for kind, style in styles.items():
+            points = [tuple(point[-2:]) for point in curves[kind][what]]
+            look: Any = {"color": style.colour, "linewidth": style.width, "label": kind, "solid_capstyle": "round"}
+            look |= {"linestyle": (0, style.dashes) if style.dashes else "-", "marker": "." if len(points) == 1 else ""}
+            axes.plot([x for x, _ in points], [y for _, y in points], **look)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set(ylim=(0, 1.02))
+
+    def roc(axes: Axes) -> None:
+        lines(axes, "roc")
+        axes.set(xlabel="invalid cuts accepted", ylabel="valid cuts accepted", xlim=(0, 1))
+
+    def reliability(axes: Axes) -> None:
+        lines(axes, "reliability")
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, label="_exact")
+        axes.set(xlabel="confidence", ylabel="share of valid cuts", xlim=(0, 1))
+
+    def use(axes: Axes) -> None:
+        lines(axes, "use")
+        axes.axvline(report["max_accuracy_loss"], color=INK, linewidth=0.8, linestyle=":", label="_promised")
+        axes.set(xlabel="accuracy lost", ylabel="draft tokens accepted", xlim=(0, most))
+
+    pictures = ("ROC", roc), ("Reliability", reliability), ("Tokens accepted against accuracy lost", use)
+    return [_picture(title, draw) for title, draw in pictures]
+
+
+def line_styles(kinds: Sequence[str]) -> dict[str, LineStyle]:
+    """A style for each kind, no two with the same colour and dashes, however many there are.
+
+    A kind by itself has a thick, solid line. Kinds whose names begin with the same word, such as the rules on the
+    target's likelihood, share a colour and differ by their dashes.
+    """
+    families: dict[str, list[str]] = {}
+    for kind in kinds:
+        families.setdefault(kind.partition(" ")[0], []).append(kind)
+    groups = [family[i : i + RULES] for family in families.values() for i in range(0, len(family), RULES)]
+    styles: dict[str, LineStyle] = {}
+    taken: set[tuple[str, tuple[float, ...]]] = set()
+    for index, group in enumerate(groups):
+        colour, alone = COLOURS[IN_TURN[index % len(IN_TURN)]], len(group) == 1
+        solid: list[tuple[float, ...]] = [()] if alone else []
+        patterns = chain(solid, ((9, 3), (4, 3), (1.5, 3)), ((9, 3) + (2, 3) * n for n in count(1)))
+        for kind in group:
+            dashes = next(dashes for dashes in patterns if (colour, dashes) not in taken)
+            taken.add((colour, dashes))
+            styles[kind] = LineStyle(colour, dashes, 2.4 if alone else 1.4)
+    return {kind: styles[kind] for kind in kinds}
+
+
+def _colour(method: str) -> str:
+    """A method's colour, the same in every plot."""
+    return COLOURS[list(WHAT).index(method) % len(COLOURS)]
+
+
+def _marker(method: str) -> str:
+    return MARKERS[list(WHAT).index(method) % len(MARKERS)]
+
+
+def _picture(title: str, draw: Callable[[Axes], None]) -> str:
+    """A figure with the legend under it, as an SVG element of the page."""
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=SIZE)
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_title(title, fontsize=10, loc="left")
+        figure.legend(loc="outside lower left", ncols=2)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _of_the_page(file.getvalue(), title)
+
+
+def _of_the_page(svg: str, title: str) -> str:
+    """The SVG element with the page's colours, as wide as there is room, and named for who cannot see it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.S)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # of groups: every picture has the same
+    box = re.search(r'viewBox="([^"]+)"', svg)
+    assert box
+    svg = f'<svg viewBox="{box[1]}" role="img" aria-label="{title}">' + svg[svg.index(">") + 1 :]
+    for colour, variable in {INK: "currentColor", FAINT: "var(--faint)", "xlink:href": "href"}.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r"#0300([\da-f]{2})", lambda found: f"var(--c{int(found[1], 16)})", svg)

@@ -1,0 +1,155 @@
+"""The page of an evaluation: what it says, and how it looks in a browser, wide and narrow, light and dark."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from eval.__main__ import main as evaluate
+from eval.measure import summarize
+from eval.report import csv_table, html_report, sentence
+from eval.tasks import TASKS
+from parse import Segment
+from tests.test_measure import BAD, END, FIG, TEA, outcome
+from tests.test_verifier_report import KINDS
+from tests.test_verifier_report import report as verifier_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+NASTY = "<script>alert(1)</script>"
+
+
+def figures(speed: float = 2.0) -> tuple[dict, dict]:
+    """A summary of three methods at one and eight requests, and the outcomes."""
+    target = [outcome([Segment(f"{FIG} {TEA} {END}", "target", None, True)], speed, True, 0, 0, 10)] * 12
+    parse = [
+        outcome([Segment(FIG, "draft", 0.93, True), Segment(f" {TEA} {END}", "target", None, True)]),
+        outcome([Segment(BAD, "draft", 0.9, True)], right=False),
+        outcome([Segment(NASTY, "draft", 0.5, False), Segment(FIG, "target", None, True)], accepted=0),
+    ] * 4
+    outcomes = {"target": target, "draft": [replace(one, seconds=0.1) for one in parse], "parse": parse}
+    rows = [summarize(name, some, target, TASKS["ledger"]) for name, some in outcomes.items()]
+    summary = {
+        "name": "x & y",
+        "hardware": "2 CPU cores",
+        "max_accuracy_loss": 0.01,
+        "threshold": 0.9,
+        "at_once": 1,
+        "methods": rows,
+        "concurrency": [{"at_once": 8, "methods": rows}],
+        "pair": None,
+        "sweep": [
+            {"threshold": 0.5, "speedup": 2.5, "accuracy": 0.7},
+            {"threshold": 0.1, "speedup": 3, "accuracy": 0.6},
+        ],
+    }
+    return summary, outcomes
+
+
+def page() -> str:
+    """With everything that a page may hold."""
+    verifier = verifier_report(KINDS) | {"learning_curve": [{"prompts": 20, "acceptable": 0.5, "loss": 0.2}]}
+    return html_report(*figures(), verifier, {"facts": [("commit", "abc")], "recipe": "name: x"})
+
+
+def test_the_first_sentence_says_what_happened():
+    (target, _, parse), most = figures()[0]["methods"], 0.01
+    said = sentence([target, parse], most)
+    assert said.startswith(
+        "PARSE answered 2.0 times as fast as the target alone; 66.7% of its answers were right, and "
+    )
+    assert "100.0% of the target's: worse by more than the promised 1 point (95% interval of the difference: -6" in said
+    same = sentence([target, parse | {"non_inferiority": "open"}], 0.02)
+    assert "12 prompts cannot tell whether it is worse by more than the promised 2 points" in same
+    assert "not worse by more than" in sentence([target, parse | {"non_inferiority": "shown"}], most)
+    assert sentence([target], most) == ""
+
+
+def test_the_page_is_one_file_that_escapes_what_models_write():
+    made = page()
+    assert NASTY not in made
+    assert "x &amp; y" in made
+    assert made.count("<svg") == 7
+    assert "<h2>8 requests at once</h2>" in made
+    assert "http" not in made
+    assert not re.search(r"""(src|href)=["'][^#]""", made)
+
+
+def test_a_page_without_a_verifier_a_sweep_or_other_loads():
+    summary, outcomes = figures()
+    summary |= {"concurrency": [], "sweep": [], "threshold": None, "methods": summary["methods"][:1]}
+    made = html_report(summary, {"target": outcomes["target"]})
+    assert made.count("<svg") == 2
+    assert "Transcripts" not in made
+
+
+def test_the_summary_as_csv_has_a_row_for_each_method_and_load():
+    summary, _ = figures()
+    rows = list(csv.DictReader(io.StringIO(csv_table(summary))))
+    assert [(row["at_once"], row["name"]) for row in rows] == [
+        (load, name) for load in "18" for name in ("target", "draft", "parse")
+    ]
+    assert float(rows[2]["speedup_ci95_low"]) == summary["methods"][2]["speedup_ci95"][0]
+    assert float(rows[2]["seconds_verify"]) == pytest.approx(0.1)
+    assert rows[0]["accepted_fraction"] == ""
+
+
+def test_runs_are_compared_side_by_side(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder, speed in zip(folders, (2.0, 3.0), strict=True):
+        summary, _ = figures(speed)
+        (folder / "eval").mkdir(parents=True)
+        (folder / "eval" / "summary.json").write_text(
+            json.dumps(summary | {"methods": summary["methods"][int(speed) - 2 :]})
+        )
+    out = tmp_path / "new" / "page.html"
+    assert evaluate(["compare", *map(str, folders), "--out", str(out)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["target", "100.0%", "1.00x", "-", "-"] in lines
+    assert ["parse", "66.7%", "2.00x", "66.7%", "3.00x"] in lines
+    assert out.read_text().count("<svg") == 6
+    assert evaluate(["compare", str(tmp_path)]) == 2
+    assert "name run folders that `python -m eval` wrote" in capsys.readouterr().err
+    (folders[0] / "eval" / "summary.json").write_text("{}")
+    assert evaluate(["compare", str(folders[0])]) == 2
+    assert "lacks at_once, max_accuracy_loss, methods" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
+    """No overflow, no error, no request; contrast, names and headings as axe-core wants them; the filter filters."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    file = tmp_path / "report.html"
+    file.write_text(page())
+    view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    messages, requests = [], []
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
+    view.on("request", lambda request: requests.append(request.url))
+    view.goto(file.as_uri())
+    for one in view.locator("details").all():
+        one.evaluate("one => one.open = true")
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    assert [one["id"] for one in Axe().run(view).response["violations"]] == []
+    every = view.locator(".transcript:visible").count()
+    view.locator("#filter").select_option("wrong")
+    assert 0 < view.locator(".transcript:visible").count() < every
+    assert messages == []
+    assert requests == [file.as_uri()]
+    view.close()
