@@ -10,11 +10,12 @@ import torch
 
 from eval.baselines import TransformersGenerate
 from eval.measure import summarize
-from eval.methods import Outcome, compare, methods_of, settings_of
+from eval.methods import Outcome, compare, loads_of, methods_of, settings_of
 from eval.prompts import prompts_of
 from eval.properties import measure_pair
 from eval.report import console_table, csv_table, html_report, pair_table, requests, sentence
 from eval.tasks import Task, load_task
+from eval.verifier_metrics import loss_at
 from parse import Engine
 from parse.prompts import opens_thinking
 from parse.verifiers.base import Calibration
@@ -35,11 +36,13 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     thresholds = _calibration(engine).thresholds
     found = _compared(recipe, task, engine, thresholds)
     tables = {at_once: _summarized(recipe, task, engine, outcomes) for at_once, outcomes in found.items()}
-    first = recipe.eval.concurrency[0]
+    first = loads_of(recipe)[0]
     outcomes, pair = found[first], None
     if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
         pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
     draft, verifier = recipe.evaluated
+    file = verifier / "report.json"
+    report = json.loads(file.read_text()) if file.is_file() else None
     summary = {
         "name": recipe.name,
         "draft": str(draft),
@@ -51,10 +54,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "methods": tables[first],
         "concurrency": [{"at_once": n, "methods": table} for n, table in tables.items() if n != first],
         "pair": pair,
-        "sweep": _sweep(engine, task, recipe, thresholds, outcomes) if "parse" in outcomes else [],
+        "sweep": _sweep(engine, task, recipe, thresholds, outcomes, report) if "parse" in outcomes else [],
         "sweep_prompts": recipe.eval.sweep_prompts,
     }
-    _write(recipe, summary, outcomes)
+    _write(recipe, summary, outcomes, report)
     _show(recipe, tables, pair, len(outcomes["target"]))
     return summary
 
@@ -72,7 +75,7 @@ def _ready(recipe: Recipe) -> Engine:
     except ValueError as error:
         raise RecipeError(f"engine: {error}") from error
     if section.compile is not False:
-        engine.warm_up(max(recipe.eval.concurrency))
+        engine.warm_up(max(loads_of(recipe)))
     return engine
 
 
@@ -93,7 +96,7 @@ def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, 
     if "speculation" in methods and recipe.eval.speculation_draft:
         others["speculation"] = _speculating(engine, recipe)
     found = {}
-    for at_once in recipe.eval.concurrency:
+    for at_once in loads_of(recipe):
         what = "methods" if at_once == 1 else f"methods, {at_once} at once"
         warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
         found[at_once] = compare(engine, task, prompts, methods, warmup, what, _agreement(recipe), at_once, others)
@@ -112,13 +115,11 @@ def _summarized(recipe: Recipe, task: Task, engine: Engine, outcomes: Outcomes) 
     return [summarize(name, some, outcomes["target"], *facts) for name, some in outcomes.items()]
 
 
-def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes) -> None:
+def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes, verifier: dict[str, Any] | None) -> None:
     folder = recipe.folder / "eval"
     folder.mkdir(exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(folder / "summary.csv", csv_table(summary))
-    report = recipe.evaluated[1] / "report.json"
-    verifier = json.loads(report.read_text()) if report.is_file() else None
     write_text(folder / "report.html", html_report(summary, outcomes, verifier, _made(recipe)))
     write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
 
@@ -136,7 +137,7 @@ def _made(recipe: Recipe) -> dict[str, Any]:
 def _show(recipe: Recipe, tables: dict[int, list[dict[str, Any]]], pair: dict[str, Any] | None, prompts: int) -> None:
     if pair:
         print(f"\nthe pair of models, on {prompts} test prompts\n{pair_table(pair)}")
-    print(f"\n{sentence(tables[recipe.eval.concurrency[0]], recipe.verifier.max_accuracy_loss)}")
+    print(f"\n{sentence(tables[loads_of(recipe)[0]], recipe.verifier.max_accuracy_loss)}")
     for at_once, table in tables.items():
         title = "" if list(tables) == [1] else f"{requests(at_once)}, {prompts} prompts\n"
         print(f"\n{title}{console_table(table)}")
@@ -153,15 +154,24 @@ def _speculating(engine: Engine, recipe: Recipe) -> Engine:
         compile=False if recipe.engine.compile is False else None,
     )
     if recipe.engine.compile is not False:
-        other.models["draft"].warm_up(max(recipe.eval.concurrency))
+        other.models["draft"].warm_up(max(loads_of(recipe)))
     other.models["target"] = other.pair.target = engine.models["target"]
     return other
 
 
 def _sweep(
-    engine: Engine, task: Task, recipe: Recipe, thresholds: dict[str, float], outcomes: Outcomes
+    engine: Engine,
+    task: Task,
+    recipe: Recipe,
+    thresholds: dict[str, float],
+    outcomes: Outcomes,
+    verifier: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
-    """PARSE at other thresholds, on the first prompts: speed-up and accuracy of each."""
+    """PARSE at other thresholds: speed-up, timed on the first prompts, and accuracy.
+
+    Where the verifier's report says what a threshold loses of its labelled test prompts, the accuracy is the target's
+    less that; else that of the prompts on which it was timed.
+    """
     methods = settings_of(recipe, thresholds, ["target", "parse"])
     count = recipe.eval.sweep_prompts
     confidences = sorted(
@@ -182,17 +192,19 @@ def _sweep(
         0,
         "thresholds",
         _agreement(recipe),
-        recipe.eval.concurrency[0],
+        loads_of(recipe)[0],
     )
     baseline = sum(o.seconds for o in ran.pop("target"))
-    return [
-        {
-            "threshold": variants[name]["threshold"],
-            "speedup": baseline / sum(o.seconds for o in some),
-            "accuracy": sum(o.right for o in some) / len(some),
-        }
-        for name, some in ran.items()
-    ]
+    of_target = sum(o.right for o in outcomes["target"]) / len(outcomes["target"])
+    found = []
+    for name, some in ran.items():
+        threshold, lost = variants[name]["threshold"], None
+        if verifier and "curves" in verifier:
+            lost = loss_at(verifier["curves"][verifier["chosen"]]["use"], threshold)
+        accuracy = sum(o.right for o in some) / len(some) if lost is None else of_target - lost
+        speedup = baseline / sum(o.seconds for o in some)
+        found.append({"threshold": threshold, "speedup": speedup, "accuracy": accuracy, "accuracy_loss": lost})
+    return found
 
 
 def _transcripts(outcomes: Outcomes) -> str:

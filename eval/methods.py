@@ -13,6 +13,8 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from eval.baselines import TransformersGenerate, can_assist
 from eval.judges import Agreement, Checked, Judge
 from eval.tasks import Task
@@ -25,6 +27,7 @@ from recipes.progress import progress_bar
 from recipes.schema import Recipe, RecipeError
 
 JUDGED_AT_ONCE = 16
+LOADS = (1, 8, 32)  # requests at once; the last one on a GPU
 BLOCK = 4  # prompts for each request at once: after so many the next method has its turn
 TURNS = 5  # of each method at least, where the prompts suffice: an interval takes several measurements
 LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
@@ -70,6 +73,14 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
     can = {"assisted": assisted, "speculation": engine.same_tokens or bool(section.speculation_draft)}
     can["parse_lookahead"] = engine.same_tokens
     return [name for name in WHAT if can.get(name, True)]
+
+
+def loads_of(recipe: Recipe) -> list[int]:
+    """The recipe's numbers of requests at once, or those of `LOADS` that have two prompts for each request."""
+    if recipe.eval.concurrency is not None:
+        return recipe.eval.concurrency
+    usable = LOADS if torch.cuda.is_available() else LOADS[:-1]
+    return [count for count in usable if count == 1 or 2 * count <= recipe.eval.prompts]
 
 
 def settings_of(recipe: Recipe, thresholds: dict[str, float], names: Sequence[str]) -> dict[str, dict[str, Any]]:

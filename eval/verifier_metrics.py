@@ -254,6 +254,11 @@ def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, li
     return {"roc": roc, "reliability": reliable, "use": use}
 
 
+def loss_at(use: Sequence[Sequence[float]], threshold: float) -> float:
+    """The accuracy lost at a threshold, by the points of `curves`: that of the next one, and nothing above all."""
+    return next((lost for stated, lost, _ in use if stated >= threshold), 0.0)
+
+
 def _spread(count: int) -> np.ndarray:
     """Indices of at most `POINTS` of so many points, evenly, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int))

@@ -248,14 +248,14 @@ class Eval:
 
     prompts: Count = 200  # test prompts
     methods: list[Method] | None = None  # None: all that these models can do; see `eval.methods.WHAT`
-    concurrency: list[Annotated[int, Range(1, 4096)]] = field(default_factory=lambda: [1])  # requests at once; a table
-    # each, the first one with plots and transcripts
+    concurrency: list[Annotated[int, Range(1, 4096)]] | None = None  # requests at once; a table each, the first one
+    # with plots and transcripts; None: 1 and 8, on a GPU 32 too, where there are two prompts for each
     draft: Source | None = None  # the folders that are evaluated; None: the run's own
     verifier: Source | None = None
     speculation_draft: Source | None = None  # with the target's tokens, for "speculation"; None: the recipe's draft
     warmup: Whole = 3  # prompts that run twice
     threads: Threads | None = None  # CPU threads; None leaves torch's default
-    sweep_prompts: Whole = 20  # on which PARSE is run at other thresholds too; 0 for none
+    sweep_prompts: Whole = 30  # on which PARSE is timed at other thresholds too; 0 for none
 
 
 @dataclass(frozen=True)
@@ -375,7 +375,7 @@ def _check(recipe: Recipe) -> None:
             )
     if recipe.eval.methods is not None and "target" not in recipe.eval.methods:
         raise RecipeError("eval.methods lacks 'target': every speed-up is measured against it; add it")
-    if (most := max(recipe.eval.concurrency)) > 1 and recipe.eval.prompts < 2 * most:
+    if (most := max(recipe.eval.concurrency or [1])) > 1 and recipe.eval.prompts < 2 * most:
         raise RecipeError(
             f"eval.concurrency has {most} requests at once, and eval.prompts is {recipe.eval.prompts}: give at least "
             f"{2 * most} prompts, so that the speed-up is measured more than once"

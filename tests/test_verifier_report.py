@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.plots import RULES, line_styles
-from eval.verifier_metrics import POINTS, Draft, Scored, curves, measure
+from eval.verifier_metrics import POINTS, Draft, Scored, curves, loss_at, measure
 from eval.verifier_report import console_table, html_report
 
 RULE_NAMES = [f"{rule} {scope}" for rule in ("mean", "lowest") for scope in ("segment", "prefix")]
@@ -103,7 +103,10 @@ def test_the_curves_are_few_points_from_end_to_end():
     for threshold, lost, accepted in found["use"]:
         figures = measure(rows, threshold)
         assert (lost, accepted) == pytest.approx((figures["accuracy_loss"], figures["accepted_fraction"]))
+        assert loss_at(found["use"], threshold) == lost
     assert found["use"] == sorted(found["use"])
+    assert loss_at(found["use"], 0.0) == found["use"][0][1]
+    assert loss_at(found["use"], 1.1) == 0
 
 
 def test_a_kind_with_a_single_point_is_seen_and_one_with_nothing_to_measure_is_no_error():
