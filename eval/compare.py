@@ -60,28 +60,32 @@ def console(summaries: Summaries) -> str:
 
 
 def side_by_side(summaries: Summaries) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: each method's accuracy and speed-up in each run, at the first number of requests at once."""
+    """Head and rows: how each run was measured, and each method's accuracy and speed-up, at the first load."""
+    from eval.report import requests, row_of
+
     names = list(dict.fromkeys(row["name"] for summary in summaries.values() for row in summary["methods"]))
     head = ["method", *(f"{run}: {what}" for run in summaries for what in ("right", "speed-up"))]
     rows = []
     for name in names:
         cells = [name]
         for summary in summaries.values():
-            row = next((row for row in summary["methods"] if row["name"] == name), None)
+            row = row_of(summary["methods"], name)
             cells += [f"{row['accuracy']:.1%}", f"{row['speedup']:.2f}x"] if row else ["-", "-"]
         rows.append(cells)
-    return head, rows
+    measured = ["measured"]
+    for summary in summaries.values():
+        measured += [f"{summary['methods'][0]['n']} prompts", requests(summary["at_once"])]
+    return head, [*rows, measured]
 
 
 def comparison(summaries: Summaries) -> str:
-    """The page: the runs' sentences, their methods side by side, and each run's plots."""
+    """The page: the runs' sentences, their methods side by side, and each run's pictures."""
     from eval.page import Part, page
-    from eval.report import method_plots, methods_part, sentence
+    from eval.report import method_pictures, methods_part, sentence
 
     head, rows = side_by_side(summaries)
-    sentences = [f"{run}: {sentence(one['methods'], one['max_accuracy_loss'])}" for run, one in summaries.items()]
-    parts = [Part("Side by side", head, rows, "The same methods in each run.", "parse")]
-    parts += [
-        methods_part(one, one["at_once"], run)._replace(plots=method_plots(one)) for run, one in summaries.items()
-    ]
-    return page("PARSE: " + ", ".join(Path(run).name for run in summaries), sentences, parts)
+    told = {run: sentence(summary["methods"], summary["max_accuracy_loss"]) for run, summary in summaries.items()}
+    parts = [Part("Side by side", head, rows, marked="parse")]
+    for run, summary in summaries.items():
+        parts.append(methods_part(summary, summary["at_once"], run)._replace(pictures=method_pictures(summary)))
+    return page("PARSE: runs side by side", [f"{run}: {text}" for run, text in told.items() if text], parts)

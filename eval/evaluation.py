@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from eval.properties import measure_pair
 from eval.report import console_table, csv_table, html_report, pair_table, requests, sentence
 from eval.tasks import Task, load_task
 from eval.verifier_metrics import loss_at
+from eval.verifier_report import verifier_parts
 from parse import Engine
 from parse.prompts import opens_thinking
 from parse.verifiers.base import Calibration
@@ -32,34 +34,50 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the run, write what was found into its folder and show it."""
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)
+    draft, verifier = recipe.evaluated
+    report = _report_of(verifier)
+    promised = report["max_accuracy_loss"] if report else recipe.verifier.max_accuracy_loss
     task, engine = load_task(recipe.task, to_dict(recipe.data)), _ready(recipe)
     thresholds = _calibration(engine).thresholds
     found = _compared(recipe, task, engine, thresholds)
-    tables = {at_once: _summarized(recipe, task, engine, outcomes) for at_once, outcomes in found.items()}
+    tables = {at_once: _summarized(task, engine, outcomes, promised) for at_once, outcomes in found.items()}
     first = loads_of(recipe)[0]
     outcomes, pair = found[first], None
     if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
         pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
-    draft, verifier = recipe.evaluated
-    file = verifier / "report.json"
-    report = json.loads(file.read_text()) if file.is_file() else None
     summary = {
         "name": recipe.name,
         "draft": str(draft),
         "verifier": str(verifier),
         "hardware": hardware(),
-        "max_accuracy_loss": recipe.verifier.max_accuracy_loss,
+        "max_accuracy_loss": promised,
         "threshold": thresholds[recipe.engine.policy],
         "at_once": first,
         "methods": tables[first],
         "concurrency": [{"at_once": n, "methods": table} for n, table in tables.items() if n != first],
         "pair": pair,
         "sweep": _sweep(engine, task, recipe, thresholds, outcomes, report) if "parse" in outcomes else [],
-        "sweep_prompts": recipe.eval.sweep_prompts,
     }
     _write(recipe, summary, outcomes, report)
-    _show(recipe, tables, pair, len(outcomes["target"]))
+    _show(recipe, summary, tables)
     return summary
+
+
+def _report_of(verifier: Path) -> dict[str, Any] | None:
+    """What the verifier's stage found; None for a verifier without a report.
+
+    Raises:
+        RecipeError: for a report that is none.
+    """
+    file = verifier / "report.json"
+    if not file.is_file():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        list(verifier_parts(report))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{file} is no report of a verifier ({error!r}): run the stage `verifier` again") from error
+    return report
 
 
 def _ready(recipe: Recipe) -> Engine:
@@ -110,8 +128,8 @@ def _agreement(recipe: Recipe) -> float:
     return float(noise.get("threshold", 0.5))
 
 
-def _summarized(recipe: Recipe, task: Task, engine: Engine, outcomes: Outcomes) -> list[dict[str, Any]]:
-    facts = task, opens_thinking(engine.tokenizer), recipe.verifier.max_accuracy_loss
+def _summarized(task: Task, engine: Engine, outcomes: Outcomes, promised: float) -> list[dict[str, Any]]:
+    facts = task, opens_thinking(engine.tokenizer), promised
     return [summarize(name, some, outcomes["target"], *facts) for name, some in outcomes.items()]
 
 
@@ -120,27 +138,30 @@ def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes, verifier
     folder.mkdir(exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(folder / "summary.csv", csv_table(summary))
-    write_text(folder / "report.html", html_report(summary, outcomes, verifier, _made(recipe)))
+    write_text(folder / "report.html", html_report(summary, outcomes, verifier, _origin(recipe)))
     write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
 
 
-def _made(recipe: Recipe) -> dict[str, Any]:
+def _origin(recipe: Recipe) -> dict[str, Any]:
     """How the evaluation was made, for its page."""
-    made = environment()
-    facts = [("machine", made["hardware"]), ("commit", made["git_commit"] or "unknown"), ("Python", made["python"])]
-    facts += [(name, version) for name, version in made["packages"].items() if version]
+    machine = environment()
+    facts = [("machine", machine["hardware"]), ("commit", machine["git_commit"] or "unknown")]
+    facts += [("Python", machine["python"])]
+    facts += [(name, version) for name, version in machine["packages"].items() if version]
     facts += [(name, str(getattr(recipe, name))) for name in ("target", "task")]
     facts += list(zip(("draft", "verifier"), map(str, recipe.evaluated), strict=True))
     return {"facts": facts, "recipe": strict.dump(to_dict(recipe))}
 
 
-def _show(recipe: Recipe, tables: dict[int, list[dict[str, Any]]], pair: dict[str, Any] | None, prompts: int) -> None:
-    if pair:
-        print(f"\nthe pair of models, on {prompts} test prompts\n{pair_table(pair)}")
-    print(f"\n{sentence(tables[loads_of(recipe)[0]], recipe.verifier.max_accuracy_loss)}")
+def _show(recipe: Recipe, summary: dict[str, Any], tables: dict[int, list[dict[str, Any]]]) -> None:
+    prompts = summary["methods"][0]["n"]
+    if summary["pair"]:
+        print(f"\nthe pair of models, on {prompts} test prompts\n{pair_table(summary['pair'])}")
     for at_once, table in tables.items():
         title = "" if list(tables) == [1] else f"{requests(at_once)}, {prompts} prompts\n"
         print(f"\n{title}{console_table(table)}")
+    if told := sentence(summary["methods"], summary["max_accuracy_loss"]):
+        print(f"\n{told}")
     print(f"\nreport: {recipe.folder / 'eval' / 'report.html'}\n", flush=True)
 
 
@@ -169,8 +190,8 @@ def _sweep(
 ) -> list[dict[str, Any]]:
     """PARSE at other thresholds: speed-up, timed on the first prompts, and accuracy.
 
-    Where the verifier's report says what a threshold loses of its labelled test prompts, the accuracy is the target's
-    less that; else that of the prompts on which it was timed.
+    Where the verifier's report says what thresholds lose of its labelled test prompts, the accuracy is that of the
+    calibrated threshold and what another one loses more or less; else that of the prompts on which it was timed.
     """
     methods = settings_of(recipe, thresholds, ["target", "parse"])
     count = recipe.eval.sweep_prompts
@@ -195,16 +216,21 @@ def _sweep(
         loads_of(recipe)[0],
     )
     baseline = sum(o.seconds for o in ran.pop("target"))
-    of_target = sum(o.right for o in outcomes["target"]) / len(outcomes["target"])
-    found = []
+    use = []  # of the labelled test prompts, where they say what this policy keeps
+    if verifier and verifier.get("policy") == recipe.engine.policy:
+        use = verifier["curves"][verifier["chosen"]]["use"]
+    calibrated = sum(o.right for o in outcomes["parse"]) / len(outcomes["parse"])
+    points = []
     for name, some in ran.items():
-        threshold, lost = variants[name]["threshold"], None
-        if verifier and "curves" in verifier:
-            lost = loss_at(verifier["curves"][verifier["chosen"]]["use"], threshold)
-        accuracy = sum(o.right for o in some) / len(some) if lost is None else of_target - lost
+        threshold = variants[name]["threshold"]
+        accuracy = sum(o.right for o in some) / len(some)
+        if use:
+            change = loss_at(use, methods["parse"]["threshold"]) - loss_at(use, threshold)
+            accuracy = min(max(calibrated + change, 0.0), 1.0)
         speedup = baseline / sum(o.seconds for o in some)
-        found.append({"threshold": threshold, "speedup": speedup, "accuracy": accuracy, "accuracy_loss": lost})
-    return found
+        point = {"threshold": threshold, "speedup": speedup, "accuracy": accuracy}
+        points.append({**point, "by_labels": bool(use), "n": len(some)})
+    return points
 
 
 def _transcripts(outcomes: Outcomes) -> str:

@@ -14,7 +14,7 @@ is what one request in twenty exceeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,6 @@ from eval.methods import Outcome
 from eval.tasks import Task
 
 RESAMPLES = 2000
-SIGNIFICANT = 0.05
 PERCENTILES = (50, 95, 99)
 PLACES = 10  # equal parts of an answer, by which it is counted where verdicts err
 
@@ -41,7 +40,7 @@ class Judgement(NamedTuple):
     confidence: float
     accepted: bool
     right: bool
-    place: float  # of the cut in the answer as the draft wrote it, 1 is its end
+    place: float  # of the cut in the finished answer, 1 is its end
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -70,21 +69,19 @@ def paired(target: Sequence[bool], method: Sequence[bool], max_accuracy_loss: fl
     """The method's accuracy against the target's on the same requests.
 
     Returns:
-        `accuracy_difference`, the method's less the target's, with its bootstrap interval; `mcnemar_p`, of McNemar's
-        exact test; `accuracy_loss_ci95`, see `loss_interval`; `non_inferiority`, which by that interval is "shown"
-        where the loss is at most the promised one, "refuted" where it is more, and else "open"; `detectable_loss`, see
-        there.
+        `accuracy_difference`, the method's less the target's, with its interval (see `difference_interval`);
+        `mcnemar_p`, of McNemar's exact test; `non_inferiority`, "shown" where the whole interval loses at most the
+        promised share, "refuted" where all of it loses more, else "open"; `detectable_loss`, see there.
     """
     n = len(target)
     lost = sum(a and not b for a, b in zip(target, method, strict=True))
     won = sum(b and not a for a, b in zip(target, method, strict=True))
-    least, most = loss_interval(lost, won, n)
-    shown, refuted = most <= max_accuracy_loss, least > max_accuracy_loss
+    low, high = difference_interval(lost, won, n)
+    shown, refuted = low >= -max_accuracy_loss, high < -max_accuracy_loss
     return {
         "accuracy_difference": (won - lost) / n,
-        "accuracy_difference_ci95": bootstrap([target, method], lambda a, b, axis: (b - a).mean(axis)),
+        "accuracy_difference_ci95": (low, high),
         "mcnemar_p": mcnemar(lost, won),
-        "accuracy_loss_ci95": (least, most),
         "non_inferiority": "shown" if shown else "refuted" if refuted else "open",
         "detectable_loss": detectable_loss(won, n),
     }
@@ -95,27 +92,36 @@ def mcnemar(lost: int, won: int) -> float:
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def detectable_loss(won: int, n: int) -> float:
-    """The smallest loss that McNemar's test would have called significant, with as many prompts won; 1 if none."""
-    return next(((lost - won) / n for lost in range(won, n - won + 1) if mcnemar(lost, won) < SIGNIFICANT), 1.0)
+def detectable_loss(won: int, n: int) -> float | None:
+    """The smallest loss whose interval would not reach 0, with as many prompts won; None where none would do."""
+    for lost in range(won + 1, n - won + 1):
+        if difference_interval(lost, won, n)[1] < 0:
+            return (lost - won) / n
+    return None
 
 
-def loss_interval(lost: int, won: int, n: int) -> Interval:
-    """The 95% interval of the accuracy lost, by the score test of a paired difference (Tango, Stat. Med. 17:891, 1998).
+def difference_interval(lost: int, won: int, n: int) -> Interval:
+    """The 95% interval of a paired difference in accuracy, by its score test (Tango, Stat. Med. 17:891, 1998).
 
     A bootstrap of few prompts that differ, or of none, makes its interval too narrow; this one stays honest there.
+
+    Args:
+        lost: requests that the target has right and the method wrong.
+        won: the other way round.
+        n: all requests.
     """
 
-    def score(loss: float) -> float:
-        """How far what was seen is above such a loss, in standard errors."""
-        a, b = 2 * n, -lost - won + (2 * n - lost + won) * loss
-        share = (sqrt(b * b + 4 * a * won * loss * (1 - loss)) - b) / (2 * a)  # of prompts won, most likely then
-        variance = n * (2 * share + loss * (1 - loss))
-        return (lost - won - n * loss) / sqrt(variance) if variance > 0 else 0.0
+    def score(difference: float) -> float:
+        """How far what was seen is above such a difference, in standard errors."""
+        a, b = 2 * n, -lost - won + (2 * n - won + lost) * difference
+        root = sqrt(max(b * b + 4 * a * lost * difference * (1 - difference), 0.0))
+        share = (root - b) / (2 * a)  # of requests lost, most likely then
+        variance = n * (2 * share + difference * (1 - difference))
+        return (won - lost - n * difference) / sqrt(variance) if variance > 0 else 0.0
 
-    z, seen, edge = float(stats.norm.ppf(0.975)), (lost - won) / n, 1 - 1e-9
-    low = brentq(lambda loss: score(loss) - z, -edge, seen) if seen > -1 else -1.0
-    high = brentq(lambda loss: score(loss) + z, seen, edge) if seen < 1 else 1.0
+    z, seen, edge = float(stats.norm.ppf(0.975)), (won - lost) / n, 1 - 1e-9
+    low = brentq(lambda difference: score(difference) - z, -edge, seen) if seen > -1 else -1.0
+    high = brentq(lambda difference: score(difference) + z, seen, edge) if seen < 1 else 1.0
     return float(low), float(high)
 
 
@@ -129,6 +135,7 @@ def judgements_of(outcome: Outcome, task: Task, opened: bool = False) -> Iterato
     checked = Checked(task, opened)
     kept = ""
     segments = outcome.generation.segments
+    length = max(sum(len(segment.text) for segment in segments if segment.accepted), 1)
     index = 0
     while index < len(segments):
         if segments[index].source == "target" or segments[index].confidence is None:
@@ -137,21 +144,22 @@ def judgements_of(outcome: Outcome, task: Task, opened: bool = False) -> Iterato
             continue
         end = next((i for i in range(index, len(segments)) if segments[i].source != "draft"), len(segments))
         draft, prefix, wrong = segments[index:end], kept, False
-        length = len(kept) + sum(len(segment.text) for segment in draft)
         for segment in draft:
             prefix += segment.text
             right = checked.first_wrong(outcome.prompt, prefix) is None
             if not wrong and segment.confidence is not None:
-                yield Judgement(segment.confidence, segment.accepted, right, len(prefix) / max(length, 1))
+                yield Judgement(segment.confidence, segment.accepted, right, min(len(prefix) / length, 1.0))
             wrong = wrong or not right
             kept += segment.text if segment.accepted else ""
         index = end
 
 
-def percentiles(name: str, values: Sequence[float]) -> dict[str, float]:
-    """A mean and percentiles as entries of a row: `name`, `name_p50`, `name_p95`, `name_p99`."""
-    found = np.percentile(values, PERCENTILES)
-    return {name: float(np.mean(values))} | {f"{name}_p{p}": float(v) for p, v in zip(PERCENTILES, found, strict=True)}
+def percentiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """A mean and percentiles as entries of a row: `name`, `name_p50`, `name_p95`, `name_p99`; None of no values."""
+    names = [name, *(f"{name}_p{percent}" for percent in PERCENTILES)]
+    if not values:
+        return dict.fromkeys(names)
+    return dict(zip(names, [float(np.mean(values)), *np.percentile(values, PERCENTILES).tolist()], strict=True))
 
 
 def summarize(
@@ -214,9 +222,10 @@ def summarize(
 
 
 def _after_first(latencies: Iterable[float], first: Iterable[float], lengths: Iterable[int]) -> Iterator[float]:
-    """Seconds per token after the first one, of each request; 0 where none follows."""
+    """Seconds per token after the first one, of each request that has more than one."""
     for latency, start, length in zip(latencies, first, lengths, strict=True):
-        yield max(latency - start, 0.0) / (length - 1) if length > 1 else 0.0
+        if length > 1:
+            yield max(latency - start, 0.0) / (length - 1)
 
 
 def _verdicts(judged: Sequence[Judgement]) -> dict[str, Any]:
@@ -234,5 +243,5 @@ def _places(judged: Iterable[Judgement]) -> list[int]:
     """How many cuts stand in each tenth of the answers."""
     counts = [0] * PLACES
     for one in judged:
-        counts[min(int(one.place * PLACES), PLACES - 1)] += 1
+        counts[max(ceil(one.place * PLACES) - 1, 0)] += 1
     return counts

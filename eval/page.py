@@ -8,26 +8,21 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from eval.plots import Picture
+
 TEMPLATES = Path(__file__).parent / "templates"
-FILTERS = {  # sorts of transcripts
-    "all": "all",
-    "false-accept": "wrong drafts accepted",
-    "rejected": "drafts rejected",
-    "slow": "the slowest",
-    "wrong": "wrong answers",
-}
 
 
 class Part(NamedTuple):
-    """A table of the page, with what explains it and the plots after it."""
+    """A table of the page, with what explains it and the pictures after it."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     text: str = ""
-    ours: str | None = None  # the row that stands out, by its first cell
+    marked: str | None = None  # the row that stands out, by its first cell
     terms: Mapping[str, str] | None = None
-    plots: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
     folded: bool = False  # shown when it is asked for
 
 
@@ -35,18 +30,26 @@ def page(
     title: str,
     sentences: Sequence[str],
     parts: Sequence[Part],
-    transcripts: Sequence[dict[str, Any]] = (),
-    made: dict[str, Any] | None = None,
+    transcripts: Sequence[Mapping[str, Any]] = (),
+    filters: Mapping[str, str] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> str:
-    """A page of these parts."""
+    """The page's HTML.
+
+    Args:
+        sentences: at the top; empty ones are left out.
+        transcripts: `kinds`, the filters that show it; `title`, `prompt`, and `pieces` with `style` (kept, cut or
+            written, the classes of `page.css`), `text` and `confidence`.
+        filters: their words, by name.
+        origin: how it was made: `facts`, pairs of words, and `recipe`, YAML.
+    """
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    room = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    kinds = {kind for one in transcripts for kind in one["kinds"]}
-    return room.get_template("page.html").render(
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.get_template("page.html").render(
         title=title,
         sentences=[*filter(None, sentences)],
-        tables=parts,
+        parts=parts,
         transcripts=transcripts,
-        filters={key: label for key, label in FILTERS.items() if key in kinds},
-        made=made,
+        filters=filters or {},
+        origin=origin,
     )

@@ -1,7 +1,7 @@
 """Plots as SVG that takes its colours from the page, so that one picture serves light, dark and paper.
 
-Matplotlib draws with colours that stand for others: they are replaced by the page's variables (`page.css`), and letters
-stay letters, so that they can be searched, read aloud and printed.
+Matplotlib draws with colours that stand for others: they are replaced by the page's variables (`page.css`). Letters
+stay letters, so that they can be searched and keep the page's font.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from eval.methods import WHAT
 
@@ -50,43 +51,51 @@ Row = Mapping[str, Any]
 Curve = Sequence[Sequence[float]]  # pairs
 
 
+class Picture(NamedTuple):
+    """An SVG element, and a sentence or two that say what it shows."""
+
+    svg: str
+    caption: str
+
+
 class LineStyle(NamedTuple):
     """How a kind's line is drawn."""
 
     colour: str
     dashes: tuple[float, ...]  # lengths of line and gap, points; none is solid
-    width: float
+    width: float  # points
+    marker: str  # empty is none
 
 
-def speed_and_accuracy(rows: Sequence[Row], sweep: Sequence[Row], threshold: float | None) -> str:
+def speed_and_accuracy(rows: Sequence[Row], sweep: Sequence[Row], threshold: float | None) -> Picture:
     """The methods with their intervals, and PARSE over thresholds as a line, the calibrated one marked."""
 
     def draw(axes: Axes) -> None:
         if sweep:
-            points = sorted((one["speedup"], one["accuracy"]) for one in sweep)
-            line: Any = {"color": _colour("parse"), "linewidth": 1, "marker": ".", "label": "PARSE over thresholds"}
+            points = sorted((point["speedup"], point["accuracy"]) for point in sweep)
+            line: Any = {"color": _colour("parse"), "linewidth": 1, "marker": ".", "label": "parse, other thresholds"}
             axes.plot(*zip(*points, strict=True), **line)
         for row in rows:
-            x, y = row["speedup"], row["accuracy"]
-            errors = [
-                [[abs(value - end)] for end in row[f"{key}_ci95"]] for value, key in ((x, "speedup"), (y, "accuracy"))
-            ]
             label = row["name"]
             if label == "parse" and threshold is not None:
                 label = f"parse, calibrated ({threshold:.3g})"
-            look: Any = {"fmt": _marker(row["name"]), "color": _colour(row["name"]), "elinewidth": 0.8, "markersize": 5}
-            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=label, **look)
+            style: Any = {"fmt": _marker(row["name"]), "color": _colour(row["name"]), "label": label}
+            style |= {"xerr": _error(row, "speedup"), "yerr": _error(row, "accuracy")}
+            axes.errorbar(row["speedup"], row["accuracy"], elinewidth=0.8, markersize=5, **style)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set(xlabel="times as fast as the target alone", ylabel="answers right", ylim=(None, 1.0 + 0.005))
+        axes.set(xlabel="times as fast as the target alone", ylabel="answers right", ylim=(None, 1.005))
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if value in (0.2, 0.5, 2, 5, 20, 50) else "")
-        axes.tick_params(axis="x", which="minor", labelsize=8)
+        _label_log(axes.xaxis, "x")
 
-    return _picture("Speed against accuracy", draw)
+    caption = "Bars are 95% intervals."
+    if sweep:
+        timed = sweep[0]["n"]
+        by = "by the verifier's labelled test prompts" if sweep[0]["by_labels"] else f"on {timed} prompts"
+        caption += f" The line is PARSE at other thresholds, timed on {timed} prompts; what they lose or gain is {by}."
+    return _picture("Speed against accuracy", caption, draw)
 
 
-def seconds_by_phase(rows: Sequence[Row]) -> str:
+def seconds_by_phase(rows: Sequence[Row]) -> Picture:
     """What a request's seconds go into, by method, as stacked bars."""
 
     def draw(axes: Axes) -> None:
@@ -99,10 +108,11 @@ def seconds_by_phase(rows: Sequence[Row]) -> str:
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="seconds in the engine per request")
 
-    return _picture("Seconds by phase", draw)
+    caption = "What writes and what judges: the draft writes, the target verifies what it wrote, the target writes on."
+    return _picture("Seconds by phase", caption, draw)
 
 
-def throughput(tables: Mapping[int, Sequence[Row]]) -> str:
+def throughput(tables: Mapping[int, Sequence[Row]]) -> Picture:
     """Requests per second against the number of requests at once."""
 
     def draw(axes: Axes) -> None:
@@ -117,15 +127,16 @@ def throughput(tables: Mapping[int, Sequence[Row]]) -> str:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sorted(tables), map(str, sorted(tables)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        _label_log(axes.yaxis)
         axes.set(xlabel="requests at once", ylabel="requests per second")
 
-    return _picture("Throughput against load", draw)
+    return _picture(
+        "Throughput against load", "Lines that come nearer to the target's: the gain falls with load.", draw
+    )
 
 
-def error_places(row: Row) -> str:
-    """In which tenth of the draft the verifier errs."""
+def error_places(row: Row) -> Picture:
+    """In which tenth of the answer the verifier errs."""
 
     def draw(axes: Axes) -> None:
         kinds = (("accept", "wrong, accepted", -0.2, 4), ("reject", "right, rejected", 0.2, 0))
@@ -136,23 +147,25 @@ def error_places(row: Row) -> str:
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xticks(range(0, 11, 2), [f"{10 * n}%" for n in range(0, 11, 2)])
-        axes.set(xlabel="place in the draft's answer", ylabel="cuts")
+        axes.set(xlabel="place of the cut in the answer", ylabel="cuts")
 
-    return _picture("Where verdicts err", draw)
+    caption = "PARSE's verdicts on these prompts, up to each draft's first wrong cut."
+    return _picture("Where verdicts err", caption, draw)
 
 
-def verifier_curves(report: Row) -> list[str]:
+def verifier_curves(report: Row) -> list[Picture]:
     """ROC, reliability, and tokens accepted against accuracy lost, a line for each kind."""
     curves: Mapping[str, Mapping[str, Curve]] = report["curves"]
     styles = line_styles(list(curves))
     most = max(5 * report["max_accuracy_loss"], 0.05)
 
-    def lines(axes: Axes, what: str) -> None:
+    def lines(axes: Axes, key: str) -> None:
         for kind, style in styles.items():
-            points = [tuple(point[-2:]) for point in curves[kind][what]]
-            look: Any = {"color": style.colour, "linewidth": style.width, "label": kind, "solid_capstyle": "round"}
-            look |= {"linestyle": (0, style.dashes) if style.dashes else "-", "marker": "." if len(points) == 1 else ""}
-            axes.plot([x for x, _ in points], [y for _, y in points], **look)
+            points = [point[-2:] for point in curves[kind][key]]
+            options: Any = {"color": style.colour, "linewidth": style.width, "label": _plain(kind)}
+            options |= {"linestyle": (0, style.dashes) if style.dashes else "-", "solid_capstyle": "round"}
+            options |= {"marker": style.marker or ("." if len(points) == 1 else ""), "markersize": 4, "markevery": 0.15}
+            axes.plot([x for x, _ in points], [y for _, y in points], **options)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set(ylim=(0, 1.02))
@@ -162,24 +175,28 @@ def verifier_curves(report: Row) -> list[str]:
         axes.set(xlabel="invalid cuts accepted", ylabel="valid cuts accepted", xlim=(0, 1))
 
     def reliability(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as it should be")
         lines(axes, "reliability")
-        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, label="_exact")
         axes.set(xlabel="confidence", ylabel="share of valid cuts", xlim=(0, 1))
 
     def use(axes: Axes) -> None:
+        axes.axvline(report["max_accuracy_loss"], color=INK, linewidth=0.8, linestyle=":", label="promised")
         lines(axes, "use")
-        axes.axvline(report["max_accuracy_loss"], color=INK, linewidth=0.8, linestyle=":", label="_promised")
         axes.set(xlabel="accuracy lost", ylabel="draft tokens accepted", xlim=(0, most))
 
-    pictures = ("ROC", roc), ("Reliability", reliability), ("Tokens accepted against accuracy lost", use)
-    return [_picture(title, draw) for title, draw in pictures]
+    pictures = (
+        ("ROC", "How well each kind tells valid cuts from invalid ones: the higher the line, the better.", roc),
+        ("Reliability", "Whether a confidence of 80% is right in 80% of the cuts.", reliability),
+        ("Use", "What each kind accepts at thresholds that lose so much: the higher at the promise, the faster.", use),
+    )
+    return [_picture(*picture) for picture in pictures]
 
 
 def line_styles(kinds: Sequence[str]) -> dict[str, LineStyle]:
     """A style for each kind, no two with the same colour and dashes, however many there are.
 
-    A kind by itself has a thick, solid line. Kinds whose names begin with the same word, such as the rules on the
-    target's likelihood, share a colour and differ by their dashes.
+    A kind by itself has a thick, solid line with marks. Kinds whose names begin with the same word, such as the rules
+    on the target's likelihood, share a colour and differ by their dashes.
     """
     families: dict[str, list[str]] = {}
     for kind in kinds:
@@ -194,7 +211,8 @@ def line_styles(kinds: Sequence[str]) -> dict[str, LineStyle]:
         for kind in group:
             dashes = next(dashes for dashes in patterns if (colour, dashes) not in taken)
             taken.add((colour, dashes))
-            styles[kind] = LineStyle(colour, dashes, 2.4 if alone else 1.4)
+            marker = MARKERS[index % len(MARKERS)] if alone else ""
+            styles[kind] = LineStyle(colour, dashes, 2.4 if alone else 1.4, marker)
     return {kind: styles[kind] for kind in kinds}
 
 
@@ -207,8 +225,26 @@ def _marker(method: str) -> str:
     return MARKERS[list(WHAT).index(method) % len(MARKERS)]
 
 
-def _picture(title: str, draw: Callable[[Axes], None]) -> str:
-    """A figure with the legend under it, as an SVG element of the page."""
+def _error(row: Row, key: str) -> list[list[float]]:
+    """How far the interval reaches to either side, as Matplotlib takes it."""
+    low, high = row[f"{key}_ci95"]
+    return [[max(row[key] - low, 0.0)], [max(high - row[key], 0.0)]]
+
+
+def _label_log(axis: Axis, unit: str = "") -> None:
+    """Numbers on a logarithmic axis, also where it does not reach from one power of ten to the next."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _plain(text: str) -> str:
+    """A label without what Matplotlib reads as mathematics, or as a label to be hidden."""
+    return ("\u200b" + text if text.startswith("_") else text).replace("$", r"\$")
+
+
+def _picture(title: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
+    """A figure with the legend under it."""
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
@@ -217,11 +253,11 @@ def _picture(title: str, draw: Callable[[Axes], None]) -> str:
         figure.legend(loc="outside lower left", ncols=2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _of_the_page(file.getvalue(), title)
+    return Picture(_of_the_page(file.getvalue(), title), caption)
 
 
 def _of_the_page(svg: str, title: str) -> str:
-    """The SVG element with the page's colours, as wide as there is room, and named for who cannot see it."""
+    """The SVG element with the page's colours, as wide as there is room, and with a name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.S)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # of groups: every picture has the same

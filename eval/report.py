@@ -11,9 +11,17 @@ from eval import plots
 from eval.measure import PERCENTILES
 from eval.methods import WHAT, Outcome
 from eval.page import Part, page
+from eval.plots import Picture
 from eval.verifier_report import verifier_parts
 
-SHOWN = 12  # transcripts of each sort
+SHOWN = 12  # transcripts of each kind
+KINDS = {
+    "all": "all that are shown",
+    "false-accept": "wrong, where the target is right",
+    "rejected": "with rejected drafts",
+    "wrong": "wrong answers",
+    "slow": "the slowest",
+}
 VERDICTS = {
     "shown": "not worse by more than the promised {points}",
     "refuted": "worse by more than the promised {points}",
@@ -31,7 +39,7 @@ METHODS: tuple[Column, ...] = (
 )
 DETAILS: tuple[Column, ...] = (
     ("method", lambda row: row["name"]),
-    ("McNemar's p", lambda row: f"{row['mcnemar_p']:.2f}"),
+    ("McNemar's p", lambda row: "-" if row["name"] == "target" else f"{row['mcnemar_p']:.2f}"),
     ("latency p50, p95, p99, s", lambda row: _percentiles(row, "latency_seconds")),
     ("first token p50, p95, p99, s", lambda row: _percentiles(row, "first_token_seconds")),
     ("each next token p50, p95, p99, ms", lambda row: _percentiles(row, "token_seconds", 1000)),
@@ -39,10 +47,10 @@ DETAILS: tuple[Column, ...] = (
     ("tokens/s", lambda row: f"{row['tokens_per_second']:.0f}"),
     ("rounds", lambda row: f"{row['rounds']:.2f}"),
     ("accepted", lambda row: _percent(row["accepted_fraction"])),
-    ("tokens a verification", lambda row: _number(row["accepted_per_verification"])),
+    ("accepted tokens per pass", lambda row: _number(row["accepted_per_verification"])),
     ("all accepted", lambda row: _percent(row["full_accept_rate"])),
     ("all rejected", lambda row: _percent(row["wholly_rejected_rate"])),
-    ("its time over target's", lambda row: _number(row["wholly_rejected_slowdown"])),
+    ("time over target's, when all is rejected", lambda row: _number(row["wholly_rejected_slowdown"])),
     ("false accepts", lambda row: _percent(row["false_accept_rate"])),
     ("false rejects", lambda row: _percent(row["false_reject_rate"])),
     ("time in models", lambda row: f"{row['model_time_fraction']:.1%}"),
@@ -100,7 +108,7 @@ def pair_rows(pair: dict[str, Any]) -> list[tuple[str, str]]:
 
 def sentence(rows: Sequence[dict[str, Any]], max_accuracy_loss: float) -> str:
     """What happened, in plain words; empty where PARSE was not among the methods."""
-    parse, target = _row(rows, "parse"), _row(rows, "target")
+    parse, target = row_of(rows, "parse"), row_of(rows, "target")
     if not parse or not target:
         return ""
     points = f"{100 * max_accuracy_loss:g} point{'s' if max_accuracy_loss != 0.01 else ''}"
@@ -108,7 +116,7 @@ def sentence(rows: Sequence[dict[str, Any]], max_accuracy_loss: float) -> str:
     return (
         f"PARSE answered {parse['speedup']:.1f} times as fast as the target alone; {parse['accuracy']:.1%} of its "
         f"answers were right, and {target['accuracy']:.1%} of the target's: {verdict} "
-        f"(95% interval of the difference: {_gain(parse)} points)."
+        f"(95% interval of the difference: {_points(parse['accuracy_difference_ci95'])} points)."
     )
 
 
@@ -137,7 +145,7 @@ def html_report(
     summary: dict[str, Any],
     outcomes: Mapping[str, Sequence[Outcome]],
     verifier: dict[str, Any] | None = None,
-    made: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> str:
     """The whole report as one HTML document.
 
@@ -145,22 +153,22 @@ def html_report(
         summary: what `eval/summary.json` holds.
         outcomes: by method; those of PARSE are shown as transcripts.
         verifier: what the verifier's `report.json` holds.
-        made: `facts`, pairs of words, and `recipe`, YAML.
+        origin: how it was made, see `page`.
     """
     rows = summary["methods"]
-    first = [sentence(rows, summary["max_accuracy_loss"]), _detectable(rows)]
-    parts = [*_method_parts(summary), *verifier_parts(verifier, _row(rows, "parse")), *_pair_part(summary["pair"])]
-    transcripts = [*_transcripts(outcomes.get("parse", []), outcomes.get("target", []))]
-    return page(f"PARSE: {summary['name']}", first, parts, transcripts, made)
+    sentences = [sentence(rows, summary["max_accuracy_loss"]), _sample(rows, summary["at_once"])]
+    parts = [*_method_parts(summary), *verifier_parts(verifier), *_pair_part(summary["pair"])]
+    transcripts, filters = _transcripts(outcomes.get("parse", []), outcomes.get("target", []))
+    return page(f"PARSE: {summary['name']}", sentences, parts, transcripts, filters, origin)
 
 
-def _detectable(rows: Sequence[dict[str, Any]]) -> str:
-    """What a test of this size could have found."""
-    found = _row(rows, "parse") or rows[-1]
-    return (
-        f"Every method answered the same {found['n']} test prompts in turn; a loss of "
-        f"{100 * found['detectable_loss']:.1f} points is the smallest that this sample could have shown."
-    )
+def _sample(rows: Sequence[dict[str, Any]], at_once: int) -> str:
+    """How it was measured, and what a test of this size could have found."""
+    parse = row_of(rows, "parse")
+    text = f"Every method answered the same {rows[0]['n']} test prompts in turn, {requests(at_once)}."
+    if parse and (loss := parse["detectable_loss"]) is not None:
+        text += f" The smallest loss that so many prompts could have told from none is {100 * loss:.1f} points."
+    return text
 
 
 def tables_of(summary: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
@@ -174,9 +182,9 @@ def _method_parts(summary: dict[str, Any]) -> list[Part]:
     parts = []
     for at_once, rows in tables_of(summary).items():
         title = requests(at_once)[0].upper() + requests(at_once)[1:]
-        pictures = method_plots(summary) if at_once == summary["at_once"] else []
+        pictures = method_pictures(summary) if at_once == summary["at_once"] else []
         more = [[show(row) for _, show in DETAILS] for row in rows]
-        parts.append(methods_part(summary, at_once, title)._replace(plots=pictures))
+        parts.append(methods_part(summary, at_once, title)._replace(pictures=pictures))
         parts.append(Part(f"{title}: details", [name for name, _ in DETAILS], more, "", "parse", folded=True))
     return parts
 
@@ -185,58 +193,68 @@ def methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     """The methods with so many requests at once."""
     rows = tables_of(summary)[at_once]
     text = f"{rows[0]['n']} prompts on {summary['hardware']}, {requests(at_once)}. Seconds are end to end"
-    text += "." if at_once == 1 else "; those of a request are those of all over their number."
+    text += "." if at_once == 1 else "; a request's are those of a block of requests, divided by their number."
     terms = {row["name"]: WHAT[row["name"]] for row in rows}
     body = [[show(row) for _, show in METHODS] for row in rows]
     return Part(title, [name for name, _ in METHODS], body, text, "parse", terms)
 
 
-def method_plots(summary: dict[str, Any]) -> list[str]:
-    """Speed against accuracy, where the time goes, and throughput against load where that was measured."""
-    tables = tables_of(summary)
-    rows = summary["methods"]
+def method_pictures(summary: dict[str, Any]) -> list[Picture]:
+    """Speed against accuracy, where the time goes, where verdicts err, and throughput against load where measured."""
+    tables, rows = tables_of(summary), summary["methods"]
     pictures = [plots.speed_and_accuracy(rows, summary["sweep"], summary["threshold"]), plots.seconds_by_phase(rows)]
-    return pictures + ([plots.throughput(tables)] if len(tables) > 1 else [])
+    if len(tables) > 1:
+        pictures.append(plots.throughput(tables))
+    if (parse := row_of(rows, "parse")) and parse.get("false_accept_places"):
+        pictures.append(plots.error_places(parse))
+    return pictures
 
 
 def _pair_part(pair: dict[str, Any] | None) -> list[Part]:
     if not pair:
         return []
-    text = "Whether the task needs a semantic verifier at all: what the free rules and lossless speculation reach."
+    text = "These figures say whether the task needs a semantic verifier at all."
     return [Part("The pair of models", ["what", "value"], pair_rows(pair), text)]
 
 
-def _transcripts(parse: Sequence[Outcome], target: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
-    """Some answers of each sort, in the prompts' order."""
+def _transcripts(parse: Sequence[Outcome], target: Sequence[Outcome]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Some answers of each kind, in the prompts' order, and the filters that show them."""
     right_alone = {i for i, outcome in enumerate(target) if outcome.right}
-    slow = sorted(range(len(parse)), key=lambda i: -parse[i].seconds)[:SHOWN]
-    sorts: dict[str, list[int]] = {"all": [*range(min(SHOWN, len(parse)))], "slow": slow}
-    sorts["false-accept"] = [i for i, one in enumerate(parse) if not one.right and _drafted(one) and i in right_alone]
-    sorts["rejected"] = [i for i, one in enumerate(parse) if any(not s.accepted for s in one.generation.segments)]
-    sorts["wrong"] = [i for i, one in enumerate(parse) if not one.right]
-    chosen = {sort: set(some[:SHOWN]) for sort, some in sorts.items()}
-    for i in sorted(set().union(*chosen.values())):
-        outcome = parse[i]
-        yield {
-            "kinds": ["all", *(sort for sort, some in chosen.items() if i in some and sort != "all")],
-            "title": f"{'Right' if outcome.right else 'Wrong'}, {outcome.seconds:.2f} s",
-            "prompt": str(outcome.prompt),
-            "pieces": [
-                {
-                    "style": "written" if segment.source == "target" else "kept" if segment.accepted else "cut",
-                    "text": segment.text,
-                    "confidence": segment.confidence,
-                }
-                for segment in outcome.generation.segments
-            ],
+    members = {
+        "all": [*range(len(parse))],
+        "false-accept": [i for i, one in enumerate(parse) if not one.right and _drafted(one) and i in right_alone],
+        "rejected": [i for i, one in enumerate(parse) if any(not s.accepted for s in one.generation.segments)],
+        "wrong": [i for i, one in enumerate(parse) if not one.right],
+        "slow": sorted(range(len(parse)), key=lambda i: -parse[i].seconds)[:SHOWN],
+    }
+    shown = sorted({i for indices in members.values() for i in indices[:SHOWN]})
+    filters = {}
+    for kind, indices in members.items():
+        if count := len({*indices} & {*shown}):
+            filters[kind] = f"{KINDS[kind]} ({count} of {len(indices)})"
+    return [_transcript(parse[i], [kind for kind, indices in members.items() if i in indices]) for i in shown], filters
+
+
+def _transcript(outcome: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
+    """An answer as the page shows it."""
+    pieces = [
+        {
+            "style": "written" if segment.source == "target" else "kept" if segment.accepted else "cut",
+            "text": segment.text,
+            "confidence": segment.confidence,
         }
+        for segment in outcome.generation.segments
+    ]
+    title = f"{'Right' if outcome.right else 'Wrong'}, {outcome.seconds:.2f} s"
+    return {"kinds": kinds, "title": title, "prompt": str(outcome.prompt), "pieces": pieces}
 
 
 def _drafted(outcome: Outcome) -> bool:
     return any(segment.source == "draft" and segment.accepted for segment in outcome.generation.segments)
 
 
-def _row(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+def row_of(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """A method's row, or None."""
     return next((row for row in rows if row["name"] == name), None)
 
 
@@ -244,18 +262,20 @@ def _interval(ends: Sequence[float], form: str) -> str:
     return " to ".join(format(end, form) for end in ends)
 
 
+def _points(shares: Sequence[float]) -> str:
+    """An interval of a difference in points."""
+    return _interval([100 * share for share in shares], "+.1f")
+
+
 def _difference(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['accuracy_difference']:+.1f} ({_gain(row)})"
-
-
-def _gain(row: Mapping[str, Any]) -> str:
-    """The interval of the difference in points: that of the loss, turned round."""
-    least, most = row["accuracy_loss_ci95"]
-    return _interval((-100 * most, -100 * least), "+.1f")
+    if row["name"] == "target":
+        return "-"
+    return f"{100 * row['accuracy_difference']:+.1f} ({_points(row['accuracy_difference_ci95'])})"
 
 
 def _percentiles(row: Mapping[str, Any], key: str, scale: float = 1) -> str:
-    return ", ".join(f"{scale * row[f'{key}_p{p}']:.3g}" for p in PERCENTILES)
+    values = [row[f"{key}_p{percent}"] for percent in PERCENTILES]
+    return "-" if None in values else ", ".join(f"{scale * value:.3g}" for value in values)
 
 
 def _number(value: float | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from eval.bench.tables import Table, gpu_tables, markdown_table
 from eval.report import requests
-from eval.verifier_report import COLUMNS
+from eval.verifier_report import COLUMNS, kind_cells
 from recipes.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,8 @@ def keep(run: Path, folder: Path) -> Path:
         "labels": run / "rollouts" / "labels.json",
     }.items():
         content[key] = json.loads(path.read_text()) if path.is_file() else None
+    if content["verifier"]:
+        content["verifier"].pop("curves", None)  # thousands of lines that no table shows
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"run-{summary['name']}.json"
     write_text(file, json.dumps(content, indent=1) + "\n")
@@ -84,7 +86,7 @@ def run_tables(record: dict[str, Any]) -> Iterator[Table]:
         rows = [
             [
                 f"**{kind}**" if kind == verifier["chosen"] else kind,
-                *(form.format(figures[key]) for key, _, form in COLUMNS),
+                *kind_cells(figures),
             ]
             for kind, figures in verifier["kinds"].items()
         ]

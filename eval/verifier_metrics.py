@@ -255,8 +255,9 @@ def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, li
 
 
 def loss_at(use: Sequence[Sequence[float]], threshold: float) -> float:
-    """The accuracy lost at a threshold, by the points of `curves`: that of the next one, and nothing above all."""
-    return next((lost for stated, lost, _ in use if stated >= threshold), 0.0)
+    """The accuracy lost at a threshold, by the points of `curves`: that of the last one that is not above it."""
+    below = [lost for stated, lost, _ in use if stated <= threshold]
+    return below[-1] if below else use[0][1]
 
 
 def _spread(count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any
 
 from eval import plots
@@ -24,7 +25,7 @@ def console_table(report: dict[str, Any]) -> str:
     """The kinds as text, one a line."""
     lines = [f"  {'kind':26s}" + "".join(f"{title:>15s}" for _, title, _ in COLUMNS)]
     for name, figures in report["kinds"].items():
-        cells = "".join(f"{form.format(figures[key]):>15s}" for key, _, form in COLUMNS)
+        cells = "".join(f"{cell:>15s}" for cell in kind_cells(figures))
         lines.append(f"  {name:26s}{cells}" + ("   <- saved" if name == report["chosen"] else ""))
     oracle = report["kinds"][report["chosen"]]["oracle_accepted_fraction"]
     size = f"{report['n_prompts']} test prompts, {report['n_prefixes']} prefixes"
@@ -40,27 +41,31 @@ def html_report(name: str, report: dict[str, Any]) -> str:
     return page(f"Verifiers: {name}", [], verifier_parts(report))
 
 
-def verifier_parts(report: dict[str, Any] | None, parse: dict[str, Any] | None = None) -> list[Part]:
-    """The kinds at their thresholds, their curves, and whether more labelled prompts would help.
-
-    Args:
-        parse: PARSE's row of the evaluation, which tells where verdicts err.
-    """
+def verifier_parts(report: dict[str, Any] | None) -> list[Part]:
+    """The kinds at their thresholds, their curves, and whether more labelled prompts would help."""
     if not report:
         return []
+    oracle = report["kinds"][report["chosen"]]["oracle_accepted_fraction"]
     text = (
-        f"{report['n_prompts']} test prompts, {report['n_prefixes']} prefixes. Each kind stands at the threshold that "
-        f"keeps the accuracy loss under {report['max_accuracy_loss']:.1%} by the calibration prompts. Cuts count up to "
-        "a draft's first invalid one."
+        f"On the verifier's own {report['n_prompts']} test prompts with {report['n_prefixes']} prefixes. Each kind "
+        f"stands at the threshold that keeps the accuracy loss under {report['max_accuracy_loss']:.1%} by the "
+        f"calibration prompts. An oracle that knows the labels accepts {oracle:.1%}. Cuts count up to a draft's first "
+        "invalid one."
     )
-    rows = [
-        [kind, *(form.format(figures[key]) for key, _, form in COLUMNS)] for kind, figures in report["kinds"].items()
-    ]
+    rows = [[_name(kind, report), *kind_cells(figures)] for kind, figures in report["kinds"].items()]
     head = ["kind", *(title for _, title, _ in COLUMNS)]
     pictures = plots.verifier_curves(report) if report.get("curves") else []
-    if parse and parse.get("false_accept_places"):
-        pictures.append(plots.error_places(parse))
-    return [Part("Verifiers", head, rows, text, report["chosen"], None, pictures), *_curve(report)]
+    saved = _name(report["chosen"], report)
+    return [Part("Verifiers", head, rows, text, saved, pictures=pictures), *_curve(report)]
+
+
+def kind_cells(figures: dict[str, float]) -> list[str]:
+    """A kind's figures as text, by `COLUMNS`; "-" where there was nothing to measure."""
+    return ["-" if isnan(figures[key]) else form.format(figures[key]) for key, _, form in COLUMNS]
+
+
+def _name(kind: str, report: dict[str, Any]) -> str:
+    return f"{kind} (saved)" if kind == report["chosen"] else kind
 
 
 def _curve(report: dict[str, Any]) -> list[Part]:

@@ -6,7 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.measure import bootstrap, detectable_loss, judgements_of, loss_interval, paired, speedup, summarize, wilson
+from eval.measure import (
+    bootstrap,
+    detectable_loss,
+    difference_interval,
+    judgements_of,
+    paired,
+    speedup,
+    summarize,
+    wilson,
+)
 from eval.methods import Outcome, compare
 from eval.report import console_table
 from eval.tasks import TASKS, draw_prompts
@@ -50,37 +59,43 @@ def test_the_paired_difference():
 
 
 @pytest.mark.parametrize(("lost", "won", "n"), [(0, 0, 150), (10, 4, 100), (3, 0, 40), (0, 9, 60), (1, 0, 2)])
-def test_the_interval_of_the_loss_ends_where_the_score_test_does(lost, won, n):
-    """At either end what was seen is 1.96 standard errors away, by the likeliest share of prompts won there."""
-    low, high = loss_interval(lost, won, n)
-    assert low <= (lost - won) / n <= high
+def test_the_interval_of_the_difference_ends_where_the_score_test_does(lost, won, n):
+    """At either end what was seen is 1.96 standard errors away, by the likeliest share of prompts lost there."""
+    low, high = difference_interval(lost, won, n)
+    assert low <= (won - lost) / n <= high
     for end in (low, high):
-        shares = np.linspace(max(0.0, -end), min(1.0, (1 - end) / 2 + max(0.0, -end)), 200001)[1:-1]
-        same = 1 - end - 2 * shares  # neither lost nor won; lost are end + share
+        shares = np.linspace(max(0.0, -end), 1, 200001)[1:-1]  # of prompts lost; won are `end` more
+        same = 1 - end - 2 * shares
         usable = (same > 0) & (shares + end > 0)
         shares, same = shares[usable], same[usable]
-        likelihood = lost * np.log(shares + end) + won * np.log(shares) + (n - lost - won) * np.log(same)
+        likelihood = lost * np.log(shares) + won * np.log(shares + end) + (n - lost - won) * np.log(same)
         share = shares[np.argmax(likelihood)]
         error = np.sqrt((2 * share + end - end**2) / n)
-        assert abs((lost - won) / n - end) / error == pytest.approx(1.96, abs=0.02)
+        assert abs((won - lost) / n - end) / error == pytest.approx(1.96, abs=0.02)
 
 
-def test_with_nothing_lost_the_interval_is_wilsons():
+def test_the_interval_turns_round_with_the_methods():
+    for lost, won, n in [(0, 0, 9), (5, 0, 6), (0, 5, 6), (6, 0, 6), (0, 1, 1), (30, 11, 60)]:
+        low, high = difference_interval(lost, won, n)
+        assert difference_interval(won, lost, n) == pytest.approx((-high, -low))
+        assert -1 <= low < high <= 1
+
+
+def test_with_no_difference_the_interval_is_wilsons():
     """z² / (n + z²): 150 prompts of which none differs cannot show that less than a point is lost, 400 can."""
-    assert loss_interval(0, 0, 150) == pytest.approx((-0.02497, 0.02497), abs=1e-5)
+    assert difference_interval(0, 0, 150) == pytest.approx((-0.02497, 0.02497), abs=1e-5)
     same, longer = [True] * 150, [True] * 400
-    assert paired(same, same)["accuracy_difference_ci95"] == (0, 0)  # a bootstrap claims too much
     assert paired(same, same)["non_inferiority"] == "open"
     assert paired(longer, longer)["non_inferiority"] == "shown"
     assert paired([True] * 100, [True] * 80 + [False] * 20)["non_inferiority"] == "refuted"
     assert paired([True] * 100, [True] * 99 + [False], max_accuracy_loss=0.1)["non_inferiority"] == "shown"
 
 
-def test_the_smallest_loss_that_could_have_been_shown():
-    """Six of six that differ are p = 2 / 2^6 = 0.031, five of five 0.0625; of three prompts none would do."""
-    assert detectable_loss(0, 150) == 6 / 150
-    assert detectable_loss(2, 100) == 8 / 100  # ten lost against two won: p = 0.039
-    assert detectable_loss(0, 3) == 1
+def test_the_smallest_loss_that_could_have_been_told_from_none():
+    """By the score at 0, (lost - won) / sqrt(lost + won): 4 / 2 is more than 1.96, 3 / 1.7 is less; 10 - 2 of 12."""
+    assert detectable_loss(0, 150) == 4 / 150
+    assert detectable_loss(2, 100) == 7 / 100  # 9 lost: 7 / 3.3; 8 lost: 6 / 3.2 = 1.9
+    assert detectable_loss(0, 3) is None
 
 
 def test_verdicts_count_to_each_drafts_first_wrong_cut():
@@ -93,8 +108,8 @@ def test_verdicts_count_to_each_drafts_first_wrong_cut():
     ]
     found = list(judgements_of(outcome(segments), TASKS["ledger"]))
     assert [one[:3] for one in found] == [(0.9, True, True), (0.2, False, False), (0.8, True, True)]
-    first, kept = len(FIG) + len(BAD) + len(END) + 2, len(FIG) + len(TEA) + len(END) + 2
-    places = [len(FIG) / first, (len(FIG) + len(BAD) + 1) / first, kept / kept]
+    length = len(FIG) + len(TEA) + len(END) + 2
+    places = [len(FIG) / length, (len(FIG) + len(BAD) + 1) / length, 1]
     assert [one.place for one in found] == pytest.approx(places)
 
 

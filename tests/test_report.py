@@ -11,7 +11,7 @@ import pytest
 
 from eval.__main__ import main as evaluate
 from eval.measure import summarize
-from eval.report import csv_table, html_report, sentence
+from eval.report import SHOWN, csv_table, html_report, sentence
 from eval.tasks import TASKS
 from parse import Segment
 from tests.test_measure import BAD, END, FIG, TEA, outcome
@@ -19,6 +19,7 @@ from tests.test_verifier_report import KINDS
 from tests.test_verifier_report import report as verifier_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+SWEEP = [{"threshold": t, "speedup": 3 - t, "accuracy": 0.6 + t / 5} for t in (0.1, 0.5)]
 NASTY = "<script>alert(1)</script>"
 
 
@@ -41,10 +42,7 @@ def figures(speed: float = 2.0) -> tuple[dict, dict]:
         "methods": rows,
         "concurrency": [{"at_once": 8, "methods": rows}],
         "pair": None,
-        "sweep": [
-            {"threshold": 0.5, "speedup": 2.5, "accuracy": 0.7},
-            {"threshold": 0.1, "speedup": 3, "accuracy": 0.6},
-        ],
+        "sweep": [point | {"by_labels": True, "n": 30} for point in SWEEP],
     }
     return summary, outcomes
 
@@ -72,10 +70,22 @@ def test_the_page_is_one_file_that_escapes_what_models_write():
     made = page()
     assert NASTY not in made
     assert "x &amp; y" in made
-    assert made.count("<svg") == 7
+    assert made.count("<svg") == 7  # four of the methods, three of the verifiers
     assert "<h2>8 requests at once</h2>" in made
     assert "http" not in made
     assert not re.search(r"""(src|href)=["'][^#]""", made)
+
+
+def test_a_filter_shows_all_of_its_kind_that_are_on_the_page():
+    """Also those that are there for another reason; and says how many there are in all."""
+    summary, outcomes = figures()
+    wrong = [replace(one, right=False, seconds=float(n)) for n, one in enumerate(outcomes["parse"] * 4)]
+    made = html_report(summary, {"parse": wrong, "target": outcomes["target"] * 4})
+    shown = re.findall(r'data-kinds="([^"]+)"', made)
+    assert all("wrong" in kinds.split() for kinds in shown)
+    assert f"wrong answers ({len(shown)} of {len(wrong)})" in made
+    assert f"the slowest ({SHOWN} of {SHOWN})" in made
+    assert sum("slow" in kinds.split() for kinds in shown) == SHOWN
 
 
 def test_a_page_without_a_verifier_a_sweep_or_other_loads():
@@ -110,7 +120,8 @@ def test_runs_are_compared_side_by_side(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["target", "100.0%", "1.00x", "-", "-"] in lines
     assert ["parse", "66.7%", "2.00x", "66.7%", "3.00x"] in lines
-    assert out.read_text().count("<svg") == 6
+    assert lines[4][:8] == ["measured", "12", "prompts", "one", "request", "at", "a", "time"]
+    assert out.read_text().count("<svg") == 8
     assert evaluate(["compare", str(tmp_path)]) == 2
     assert "name run folders that `python -m eval` wrote" in capsys.readouterr().err
     (folders[0] / "eval" / "summary.json").write_text("{}")

@@ -85,7 +85,7 @@ def test_every_kind_stands_in_the_legend_of_every_picture():
     assert [re.search('aria-label="([^"]+)"', picture)[1] for picture in pictures] == [
         "ROC",
         "Reliability",
-        "Tokens accepted against accuracy lost",
+        "Use",
     ]
     axes = [("invalid cuts accepted", "valid cuts accepted"), ("confidence", "share of valid cuts")]
     axes.append(("accuracy lost", "draft tokens accepted"))
@@ -105,8 +105,10 @@ def test_the_curves_are_few_points_from_end_to_end():
         assert (lost, accepted) == pytest.approx((figures["accuracy_loss"], figures["accepted_fraction"]))
         assert loss_at(found["use"], threshold) == lost
     assert found["use"] == sorted(found["use"])
-    assert loss_at(found["use"], 0.0) == found["use"][0][1]
-    assert loss_at(found["use"], 1.1) == 0
+    (first, most, _), (second, _, _), *_ = found["use"]
+    assert loss_at(found["use"], 0.0) == most
+    assert loss_at(found["use"], (first + second) / 2) == most  # no less than is lost there
+    assert loss_at(found["use"], 1.1) == found["use"][-1][1]
 
 
 def test_a_kind_with_a_single_point_is_seen_and_one_with_nothing_to_measure_is_no_error():

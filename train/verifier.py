@@ -284,6 +284,7 @@ def report_of(
     return {
         "kinds": figures,
         "chosen": name,
+        "policy": recipe.engine.policy,
         "curves": {kind: curves(scores[kind]["test"], recipe.engine.policy) for kind in kinds},
         "n_prompts": len({one.draft.number for one in tested}),
         "n_prefixes": sum(len(one.draft.ends) for one in tested),
