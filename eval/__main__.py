@@ -2,6 +2,7 @@
 
 python -m eval RECIPE [section.key=value ...]   every method on the same prompts, end to end
 python -m eval compare RUN RUN ...              evaluated runs side by side
+python -m eval parity RECIPE                    what training saw against what the engine feeds
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from pathlib import Path
 
 from recipes.command import run_command
 
-COMPARE = "python -m eval compare RUN RUN ... shows evaluated runs side by side"
 LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`. Or compare runs."""
+    """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`. Or another command."""
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["compare"]:
-        from eval import compare
+        from eval.compare import main as compare
 
-        return compare.main(words[1:])
+        return compare(words[1:])
+    if words[:1] == ["parity"]:
+        from eval.parity import main as parity
+
+        return parity(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m eval",
-        description="Evaluate a recipe's run; `compare RUN RUN ...` shows evaluated ones side by side.",
+        description="Evaluate a recipe's run.",
+        epilog="Other commands: compare RUN RUN ..., parity RECIPE.",
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

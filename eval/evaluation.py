@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from eval import parity
 from eval.baselines import TransformersGenerate
 from eval.measure import summarize
 from eval.methods import Outcome, compare, loads_of, methods_of, settings_of
@@ -38,6 +39,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     report = _report_of(verifier)
     promised = report["max_accuracy_loss"] if report else recipe.verifier.max_accuracy_loss
     task, engine = load_task(recipe.task, to_dict(recipe.data)), _ready(recipe)
+    checks = parity.compare(engine, recipe)
+    for check in checks:
+        if check.difference:
+            print(f"warning: {check.name} {check.difference}; what was trained is not what is served")
     thresholds = _calibration(engine).thresholds
     found = _compared(recipe, task, engine, thresholds)
     tables = {at_once: _summarized(task, engine, outcomes, promised) for at_once, outcomes in found.items()}
@@ -57,6 +62,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "concurrency": [{"at_once": n, "methods": table} for n, table in tables.items() if n != first],
         "pair": pair,
         "sweep": _sweep(engine, task, recipe, thresholds, outcomes, report) if "parse" in outcomes else [],
+        "parity": {check.name: check.text for check in checks},
     }
     _write(recipe, summary, outcomes, report)
     _show(recipe, summary, tables)

@@ -158,6 +158,7 @@ def html_report(
     rows = summary["methods"]
     sentences = [sentence(rows, summary["max_accuracy_loss"]), _sample(rows, summary["at_once"])]
     parts = [*_method_parts(summary), *verifier_parts(verifier), *_pair_part(summary["pair"])]
+    parts.append(_parity_part(summary["parity"]))
     transcripts, filters = _transcripts(outcomes.get("parse", []), outcomes.get("target", []))
     return page(f"PARSE: {summary['name']}", sentences, parts, transcripts, filters, origin)
 
@@ -215,6 +216,11 @@ def _pair_part(pair: dict[str, Any] | None) -> list[Part]:
         return []
     text = "These figures say whether the task needs a semantic verifier at all."
     return [Part("The pair of models", ["what", "value"], pair_rows(pair), text)]
+
+
+def _parity_part(parity: dict[str, str]) -> Part:
+    text = "What training saw of the first prompts and answers, against what the engine feeds, token by token."
+    return Part("Parity of training and serving", ["what", "outcome"], list(parity.items()), text)
 
 
 def _transcripts(parse: Sequence[Outcome], target: Sequence[Outcome]) -> tuple[list[dict[str, Any]], dict[str, str]]:

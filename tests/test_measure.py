@@ -16,10 +16,11 @@ from eval.measure import (
     summarize,
     wilson,
 )
-from eval.methods import Outcome, compare
+from eval.methods import Outcome, compare, loads_of
 from eval.report import console_table
 from eval.tasks import TASKS, draw_prompts
 from parse import Engine, Generation, Segment, Stats
+from recipes.schema import load_recipe
 from tests.conftest import MODELS
 
 PROMPT = "list : #1 fig rome 4 ; #2 tea oslo 7 ."
@@ -167,6 +168,17 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
         assert [one.generation.token_ids for one in together[name]] == [one.generation.token_ids for one in some]
     assert calls == [(2, 2), (2, 2), (2, 2), (3, 2), (2, 2), (3, 2)]  # warm-up, and five blocks
     assert len({one.seconds for one in together["draft"]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "loads"), [([], [1, 8]), (["eval.prompts=15"], [1]), (["eval.concurrency=[4, 2]"], [4, 2])]
+)
+def test_the_loads_that_are_measured(words, loads, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert loads_of(load_recipe("recipes/quickstart.yaml", words)) == loads
+    if not words:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        assert loads_of(load_recipe("recipes/quickstart.yaml")) == [1, 8, 32]
 
 
 def test_requests_that_were_timed_together_count_as_one_measurement():

