@@ -3,6 +3,7 @@
 python -m eval RECIPE [section.key=value ...]   every method on the same prompts, end to end
 python -m eval compare RUN RUN ...              evaluated runs side by side
 python -m eval parity RECIPE                    what training saw against what the engine feeds
+python -m eval plan RECIPE                      what the speed-up would be, from measured forward passes
 """
 
 from __future__ import annotations
@@ -11,28 +12,24 @@ import argparse
 import json
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 from recipes.command import run_command
 
+COMMANDS = ("compare", "parity", "plan")  # modules of this package with a `main`
 LOGGED = ("accuracy", "speedup", "seconds_per_request", "accepted_fraction", "full_accept_rate")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate a run; the last line printed is one JSON object, also in `eval/summary.json`. Or another command."""
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["compare"]:
-        from eval.compare import main as compare
-
-        return compare(words[1:])
-    if words[:1] == ["parity"]:
-        from eval.parity import main as parity
-
-        return parity(words[1:])
+    if words and words[0] in COMMANDS:
+        return int(import_module(f"eval.{words[0]}").main(words[1:]))
     parser = argparse.ArgumentParser(
         prog="python -m eval",
         description="Evaluate a recipe's run.",
-        epilog="Other commands: compare RUN RUN ..., parity RECIPE.",
+        epilog=f"Other commands, each with --help: {', '.join(COMMANDS)}.",
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -370,6 +370,15 @@ def test_what_was_trained_is_what_is_served(words, recipe, capsys):
         (folder / EXAMPLES).write_text(kept)
 
 
+def test_the_prediction_stands_beside_the_run(words, capsys):
+    assert evaluate(["plan", RECIPE, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "forward passes measured on this machine" in printed
+    predicted, measured = map(float, re.search(r"total +([\d.]+) +([\d.]+)", printed).groups())
+    assert predicted > 0
+    assert measured > 0
+
+
 def test_a_verifiers_report_that_is_none_is_refused_before_anything_is_measured(words, recipe, tmp_path, capsys):
     shutil.copytree(recipe.folder / "verifier", tmp_path / "verifier")
     (tmp_path / "verifier" / "report.json").write_text('{"kinds": {}}')

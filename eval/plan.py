@@ -1,0 +1,368 @@
+"""Will PARSE help? What the speed-up would be, before anything is trained, and after a run why it is what it is.
+
+Seconds of forward passes are measured on the recipe's own pair, or follow from a machine's published bandwidth and
+arithmetic. The rest is the algorithm: with `right`, the share of a draft's segments that are accepted where those
+before them were, the expected seconds of an answer are a sum over where the first rejected segment may stand. What the
+engine does between passes is left out: it is the gap that a run shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from eval.bench.tables import Table, text_table
+from recipes.command import run_command
+from recipes.schema import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from parse import Engine
+
+HARDWARE = {  # bytes a second of memory, dense bfloat16 operations a second; from the makers' data sheets
+    "a100": (2.04e12, 312e12),
+    "h100": (3.35e12, 989e12),
+    "h200": (4.8e12, 989e12),
+    "b200": (8.0e12, 2250e12),
+    "l4": (0.30e12, 121e12),
+    "l40s": (0.864e12, 362e12),
+    "mi300x": (5.3e12, 1307e12),
+}
+WEIGHT_BYTES = 2
+LOADS = (1, 8, 32)  # requests at once
+HORIZONS = (1, 2, 4, 8, None)  # segments that the draft writes at a time; None is the whole answer
+RIGHT = (0.8, 0.9, 0.95, 0.98, 1.0)
+SIZES = (0.5, 1, 2, 4)  # of the draft, by its time
+CUTS = (0.5, 1, 2)  # of the segments' length
+SUFFIXES = (0, 2, 8)  # tokens
+DRAFTS = (16, 64, 256)  # tokens of the passes that are measured
+STEPS, REPEATS = 24, 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a model's forward passes, as points between which they are interpolated."""
+
+    steps: Mapping[int, float]  # of a decoding step, by the requests at once
+    passes: Mapping[int, float]  # of a pass over a prompt or a draft, by its tokens
+
+    def step(self, requests: int) -> float:
+        """Seconds of a token for one of so many requests."""
+        return interpolate(self.steps, requests) / requests
+
+    def read(self, tokens: float, requests: int = 1) -> float:
+        """Seconds of a pass over so many tokens for one of so many requests."""
+        return interpolate(self.passes, tokens * requests) / requests
+
+    def scaled(self, factor: float) -> Costs:
+        """The same model at so many times its seconds."""
+        return Costs(*({size: factor * s for size, s in points.items()} for points in (self.steps, self.passes)))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked, in tokens, and how good the draft is."""
+
+    prompt: float = 200
+    answer: float = 400
+    segment: float = 25  # between two cuts
+    right: float = 0.95  # share of a draft's segments that are accepted, where those before them were
+    suffix: int = 0  # tokens of a verdict's suffix
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of one answer, by what they are spent on."""
+
+    draft: float = 0.0
+    verify: float = 0.0
+    target: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.draft + self.verify + self.target
+
+    def plus(self, other: Phases, weight: float = 1.0) -> Phases:
+        """The sum with another, so many times."""
+        names = ("draft", "verify", "target")
+        return Phases(*(getattr(self, name) + weight * getattr(other, name) for name in names))
+
+
+def target_alone(work: Workload, target: Costs, requests: int = 1) -> Phases:
+    """The target reads the prompt and writes the answer."""
+    return Phases(target=target.read(work.prompt, requests) + work.answer * target.step(requests))
+
+
+def parse(work: Workload, target: Costs, draft: Costs, horizon: int | None = None, requests: int = 1) -> Phases:
+    """PARSE with `handback: segment`: after a rejected segment the target writes it, and the draft drafts again.
+
+    Args:
+        horizon: segments that the draft writes at a time; None for all that are left.
+        requests: at once.
+    """
+    count = max(round(work.answer / work.segment), 1)
+    repair = Phases(target=work.segment * target.step(requests))
+    expected = [Phases()]  # by how many segments are left
+    for left in range(1, count + 1):
+        first = left == count
+        written = min(left, horizon or left)
+        tokens = written * work.segment
+        unread = work.prompt if first else work.segment  # by the draft, before it writes
+        passed = (work.prompt if first else 0) + tokens + written * work.suffix
+        spent = Phases(
+            draft=draft.read(unread, requests) + tokens * draft.step(requests), verify=target.read(passed, requests)
+        )
+        for accepted in range(written):
+            chance = work.right**accepted * (1 - work.right)
+            spent = spent.plus(repair.plus(expected[left - accepted - 1]), chance)
+        expected.append(spent.plus(expected[left - written], work.right**written))
+    return expected[count]
+
+
+def interpolate(points: Mapping[int, float], at: float) -> float:
+    """Seconds at a size between measured ones; beyond the last one they grow in proportion."""
+    import numpy as np
+
+    sizes = sorted(points)
+    if at > sizes[-1]:
+        return points[sizes[-1]] * at / sizes[-1]
+    return float(np.interp(at, sizes, [points[size] for size in sizes]))
+
+
+def published(hardware: str, parameters: float) -> Costs:
+    """The costs of a model of so many parameters, by whichever of memory and arithmetic is slower; caches left out."""
+    bandwidth, arithmetic = HARDWARE[hardware]
+    seconds = lambda tokens: max(WEIGHT_BYTES * parameters / bandwidth, 2 * parameters * tokens / arithmetic)
+    sizes = [2**n for n in range(17)]
+    return Costs({size: seconds(size) for size in sizes}, {size: seconds(size) for size in sizes})
+
+
+def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads: Sequence[int]) -> Costs:
+    """The costs of one of an engine's models: the medians of several measurements, after one to warm up.
+
+    Args:
+        role: "target" or "draft".
+        prompts: token ids, at least as many as the largest load.
+    """
+    from eval.bench.fakes import endless
+    from eval.generation import write_all
+    from parse.sampling import Written
+    from parse.scheduler import run
+    from parse.verifiers import Needs
+
+    model = engine.models[role]
+
+    def writing(count: int, limit: int) -> float:
+        with endless(engine):
+            return _seconds(lambda: write_all(model, prompts[:count], limit, count, f"{role}, {count} at once"))
+
+    async def passing(tokens: int) -> float:
+        sequence = model.open(prompts[0])
+        try:
+            await sequence.prefill()
+            ids = [prompts[0][i % len(prompts[0])] for i in range(tokens)]
+            started = perf_counter()
+            evidence = await sequence.verify([], Written(ids, False), [tokens], Needs(token_logprobs=True))
+            evidence.log_prob.sum().item()  # waits for the device
+            return perf_counter() - started
+        finally:
+            sequence.close()
+
+    def often(measure: Callable[[], float]) -> float:
+        return median([measure() for _ in range(REPEATS + 1)][1:])
+
+    steps = {
+        count: often(lambda count=count: (writing(count, 1 + STEPS) - writing(count, 1)) / STEPS)  # type: ignore[misc]
+        for count in loads
+    }
+    passes = {1: steps[min(steps)]} | {size: often(partial(lambda n: run(passing(n)), size)) for size in DRAFTS}
+    return Costs(steps, passes)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = perf_counter()
+    work()
+    return perf_counter() - started
+
+
+def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> tuple[Workload, Phases] | None:
+    """What a run's evaluation was asked, how good its draft was, and PARSE's seconds; None where there is none."""
+    folder = recipe.folder / "eval"
+    if not (folder / "transcripts.jsonl").is_file():
+        return None
+    rows = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_method = {name: [row for row in rows if row["method"] == name] for name in ("target", "parse")}
+    if not all(by_method.values()):
+        return None
+    ours = by_method["parse"]
+    drafted = sum(row["stats"]["draft_tokens"] for row in ours)
+    judged = accepted = rejected = 0
+    for row in ours:
+        kept = [segment["accepted"] for segment in row["segments"] if segment["source"] == "draft"]
+        before = [True, *(segment["source"] == "target" or segment["accepted"] for segment in row["segments"])]
+        firsts = [b and not segment["accepted"] for b, segment in zip(before, row["segments"], strict=False)]
+        judged, accepted, rejected = judged + len(kept), accepted + sum(kept), rejected + sum(firsts)
+    seconds = {
+        key: sum(row["stats"]["seconds"][key] for row in ours) / len(ours) for key in ("draft", "verify", "target")
+    }
+    work = Workload(
+        prompt=sum(len(encode(row["prompt"])) for row in ours) / len(ours),
+        answer=sum(len(row["token_ids"]) for row in by_method["target"]) / len(ours),
+        segment=drafted / max(judged, 1),
+        right=accepted / max(accepted + rejected, 1),
+    )
+    return work, Phases(**seconds)
+
+
+def tables(work: Workload, costs: Mapping[str, Costs], loads: Sequence[int] = LOADS) -> Iterator[Table]:
+    """The predicted speed-up over what decides it, one thing at a time."""
+    gain = partial(speedup, target=costs["target"], draft=costs["draft"])
+    names = {horizon: "whole answer" if horizon is None else f"{horizon} segments" for horizon in HORIZONS}
+    rows = [
+        [f"{right:.0%}", *(_times(gain(replace(work, right=right), horizon=horizon)) for horizon in HORIZONS)]
+        for right in RIGHT
+    ]
+    yield Table("Segments accepted, and how much is drafted at a time", ["accepted", *names.values()], rows)
+    rows = [[str(count), _times(gain(work, requests=count))] for count in loads]
+    yield Table("Requests at once", ["requests", "speed-up"], rows)
+    scaled = {size: speedup(work, costs["target"], costs["draft"].scaled(size)) for size in SIZES}
+    rows = [[f"{size:g} times its time", _times(gained)] for size, gained in scaled.items()]
+    yield Table("A smaller or larger draft, as often right", ["draft", "speed-up"], rows)
+    cuts = {factor: replace(work, segment=factor * work.segment, right=work.right**factor) for factor in CUTS}
+    rows = [
+        [f"{changed.segment:.0f} tokens", f"{changed.right:.1%}", _times(gain(changed))] for changed in cuts.values()
+    ]
+    yield Table("Shorter or longer segments, as many faults", ["segment", "accepted", "speed-up"], rows)
+    rows = [[str(suffix), _times(gain(replace(work, suffix=suffix)))] for suffix in SUFFIXES]
+    yield Table("A verdict's suffix", ["tokens", "speed-up"], rows)
+
+
+def speedup(work: Workload, target: Costs, draft: Costs, horizon: int | None = None, requests: int = 1) -> float:
+    """Seconds of the target alone over those of PARSE."""
+    return target_alone(work, target, requests).total / parse(work, target, draft, horizon, requests).total
+
+
+def advice(work: Workload, costs: Mapping[str, Costs]) -> list[str]:
+    """Where the break-even is, and which horizon to take."""
+    gain = partial(speedup, target=costs["target"], draft=costs["draft"])
+    best = max(HORIZONS, key=lambda horizon: gain(work, horizon=horizon))
+    tokens = "null" if best is None else str(round(best * work.segment))
+    words = "the whole answer at a time" if best is None else f"{best} segments at a time"
+    lines = [f"Predicted: {gain(work, horizon=best):.2f}x with {words} (engine.horizon: {tokens})."]
+    even = [right / 100 for right in range(101) if gain(replace(work, right=right / 100), horizon=best) >= 1]
+    if even:
+        lines.append(f"It pays from {even[0]:.0%} of the segments accepted on.")
+    else:
+        lines.append("It does not pay with this draft, however much is accepted: take a faster one.")
+    return lines
+
+
+def explained(work: Workload, costs: Mapping[str, Costs], seconds: Phases) -> Table:
+    """What was predicted of a run beside what was measured, by phase."""
+    predicted = parse(work, costs["target"], costs["draft"])
+    rows = [
+        [name, f"{ideal:.4f}", f"{real:.4f}", f"{real - ideal:+.4f}"]
+        for name, ideal, real in (
+            (name, getattr(predicted, name), getattr(seconds, name)) for name in ("draft", "verify", "target", "total")
+        )
+    ]
+    return Table("The run's seconds an answer in models", ["phase", "predicted", "measured", "gap"], rows)
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def parameters(text: str) -> float:
+    """A model's size: 8B, 600M, or a number.
+
+    Raises:
+        RecipeError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([BM]?)", text.strip().upper())
+    if not found or not float(found[1]):
+        raise RecipeError(f"{text!r} is no number of parameters: give one such as 8B or 600M")
+    return float(found[1]) * {"B": 1e9, "M": 1e6, "": 1}[found[2]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the prediction; of a recipe with measured costs, beside its run where there is one."""
+    parser = argparse.ArgumentParser(prog="python -m eval plan", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("recipe", nargs="?", help="a YAML file: its target and draft are measured on this machine")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--hardware", choices=sorted(HARDWARE), help="instead of a recipe, by its data sheet")
+    parser.add_argument("--target", help="parameters of the target, such as 8B")
+    parser.add_argument("--draft", help="parameters of the draft, such as 600M")
+    for name, kind, what in (
+        ("prompt", float, "tokens of a prompt"),
+        ("answer", float, "tokens of an answer"),
+        ("segment", float, "tokens between two cuts"),
+        ("right", float, "share of the draft's segments that are accepted, 0 to 1"),
+        ("suffix", int, "tokens of a verdict's suffix"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=what)
+    options = parser.parse_args(arguments)
+    return run_command(lambda _: _main(options))
+
+
+def _main(options: argparse.Namespace) -> int:
+    given = {key: getattr(options, key) for key in ("prompt", "answer", "segment", "right", "suffix")}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        most, words = (1.0, "a share from 0 to 1") if key == "right" else (1e9, "a number of tokens from 0 on")
+        if not 0 <= value <= most or (not value and key in ("answer", "segment")):
+            raise RecipeError(f"--{key} is {value:g}: give {words}")
+    if options.hardware:
+        if not options.target or not options.draft or options.recipe:
+            raise RecipeError("--hardware goes with --target and --draft, the models' parameters, and without a recipe")
+        costs = {role: published(options.hardware, parameters(getattr(options, role))) for role in ("target", "draft")}
+        work, seconds, origin = Workload(), None, f"predicted from the data sheet of {options.hardware}, not measured"
+    elif options.recipe:
+        costs, work, seconds = _of_recipe(options)
+        origin = "forward passes measured on this machine; the speed-ups are predicted from them"
+    else:
+        raise RecipeError("name a recipe, or give --hardware, --target and --draft")
+    work = replace(work, **given)
+    print(f"{origin}\n")
+    print(
+        f"prompts of {work.prompt:.0f} tokens, answers of {work.answer:.0f}, segments of {work.segment:.0f}, "
+        f"{work.right:.1%} of them accepted\n"
+    )
+    for table in tables(work, costs):
+        print(f"{text_table(table)}\n")
+    if seconds is not None:
+        print(f"{text_table(explained(work, costs, seconds))}\n")
+    print("\n".join(advice(work, costs)))
+    return 0
+
+
+def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload, Phases | None]:
+    """The costs of the recipe's pair, and what its run was asked and took, where there is one."""
+    from eval.prompts import prompts_of
+    from eval.tasks import load_task
+    from recipes.pair import load_engine
+    from recipes.schema import load_recipe, to_dict
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    draft, _ = recipe.evaluated
+    source = draft if draft.exists() else recipe.draft
+    if not isinstance(source, str | Path):
+        raise RecipeError(f"{draft} is not there, and the recipe's draft is a new one: run the stage `distill` first")
+    engine = load_engine(recipe, Path(source), compile=recipe.engine.compile)
+    if recipe.engine.compile is not False:
+        engine.warm_up(max(LOADS))
+    task = load_task(recipe.task, to_dict(recipe.data))
+    prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts][: max(LOADS)]
+    loads = [count for count in LOADS if count <= len(prompts)]
+    ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
+    costs = {role: measured(engine, role, ids[role], loads) for role in ("target", "draft")}
+    work, seconds = observed(recipe, engine.encode) or (Workload(prompt=len(ids["target"][0])), None)
+    return costs, work, seconds
