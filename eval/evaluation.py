@@ -24,7 +24,7 @@ from parse.prompts import opens_thinking
 from parse.verifiers.base import Calibration
 from recipes import strict
 from recipes.files import write_text
-from recipes.machine import environment, hardware
+from recipes.machine import environment, hardware, process_memory
 from recipes.pair import load_engine
 from recipes.schema import Recipe, RecipeError, to_dict
 
@@ -55,6 +55,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "draft": str(draft),
         "verifier": str(verifier),
         "hardware": hardware(),
+        "process_memory_gib": process_memory(),
         "max_accuracy_loss": promised,
         "threshold": thresholds[recipe.engine.policy],
         "at_once": first,
@@ -144,15 +145,15 @@ def _write(recipe: Recipe, summary: dict[str, Any], outcomes: Outcomes, verifier
     folder.mkdir(exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(folder / "summary.csv", csv_table(summary))
-    write_text(folder / "report.html", html_report(summary, outcomes, verifier, _origin(recipe)))
+    write_text(folder / "report.html", html_report(summary, outcomes, verifier, _origin(recipe, summary)))
     write_text(folder / "transcripts.jsonl", _transcripts(outcomes))
 
 
-def _origin(recipe: Recipe) -> dict[str, Any]:
+def _origin(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
     """How the evaluation was made, for its page."""
     machine = environment()
     facts = [("machine", machine["hardware"]), ("commit", machine["git_commit"] or "unknown")]
-    facts += [("Python", machine["python"])]
+    facts += [("Python", machine["python"]), ("process memory", f"{summary['process_memory_gib']:.1f} GiB at most")]
     facts += [(name, version) for name, version in machine["packages"].items() if version]
     facts += [(name, str(getattr(recipe, name))) for name in ("target", "task")]
     facts += list(zip(("draft", "verifier"), map(str, recipe.evaluated), strict=True))

@@ -5,7 +5,8 @@ over the method's, summed over the same requests. Acceptance counts the target's
 draft tokens over all draft tokens, `accepted_per_verification` accepted draft tokens over packed passes (the token that
 the target writes after them, which others count as a bonus, is not one of them), `full_accept_rate` the share of
 requests that the target wrote nothing of. `wholly_rejected_slowdown` is the method's seconds over those of target-alone
-on the requests of which no draft token was kept. False accepts and rejects count verdicts on the cuts of each draft up
+on the requests of which no draft token was kept. `unanswered` are requests that did not fit into a model; they count
+as wrong. False accepts and rejects count verdicts on the cuts of each draft up
 to and including its first wrong one. A request's latency is the time from its start in the engine to its end, beside
 whatever else runs there, and `token_seconds` what follows its first token over the tokens that follow; of these `_p95`
 is what one request in twenty exceeds.
@@ -195,6 +196,7 @@ def summarize(
     return {
         "name": name,
         "n": n,
+        "unanswered": sum(not o.generation.token_ids and o.generation.finish_reason == "length" for o in outcomes),
         "accuracy": sum(right) / n,
         "accuracy_ci95": wilson(sum(right), n),
         **paired([outcome.right for outcome in target], right, max_accuracy_loss),
@@ -213,6 +215,7 @@ def summarize(
         "wholly_rejected_slowdown": wasted,
         **_verdicts([one for outcome in outcomes for one in judgements_of(outcome, task, opened)]),
         "model_time_fraction": 1 - spent["other"] / sum(spent.values()),
+        "gpu_memory_gib": max((o.gpu_memory_gib for o in outcomes if o.gpu_memory_gib is not None), default=None),
         "rounds": sum(s.rounds for s in runs) / n,
         "tokens_per_answer": sum(lengths) / n,
         "tokens_from_draft": accepted / n,

@@ -23,6 +23,7 @@ from eval.tasks.task import Prompt
 from parse import Engine, Generation
 from parse.prompts import opens_thinking
 from parse.scheduler import run_together
+from recipes.machine import gpu_memory
 from recipes.progress import progress_bar
 from recipes.schema import Recipe, RecipeError
 
@@ -53,6 +54,7 @@ class Outcome:
     right: bool
     seconds: float  # wall time of the whole request; of several at once, their time over their number
     turn: int = 0  # in which it was timed, alone or with others
+    gpu_memory_gib: float | None = None  # the most that was allocated in that turn; None without a GPU
 
 
 def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
@@ -140,10 +142,13 @@ def compare(
     with progress_bar(what, total=len(prompts) * len(names)) as bar:
         for turn, some in enumerate(_evenly(prompts, turns)):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                gpu_memory()  # from here on
                 started = perf_counter()
                 generations = runs[name].generate(some, batch_size=at_once, **methods[name])
                 seconds = (perf_counter() - started) / len(some)
-                outcomes[name] += [Outcome(*one, False, seconds, turn) for one in zip(some, generations, strict=True)]
+                memory = gpu_memory().get("gpu_memory_gib")
+                for prompt, generation in zip(some, generations, strict=True):
+                    outcomes[name].append(Outcome(prompt, generation, False, seconds, turn, memory))
                 bar.update(len(some))
     return {name: _judged(engine, task, some, outcomes.get("target", []), agreement) for name, some in outcomes.items()}
 

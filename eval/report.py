@@ -53,6 +53,8 @@ DETAILS: tuple[Column, ...] = (
     ("time over target's, when all is rejected", lambda row: _number(row["wholly_rejected_slowdown"])),
     ("false accepts", lambda row: _percent(row["false_accept_rate"])),
     ("false rejects", lambda row: _percent(row["false_reject_rate"])),
+    ("unanswered", lambda row: str(row["unanswered"])),
+    ("GPU memory, GiB", lambda row: _number(row["gpu_memory_gib"])),
     ("time in models", lambda row: f"{row['model_time_fraction']:.1%}"),
 )
 
