@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from parse import Engine, Generation
 from parse.generation import Segment, Stats
 from parse.local.loading import Messages
-from parse.text import text_of
+from parse.text import before_stop, text_of, through_stop
 
 
 class TransformersGenerate:
@@ -32,13 +32,19 @@ class TransformersGenerate:
         self.ends = sorted(engine.models["target"].eos_ids)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[str | Messages], max_new_tokens: int, batch_size: int = 1) -> list[Generation]:
+    def generate(
+        self,
+        prompts: Sequence[str | Messages],
+        max_new_tokens: int,
+        batch_size: int = 1,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
         """Answers in the prompts' order, so many at once; with an assistant one at a time, as it allows no more."""
         size = batch_size if self.draft is None else 1
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        return [answer for batch in batches for answer in self._answer(batch, max_new_tokens)]
+        return [answer for batch in batches for answer in self._answer(batch, max_new_tokens, stop)]
 
-    def _answer(self, prompts: Sequence[str | Messages], limit: int) -> list[Generation]:
+    def _answer(self, prompts: Sequence[str | Messages], limit: int, stops: Sequence[str]) -> list[Generation]:
         encoded = [self.engine.encode(prompt) for prompt in prompts]
         width, device = max(map(len, encoded)), self.engine.target.device
         pad = self.ends[0] if self.ends else 0
@@ -54,9 +60,10 @@ class TransformersGenerate:
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([clock]),
             **self._assistant(),
+            **({"stop_strings": list(stops), "tokenizer": self.engine.tokenizer} if stops else {}),
         )  # [B, L + T]
         seconds = perf_counter() - started
-        return [self._generation(row[width:].tolist(), seconds, clock.at - started) for row in output]
+        return [self._generation(row[width:].tolist(), seconds, clock.at - started, stops) for row in output]
 
     def _assistant(self) -> dict[str, Any]:
         if self.draft is None:
@@ -65,13 +72,15 @@ class TransformersGenerate:
         tokenizers = {"tokenizer": engine.tokenizer, "assistant_tokenizer": engine.draft_tokenizer}
         return {"assistant_model": self.draft, **(tokenizers if _widths_differ(engine) else {})}
 
-    def _generation(self, ids: list[int], seconds: float, first: float) -> Generation:
+    def _generation(self, ids: list[int], seconds: float, first: float, stops: Sequence[str]) -> Generation:
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
-        text = text_of(ids[:end], self.engine.tokenizer)
+        stopped = through_stop(ids[:end], stops, self.engine.tokenizer)
+        ended, end = end < len(ids) or stopped is not None, end if stopped is None else stopped
+        text = before_stop(text_of(ids[:end], self.engine.tokenizer), stops)
         stats = Stats(target_tokens=end, rounds=1, first_token_seconds=first)
         stats.seconds["target"] = seconds
         segments = [Segment(text, "target", None, True)] if end else []
-        return Generation(text, ids[:end], "stop" if end < len(ids) else "length", segments, stats)
+        return Generation(text, ids[:end], "stop" if ended else "length", segments, stats)
 
 
 def _plain(model: PreTrainedModel) -> Any:

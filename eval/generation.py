@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedTokenizerBase
 
-from parse.model import Model
+from parse.model import Model, ModelSequence
 from parse.sampling import GREEDY, Sampling, Written
 from parse.scheduler import Steps, run_together
+from parse.text import says, through_stop
 from recipes.digests import of_values
 from recipes.progress import progress_bar
 from recipes.schema import RecipeError
@@ -162,10 +164,31 @@ def write_all(model: Model, prompts: Sequence[Sequence[int]], limit: int, at_onc
     return [written[i] for i in range(len(prompts))]
 
 
-async def write_after(model: Model, ids: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Written:
-    """What a model writes after a prompt, up to `limit` tokens."""
+async def write_after(
+    model: Model, ids: Sequence[int], limit: int, sampling: Sampling = GREEDY, stops: Sequence[str] = ()
+) -> Written:
+    """What a model writes after a prompt, up to `limit` tokens or a stop string."""
     sequence = model.open(ids)
     try:
-        return await sequence.decode([], limit, sampling)
+        return await write_on(sequence, model.tokenizer, [], limit, sampling, stops)
     finally:
         sequence.close()
+
+
+async def write_on(
+    sequence: ModelSequence,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Sequence[int],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[str] = (),
+) -> Written:
+    """What a model writes after the beginning of an answer, up to `limit` tokens or a stop string.
+
+    A stop string ends an answer as the end token does; the tokens up to the one that completes it are given.
+    """
+    written = await sequence.decode(start, limit, sampling, says(stops, start, tokenizer) if stops else None)
+    count = through_stop([*start, *written.ids], stops, tokenizer)
+    if count is None:
+        return written
+    return Written(written.ids[: max(count - len(start), 0)], ended=True)

@@ -15,7 +15,7 @@ from parse import Engine
 from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.sampling import Sampling
 from parse.scheduler import Steps
-from parse.text import encode_text, text_of
+from parse.text import before_stop, encode_text, text_of
 from parse.verifiers import PromptVerifier
 from recipes.schema import Recipe, RecipeError
 
@@ -42,8 +42,8 @@ class Checked:
     opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
 
     async def is_right(self, prompt: Prompt, answer: str) -> bool:
-        """Whether the task calls the answer right."""
-        return self.task.check(prompt, final_answer(answer, self.opened))
+        """Whether the task calls the answer right; what follows a stop string is none of it."""
+        return self.task.check(prompt, before_stop(final_answer(answer, self.opened), self.task.stop))
 
     def first_wrong(self, prompt: Prompt, answer: str) -> int | None:
         """Index of the first wrong sentence of an answer or a prefix of one, of a task that knows it."""

@@ -130,6 +130,8 @@ def compare(
         at_once: requests; with several, methods take turns on blocks of prompts, of which so many run at a time.
         others: what runs a method instead of the engine, by name.
     """
+    if task.stop:
+        methods = {name: {**settings, "stop": list(task.stop)} for name, settings in methods.items()}
     names = list(methods)
     runs: dict[str, Engine | TransformersGenerate] = {name: (others or {}).get(name, engine) for name in names}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}

@@ -7,7 +7,6 @@ answer, with threshold 0 it is the draft's.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,7 +20,16 @@ from parse.generation import Generation, Segment, Settings, Stats, accept
 from parse.model import Model, ModelSequence, Proposer, Stop
 from parse.sampling import Sampling, Written
 from parse.segments import Segmenter, cut, ends_segment
-from parse.text import certain_text, encode_continuation, find_stop, text_after, text_of, undecided
+from parse.text import (
+    certain_text,
+    encode_continuation,
+    find_stop,
+    says,
+    text_after,
+    text_of,
+    through_stop,
+    undecided,
+)
 from parse.verifiers import Verifier
 
 
@@ -122,23 +130,10 @@ class Pair:
 
         stop: Stop | None = at_cut if horizon == "segment" else None
         if stops and stop is None:  # at the next cut, so that what is judged before it is the same as without
-            stop = _at_next(at_cut, _says(stops, read, tokenizer))
+            stop = _at_next(at_cut, says(stops, read, tokenizer))
         if isinstance(horizon, int):
             room = min(room, horizon)
         return await draft.decode(read, room, sampling, stop)
-
-
-def _says(stops: Sequence[str], before: Sequence[int], tokenizer: Any) -> Stop:
-    """Whether what is written after the tokens `before` holds one of some stop strings."""
-    window = 2 * max(len(each.encode()) for each in stops) + 8  # tokens that hold the longest of them for certain
-
-    def said(written: list[int]) -> bool:
-        last = written[-window:]
-        if len(last) < window:
-            last = [*before[len(last) - window :], *last]
-        return find_stop(text_of(last, tokenizer), stops) is not None
-
-    return said
 
 
 def _at_next(cut_there: Stop, said: Stop) -> Stop:
@@ -321,7 +316,7 @@ class Round:
         read = before if role == "target" else self.pair.to_draft(before)
         if stops := self.settings.stop:
             tokenizer = self.tokenizer if role == "target" else self.pair.draft_tokenizer
-            stop = _either(stop, _says(stops, read, tokenizer))
+            stop = _either(stop, says(stops, read, tokenizer))
         written = await self.sequences[role].decode(read, room, self.sampling, stop, grown, proposer)
         self.ended = written.ended
         added = written.ids if same else self.pair.to_target(written.ids)
@@ -340,16 +335,12 @@ class Round:
 
     def _end_at_stop(self) -> int:
         """End the answer with the token that completes a stop string, where it holds one; how many were after it."""
-        stops, ids = self.settings.stop, self.ids
-
-        def holds(count: int) -> bool:
-            return find_stop(certain_text(ids[:count], self.tokenizer), stops) is not None
-
-        if not stops or not holds(len(ids)):
+        ids = self.ids
+        count = through_stop(ids, self.settings.stop, self.tokenizer)
+        if count is None:
             return 0
-        self.ids = ids[: bisect_left(range(len(ids)), True, key=holds)]
-        self.done = self.ended = True
-        return len(ids) - len(self.ids)
+        self.ids, self.done, self.ended = ids[:count], True, True
+        return len(ids) - count
 
     def finish(self) -> Generation:
         """The finished answer; the accepted segments join to its text."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -80,6 +81,37 @@ def certain_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where in a text the first of some stop strings begins; None where it holds none of them."""
     return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of some stop strings."""
+    return text[: find_stop(text, stops)]
+
+
+def through_stop(ids: Sequence[int], stops: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many of some tokens there are up to the one that completes a stop string; None where they hold none."""
+
+    def holds(count: int) -> bool:
+        return find_stop(certain_text(ids[:count], tokenizer), stops) is not None
+
+    if not stops or not holds(len(ids)):
+        return None
+    return bisect_left(range(len(ids)), True, key=holds)
+
+
+def says(
+    stops: Sequence[str], before: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[int]], bool]:
+    """Whether what is written after the tokens `before` holds one of some stop strings; asked after every token."""
+    window = 2 * max(len(each.encode()) for each in stops) + 8  # tokens that hold the longest of them for certain
+
+    def said(written: list[int]) -> bool:
+        last = written[-window:]
+        if len(last) < window:
+            last = [*before[len(last) - window :], *last]
+        return find_stop(text_of(last, tokenizer), stops) is not None
+
+    return said
 
 
 def undecided(text: str, stops: Sequence[str]) -> int:

@@ -95,6 +95,19 @@ class Shares:
 
 
 @dataclass(frozen=True)
+class HarnessSection:
+    """A task of EleutherAI's lm-evaluation-harness, where `task` is lm_eval:NAME; see `eval.tasks.harness`."""
+
+    include_path: Source | None = None  # a folder with tasks of one's own, in the harness's YAML
+    num_fewshot: Whole | None = None  # examples before each question; None: as many as the task says
+    fewshot_as_multiturn: bool = False  # the examples as turns of a conversation
+    metric: Words | None = None  # by which an answer is right; None: the task's first one
+    filter: Words | None = None  # of the answer's text; None: the task's last one
+    threshold: Annotated[float, Range(-(10**9), 10**9)] | None = None  # the score from which on an answer is right
+    confirm_run_unsafe_code: bool = False  # let a task run the code that a model wrote, as the harness's switch does
+
+
+@dataclass(frozen=True)
 class Data:
     """How rows are read, where `task` is a JSONL file or a data set of the hub; see `eval.tasks.rows`."""
 
@@ -106,6 +119,7 @@ class Data:
     max_rows: Count | None = None  # the first so many rows
     config: Words | None = None  # of a hub data set
     split: Words = "train"  # of a hub data set: all rows are read from it
+    harness: HarnessSection = field(default_factory=HarnessSection)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ later. What nothing can be learnt from is left out, and stands in `rejected.json
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from eval.tasks import Task, load_task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
 from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
-from parse.text import encode_continuation, text_of
+from parse.text import before_stop, encode_continuation, find_stop, text_of
 from recipes.files import write_text
 from recipes.pair import learnt_end, load_engine, target_tokenizer
 from recipes.run import KEPT, Run
@@ -33,7 +34,9 @@ def run(recipe: Recipe, run: Run) -> None:
         chosen = prompts_of(recipe, task, "answers")
         prompts = [prompt for _, prompt in chosen.prompts]
         encode = Encoding(recipe)
-        found = _references(task, prompts) if section.source == "references" else _asked(recipe, folder, prompts)
+        found = (
+            _references(task, prompts) if section.source == "references" else _asked(recipe, folder, prompts, task.stop)
+        )
         if run.is_main:
             rows = [_row(encode, task, prompt, Answered(**one)) for prompt, one in zip(prompts, found, strict=True)]
             kept = [row for row in rows if "reason" not in row]
@@ -49,9 +52,9 @@ def run(recipe: Recipe, run: Run) -> None:
             _explain(run, section.source, kept, rejected)
 
 
-def _asked(recipe: Recipe, folder: Path, prompts: list[Prompt]) -> list[Row]:
+def _asked(recipe: Recipe, folder: Path, prompts: list[Prompt], stops: tuple[str, ...]) -> list[Row]:
     """What the target answers."""
-    work = _from_server(recipe) if recipe.answers.server else _here(recipe)
+    work = _from_server(recipe, stops) if recipe.answers.server else _here(recipe, stops)
     return finish_all(folder / KEPT, prompts, work, "answers")
 
 
@@ -66,24 +69,31 @@ def _references(task: Task, prompts: list[Prompt]) -> list[Row]:
     return [vars(Answered(task.references[key_of(prompt)][0], ended=True)) for prompt in prompts]
 
 
-def _here(recipe: Recipe) -> Work[Prompt]:
+def _here(recipe: Recipe, stops: tuple[str, ...]) -> Work[Prompt]:
     """The engine's own greedy answers."""
     engine = load_engine(recipe)
     target = engine.models["target"]
 
     async def answering(prompt: Prompt) -> Row:
-        answer = await write_after(target, engine.encode(prompt), recipe.engine.max_new_tokens)
-        return vars(Answered(text_of(answer.ids, engine.tokenizer), answer.ended, ids=answer.ids))
+        answer = await write_after(target, engine.encode(prompt), recipe.engine.max_new_tokens, stops=stops)
+        return vars(_stopped(Answered(text_of(answer.ids, engine.tokenizer), answer.ended, ids=answer.ids), stops))
 
     return batched(answering, recipe.answers.batch_size)
 
 
-def _from_server(recipe: Recipe) -> Work[Prompt]:
+def _stopped(answered: Answered, stops: tuple[str, ...]) -> Answered:
+    """The answer up to a stop string, which ends it."""
+    if find_stop(answered.text, stops) is None:
+        return answered
+    return replace(answered, text=before_stop(answered.text, stops), ended=True, ids=None)
+
+
+def _from_server(recipe: Recipe, stops: tuple[str, ...]) -> Work[Prompt]:
     """The server's greedy answers."""
     section = recipe.answers.server
     assert section is not None
     client = Client(section, section.model or recipe.target, recipe.engine.max_new_tokens)
-    return in_threads(lambda prompt: vars(client.answer(prompt)), section.concurrency)
+    return in_threads(lambda prompt: vars(_stopped(client.answer(prompt), stops)), section.concurrency)
 
 
 class Encoding:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from eval.generation import write_on
 from eval.judges import TEMPERATURE, Judge
 from eval.tasks.task import FirstWrong, Prompt
 from parse import Engine
@@ -58,6 +59,7 @@ class Labeller:
     first_wrong: FirstWrong | None = None  # where the task's program knows it, and drafts are cut after sentences
     samples: int = 1  # of the way on from a prefix, of which the most decide; one is greedy
     seed: int = 0
+    stops: tuple[str, ...] = ()  # strings that end an answer
     asked: int = 0  # prefixes so far
 
     async def finish(
@@ -73,8 +75,9 @@ class Labeller:
         choose = Sampling()
         if sample is not None:
             choose = Sampling(TEMPERATURE, seed=(self.seed * 997 + len(start)) * 997 + sample)
-        written = await target.decode(start, max(self.limit - len(start), 1), choose)
-        answer = text_of([*start, *written.ids], self.engine.tokenizer)
+        tokenizer, room = self.engine.tokenizer, max(self.limit - len(start), 1)
+        written = await write_on(target, tokenizer, start, room, choose, self.stops)
+        answer = text_of([*start, *written.ids], tokenizer)
         right = written.ended and (await self.judge.is_right(prompt, answer))
         return right, written
 

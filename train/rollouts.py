@@ -32,7 +32,7 @@ from parse.prompts import opens_thinking
 from parse.sampling import GREEDY, Written
 from parse.scheduler import run_together
 from parse.segments import cut, ends_segment
-from parse.text import encode_continuation, text_of
+from parse.text import encode_continuation, text_of, through_stop
 from recipes.digests import of_values
 from recipes.files import write_text
 from recipes.pair import load_engine
@@ -243,12 +243,13 @@ async def _drafting(
 ) -> Drafted:
     """The draft's next part of an answer, in the target's tokens; where it ends the answer, whether that is right."""
     engine = labeller.engine
-    drafted = await engine.pair.write_draft(draft, prefix, labeller.limit - len(prefix), horizon, GREEDY)
+    room = labeller.limit - len(prefix)
+    drafted = await engine.pair.write_draft(draft, prefix, room, horizon, GREEDY, labeller.stops)
     written = Written(engine.pair.to_target(drafted.ids), drafted.ended)
     answer = [*prefix, *written.ids]
-    right = None
-    if written.ended or len(answer) >= labeller.limit:
-        right = written.ended and (await labeller.judge.is_right(prompt, text_of(answer, engine.tokenizer)))
+    right, ended = None, written.ended or through_stop(answer, labeller.stops, engine.tokenizer) is not None
+    if ended or len(answer) >= labeller.limit:
+        right = ended and (await labeller.judge.is_right(prompt, text_of(answer, engine.tokenizer)))
     return Drafted(prompt, prefix, written, cut(written.ids, engine.tokenizer, engine.segments), right)
 
 
@@ -306,7 +307,7 @@ def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[Prompt])
     if labeller_of(recipe, task) == "task":
         checked = Checked(task, opens_thinking(engine.tokenizer))
         program = checked.first_wrong if program_of(recipe, task) else None
-        return Labeller(engine, checked, limit, program, section.samples, recipe.seed), {"labeller": "task"}
+        return Labeller(engine, checked, limit, program, section.samples, recipe.seed, task.stop), {"labeller": "task"}
     agreement = Agreement(engine, limit)
 
     def run_all(many: Any) -> list[float]:

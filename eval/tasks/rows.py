@@ -221,8 +221,8 @@ def _read(row: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> _R
             f"{', '.join(map(_name, row)) or 'nothing'}"
         )
     prompt = _prompt_of(fields, settings["system"], where)
-    words, shares = _words(prompt), settings["shares"]
-    split = fields["split"] if "split" in fields else _split_of(words, shares)
+    words, shares = words_of(prompt), settings["shares"]
+    split = fields["split"] if "split" in fields else split_of(words, shares)
     if not isinstance(split, str) or split not in shares:
         raise ValueError(f"{where}: split is {split!r}; allowed: {', '.join(shares)}")
     references = _references(fields["reference"], settings["check"], where) if "reference" in fields else ()
@@ -304,7 +304,7 @@ def _reference(value: Any, where: str) -> str:
     return str(value)
 
 
-def _split_of(words: str, shares: Mapping[str, int]) -> str:
+def split_of(words: str, shares: Mapping[str, int]) -> str:
     """The split of a prompt, by the hash of its words."""
     place = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") % sum(shares.values())
     for split, share in shares.items():
@@ -314,7 +314,7 @@ def _split_of(words: str, shares: Mapping[str, int]) -> str:
     raise AssertionError("shares cover every place")
 
 
-def _words(prompt: Prompt) -> str:
+def words_of(prompt: Prompt) -> str:
     """What is said, however it is spaced, capitalised and encoded."""
     texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in as_messages(prompt)]
     return "\n".join(" ".join(text.split()) for text in texts)

@@ -28,6 +28,7 @@ class Task(ABC):
     corrupted: Corrupted | None = None  # a right answer with one fault, or None where none can be made
     foreign_prefix: Callable[[Prompt, random.Random], str] | None = None  # a right beginning in another writer's words
     references: Mapping[str, tuple[str, ...]] = {}  # right answers by `key_of(prompt)`, where they are given
+    stop: tuple[str, ...] = ()  # strings that end an answer where the first of them begins
     duplicates = 0  # prompts that were left out, since an earlier one is the same
 
     @abstractmethod

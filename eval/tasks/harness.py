@@ -1,0 +1,213 @@
+"""Tasks of EleutherAI's lm-evaluation-harness: `task: lm_eval:NAME`, any that generates text.
+
+Prompts, few-shot examples, stop strings, filters and metrics are the harness's own, loaded by it and run by it; what is
+asked here is only whether an answer's score reaches a threshold. The documents that the harness evaluates are the test
+split. The others come from the task's training and validation documents, by the hash of their prompts, and where it has
+none all four splits come from the one that there is; no prompt is in two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from eval.tasks.rows import key_of, split_of, words_of
+from eval.tasks.task import Prompt, Task
+
+PREFIX = "lm_eval:"
+SEED = 1234  # of few-shot examples, the harness's default
+OTHERS = ("answers", "train", "calibration")
+
+
+class Harness(Task):
+    """A task of the harness."""
+
+    def __init__(self, name: str, settings: Mapping[str, Any], shares: Mapping[str, int]) -> None:
+        """Load the task and its documents.
+
+        Args:
+            name: as the harness knows it.
+            settings: the recipe's section `data.harness`.
+            shares: of the splits, by their names.
+
+        Raises:
+            ValueError: for a task that the harness does not know, or that does not generate text, or that runs code
+                without `confirm_run_unsafe_code`.
+        """
+        self.name, self._settings = name, settings
+        self._task = _load(name, settings)
+        self.stop = tuple(text for text in _until(self._task) if text)
+        self._filter = _filter_of(self._task, settings["filter"])
+        self._metric = _metric_of(self._task, settings["metric"])
+        self._documents: dict[str, Any] = {}  # by `key_of(prompt)`
+        self._by_split: dict[str, list[Prompt]] = {split: [] for split in shares}
+        self._read(shares)
+
+    def prompts(self, split: str, seed: int) -> Iterator[Prompt]:
+        """See `Task`."""
+        place = lambda prompt: hashlib.sha256(f"{split} {seed} {key_of(prompt)}".encode()).digest()
+        return iter(sorted(self._by_split[split], key=place))
+
+    def check(self, prompt: Prompt, answer: str) -> bool:
+        """Whether the answer's score reaches the threshold."""
+        score, threshold = self.score(prompt, answer), self._settings["threshold"]
+        if threshold is None:
+            if score not in (0, 1):
+                raise ValueError(
+                    f"{PREFIX}{self.name}: {self._metric} is {score:.4g} for an answer, which is neither right nor "
+                    "wrong: say from which score on it is right, as data.harness.threshold"
+                )
+            threshold = 1.0 if self._better_when_higher else 0.0
+        return score >= threshold if self._better_when_higher else score <= threshold
+
+    def score(self, prompt: Prompt, answer: str) -> float:
+        """The harness's metric of one answer."""
+        from lm_eval.api.instance import Instance
+
+        document = self._documents[key_of(prompt)]
+        instance = Instance("generate_until", document, (prompt, {}), 0, resps=[answer])
+        self._filter.apply([instance])
+        scores = self._task.process_results(document, [instance.filtered_resps[self._filter.name]])
+        score = scores[self._metric]
+        if not isinstance(score, int | float):
+            raise ValueError(
+                f"{PREFIX}{self.name}: {self._metric} is a metric of all answers together and not of one: name another "
+                f"as data.harness.metric ({', '.join(scores)})"
+            )
+        return float(score)
+
+    def content(self) -> bytes:
+        """See `Task`."""
+        documents = json.dumps([self._by_split, self._documents, dict(self._settings)], sort_keys=True, default=str)
+        return f"{self.name} {version('lm_eval')} {documents}".encode()
+
+    @property
+    def _better_when_higher(self) -> bool:
+        return bool(self._task.higher_is_better().get(self._metric, True))
+
+    def _read(self, shares: Mapping[str, int]) -> None:
+        """Deal the documents out to the splits; those that the harness evaluates come first, as it would ask them."""
+        others, words = _other_documents(self._task), set[str]()
+        self._task.set_fewshot_seed(SEED)
+        self._add(self._task.eval_docs, {"test": 1} if others else shares, words)
+        if others:
+            _never_the_document_itself(self._task)
+            self._add(others, {split: shares[split] for split in OTHERS}, words)
+
+    def _add(self, documents: Iterable[Any], shares: Mapping[str, int], words: set[str]) -> None:
+        """Add documents of which no earlier one has the same prompt."""
+        for document in documents:
+            prompt = self._prompt(document)
+            said = words_of(prompt)
+            if said in words:
+                self.duplicates += 1
+                continue
+            words.add(said)
+            self._documents[key_of(prompt)] = document
+            self._by_split[split_of(said, shares)].append(prompt)
+
+    def _prompt(self, document: Any) -> Prompt:
+        """The harness's own context of a document, as messages where it has a system's turn or several."""
+        messages: list[dict[str, str]] = self._task.fewshot_context(
+            document,
+            self._task.config.num_fewshot or 0,
+            apply_chat_template=True,
+            fewshot_as_multiturn=self._settings["fewshot_as_multiturn"],
+            chat_template=lambda turns, **_: turns,
+        )
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        return turns[0]["content"] if [turn["role"] for turn in turns] == ["user"] else turns
+
+
+@lru_cache(maxsize=4)
+def load_harness(name: str, settings: str, shares: str) -> Harness:
+    """The task, loaded once; settings and shares as JSON."""
+    return Harness(name, json.loads(settings), json.loads(shares))
+
+
+def _load(name: str, settings: Mapping[str, Any]) -> Any:
+    """The harness's task.
+
+    Raises:
+        ValueError: see `Harness`.
+    """
+    try:
+        found = _manager(settings["include_path"]).load(name)["tasks"]
+    except ImportError as error:
+        raise ValueError(f"task {PREFIX}{name} needs EleutherAI's harness: pip install 'lm_eval>=0.4.13'") from error
+    except KeyError as error:
+        raise ValueError(
+            f"task {PREFIX}{name}: the harness has none of that name; `lm_eval ls tasks` lists them"
+        ) from error
+    except Exception as error:  # of the hub, of the network, of a task's own code
+        raise ValueError(f"task {PREFIX}{name} cannot be loaded: {type(error).__name__}: {error}") from error
+    if len(found) != 1:
+        raise ValueError(f"task {PREFIX}{name} is a group of {len(found)} tasks: name one, such as {min(found)}")
+    (task,) = found.values()
+    if task.OUTPUT_TYPE != "generate_until":
+        raise ValueError(f"task {PREFIX}{name} has the output type {task.OUTPUT_TYPE}: name one that generates text")
+    if getattr(task, "UNSAFE_CODE", False) and not settings["confirm_run_unsafe_code"]:
+        raise ValueError(
+            f"task {PREFIX}{name} runs code that a model wrote: on a machine where that may do no harm, set "
+            "data.harness.confirm_run_unsafe_code=true"
+        )
+    if task.config.gen_prefix:
+        raise ValueError(f"task {PREFIX}{name} begins the answers itself (gen_prefix), which is not supported")
+    if settings["num_fewshot"] is not None:
+        task.set_config("num_fewshot", settings["num_fewshot"])
+    return task
+
+
+@lru_cache(maxsize=2)
+def _manager(include_path: str | None) -> Any:
+    """What the harness knows: reading its thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _until(task: Any) -> list[str]:
+    until = (task.config.generation_kwargs or {}).get("until") or []
+    return [until] if isinstance(until, str) else list(until)
+
+
+def _other_documents(task: Any) -> list[Any]:
+    """Documents beside those that are evaluated."""
+    documents = list(task.training_docs()) if task.has_training_docs() else []
+    if task.has_validation_docs() and task.has_test_docs():  # else they are the ones that are evaluated
+        documents += task.validation_docs()
+    return documents
+
+
+def _never_the_document_itself(task: Any) -> None:
+    """Let few-shot examples be drawn from the others: the harness sees to that for what it evaluates alone."""
+    build, sampler = task.fewshot_context, getattr(task, "sampler", None)
+    if sampler is None:
+        return
+    draw = sampler.sample
+
+    def context(document: Any, *rest: Any, **options: Any) -> Any:
+        sampler.sample = lambda n, **_: draw(n, eval_doc=document)
+        return build(document, *rest, **options)
+
+    task.fewshot_context = context
+
+
+def _filter_of(task: Any, name: str | None) -> Any:
+    """The filter of that name, or the last one."""
+    filters = {one.name: one for one in task._filters}
+    if name is not None and name not in filters:
+        raise ValueError(f"data.harness.filter is {name!r}: the task has {', '.join(filters)}")
+    return filters[name] if name else task._filters[-1]
+
+
+def _metric_of(task: Any, name: str | None) -> str:
+    """The metric of that name, or the first one."""
+    metrics = list(task.aggregation())
+    if name is not None and name not in metrics:
+        raise ValueError(f"data.harness.metric is {name!r}: the task has {', '.join(metrics)}")
+    return name or str(metrics[0])

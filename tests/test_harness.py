@@ -1,0 +1,183 @@
+"""Tasks of EleutherAI's harness: its prompts, stop strings, filters and metrics, by tasks of our own in its YAML."""
+
+import json
+from itertools import islice
+
+import pytest
+import yaml
+
+from eval.__main__ import main as evaluate
+from eval.tasks import TASKS, draw_prompts, ledger, load_task
+from eval.tasks.rows import key_of
+from recipes.schema import load_recipe, to_dict
+from tests.conftest import MODELS, QUICK
+from train.__main__ import main as train
+
+pytest.importorskip("lm_eval")
+REGEX = r"that is (\d+)"
+SUM = {
+    "output_type": "generate_until",
+    "dataset_path": "json",
+    "training_split": "train",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{sum}}",
+    "generation_kwargs": {"until": ["coins ."], "do_sample": False},
+    "filter_list": [
+        {"name": "whole", "filter": [{"function": "take_first"}]},
+        {
+            "name": "sum",
+            "filter": [{"function": "regex", "regex_pattern": r"that is (\d+)"}, {"function": "take_first"}],
+        },
+    ],
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def rows(split: str, count: int) -> list[dict[str, str]]:
+    prompts = draw_prompts(TASKS["ledger"], split, count, seed=7)
+    return [{"question": p, "sum": str(sum(one.amount for one in ledger.read_prompt(p)))} for p in prompts]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tasks: `sums`; the same with two examples; of a single split; by a score; and one that runs code."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = {"train": rows("train", 400), "test": rows("test", 30)}
+    data["train"].append(data["test"][0])  # a prompt that is in two splits
+    files = {split: str(folder / f"{split}.jsonl") for split in data}
+    for split, some in data.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    own = SUM | {"dataset_kwargs": {"data_files": files}}
+    tasks = {
+        "sums": own,
+        "sums_shown": own | {"num_fewshot": 2, "description": "Add up.", "fewshot_config": {"sampler": "first_n"}},
+        "sums_alone": {key: value for key, value in own.items() if key != "training_split"},
+        "sums_scored": own | {"metric_list": [{"metric": "bleu"}], "filter_list": SUM["filter_list"][:1]},
+        "sums_unsafe": own | {"unsafe_code": True},
+        "sums_choice": own | {"output_type": "multiple_choice", "doc_to_choice": ["1", "2"], "doc_to_target": 0},
+    }
+    del tasks["sums_choice"]["generation_kwargs"], tasks["sums_choice"]["filter_list"]
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
+    return folder
+
+
+def load(folder, name, *words):
+    recipe = load_recipe(QUICK, [f"task=lm_eval:{name}", f"data.harness.include_path={folder}", *words])
+    return load_task(recipe.task, to_dict(recipe.data))
+
+
+def test_documents_are_dealt_out_and_no_prompt_is_in_two_splits(folder):
+    task = load(folder, "sums")
+    found = {split: list(task.prompts(split, 0)) for split in ("answers", "train", "calibration", "test")}
+    assert len(found["test"]) == 30
+    assert sum(map(len, found.values())) == 430
+    assert len({prompt for some in found.values() for prompt in some}) == 430
+    assert task.duplicates == 1
+    assert min(map(len, found.values())) >= 30
+    assert set(found["test"]) == {row["question"] for row in rows("test", 30)}
+    assert list(task.prompts("train", 0)) == found["train"] != list(task.prompts("train", 1))
+    alone = load(folder, "sums_alone")
+    assert sorted(len(list(alone.prompts(split, 0))) for split in found)[0] >= 1
+    assert sum(len(list(alone.prompts(split, 0))) for split in found) == 30
+
+
+def test_an_answer_is_right_by_the_harnesss_filter_and_metric(folder):
+    task = load(folder, "sums")
+    prompt = next(task.prompts("test", 0))
+    total = sum(one.amount for one in ledger.read_prompt(prompt))
+    assert task.stop == ("coins .",)
+    assert task.check(prompt, f"#1 it costs 4 coins . that is {total} ")
+    assert not task.check(prompt, f"that is {total + 1} ")
+    assert not task.check(prompt, "no sum")
+    whole = load(folder, "sums", "data.harness.filter=whole")
+    assert whole.check(prompt, str(total))
+    assert not whole.check(prompt, f"that is {total}")
+
+
+def test_examples_stand_before_the_question_and_never_the_question_itself(folder):
+    task = load(folder, "sums_shown")
+    for split in ("test", "train"):
+        for prompt in islice(task.prompts(split, 0), 40):
+            system, user = prompt
+            assert system == {"role": "system", "content": "Add up."}
+            questions = [line.split(" .")[0] for line in user["content"].split("list : ")[1:]]
+            assert len(questions) == 3
+            assert len(set(questions)) == 3
+    turns = next(load(folder, "sums_shown", "data.harness.fewshot_as_multiturn=true").prompts("test", 0))
+    assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2, "user"]
+    none = next(
+        load(folder, "sums_shown", "data.harness.num_fewshot=0", "data.harness.metric=exact_match").prompts("test", 0)
+    )
+    assert len(none) == 2
+
+
+def test_what_cannot_be_used_is_said(folder):
+    for name, words, message in (
+        ("sums_gone", [], "the harness has none of that name"),
+        ("sums_choice", [], "has the output type multiple_choice: name one that generates text"),
+        ("sums_unsafe", [], "set data.harness.confirm_run_unsafe_code=true"),
+        ("sums", ["data.harness.metric=f1"], "data.harness.metric is 'f1': the task has exact_match"),
+        ("sums", ["data.harness.filter=last"], "data.harness.filter is 'last': the task has whole, sum"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(folder, name, *words)
+    assert load(folder, "sums_unsafe", "data.harness.confirm_run_unsafe_code=true").stop
+    scored = load(folder, "sums_scored")
+    prompt = next(scored.prompts("test", 0))
+    with pytest.raises(ValueError, match="bleu is a metric of all answers together and not of one"):
+        scored.check(prompt, "11")
+
+
+def test_a_score_is_right_from_a_threshold_on(folder, monkeypatch):
+    task = load(folder, "sums")
+    prompt = next(task.prompts("test", 0))
+    monkeypatch.setattr(task, "score", lambda *_: 0.4)
+    with pytest.raises(ValueError, match=r"exact_match is 0.4 for an answer, .* as data.harness.threshold"):
+        task.check(prompt, "x")
+    for threshold, right in ((0.3, True), (0.5, False)):
+        loaded = load(folder, "sums", f"data.harness.threshold={threshold}")
+        monkeypatch.setattr(loaded, "score", lambda *_: 0.4)
+        assert loaded.check(prompt, "x") == right
+
+
+def test_what_the_task_asks_decides_whether_stages_run_again(folder):
+    task = load(folder, "sums")
+    assert task.content() == load(folder, "sums").content()
+    assert task.content() != load(folder, "sums", "data.harness.num_fewshot=1").content()
+    assert key_of(next(task.prompts("test", 0))).startswith("list : ")
+
+
+@pytest.mark.slow
+def test_a_task_of_the_harness_from_answers_to_evaluation(folder, tmp_path, capsys):
+    words = [
+        f"runs={tmp_path}",
+        "name=sums",
+        "task=lm_eval:sums",
+        f"data.harness.include_path={folder}",
+        "stages=[answers,distill,rollouts,verifier]",
+        f"draft={MODELS / 'ledger-draft'}",
+        "answers.prompts=40",
+        "distill.trainer.num_train_epochs=1",
+        "rollouts.train=40",
+        "rollouts.calibration=60",
+        "rollouts.test=20",
+        "rollouts.recheck=4",
+        "verifier.kind=probe",
+        "verifier.max_accuracy_loss=0.05",
+        "verifier.probe.epochs=4",
+        "eval.prompts=8",
+        "eval.warmup=0",
+        "eval.sweep_prompts=0",
+        "engine.compile=false",
+    ]
+    assert train([QUICK, *words]) == 0
+    assert evaluate([QUICK, *words]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    by_name = {row["name"]: row for row in printed["methods"]}
+    assert by_name["target"]["accuracy"] >= 0.8
+    assert by_name["generate"]["accuracy"] == by_name["target"]["accuracy"] == by_name["speculation"]["accuracy"]
+    answered = [json.loads(line) for line in (tmp_path / "sums/eval/transcripts.jsonl").read_text().splitlines()]
+    assert not any("coins ." in row["text"] for row in answered)
+    assert any("that is" in row["text"] for row in answered)
