@@ -51,7 +51,7 @@ from train.verifier_training import AdapterModule, Log, acceptable, fit
 
 HELD_OUT = (1 / 6, 1 / 3)  # of the training prompts, at least and at most, decide on epochs, layers and kinds
 FEWEST = 2  # of them to make up the promised loss, where there are enough
-ENOUGH_RIGHT, FEW_RIGHT = 1.0, 500  # right drafts to learn from for each wrong one, and those that are never too many
+ENOUGH_RIGHT, FEW_RIGHT = 1.5, 500  # right drafts to learn from for each wrong one, and those that are never too many
 TIMED = 10  # drafts on which a verdict's cost is measured
 
 Scores = dict[str, list[Scored]]  # by split, of all processes
