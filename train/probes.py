@@ -14,7 +14,6 @@ from recipes.schema import ProbeSection
 from train.verifier_training import Fitted, Log, ProbeModule, fit
 
 CURVE = (0.25, 0.5)  # of the prompts to learn from, on which it is measured whether more of them would help
-TRIAL = 0.5  # of the epochs, by which layers are chosen: one alone learns faster at first than several together
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,16 @@ class ProbeData:
         )
 
 
-def choose_layers(data: ProbeData) -> ProbeData:
-    """The data with all of its layers, or with the one by which a short training is nearer to the held-out labels."""
-    trial = replace(data.section, epochs=max(1, round(TRIAL * data.section.epochs)))
+def choose_layers(data: ProbeData, log: Log = lambda _: None) -> tuple[ProbeData, Fitted[ProbeModule]]:
+    """The probe of all layers or of one alone that is nearest to the held-out labels, and what it reads.
+
+    Each is trained to its end: a layer alone learns faster at first than several together, which end up better.
+    """
     among = [data, *(data.of_layer(layer) for layer in data.layers if len(data.layers) > 1)]
-    losses = [
-        replace(one, section=trial).fit(f"probe of layers {', '.join(map(str, one.layers))}").least_loss
-        for one in among
-    ]
-    return among[losses.index(min(losses))]
+    fits = [one.fit(f"probe of layers {', '.join(map(str, one.layers))}", log) for one in among]
+    losses = [fitted.least_loss for fitted in fits]
+    best = losses.index(min(losses))
+    return among[best], fits[best]
 
 
 def learning_curve(data: ProbeData, whole: Fitted[ProbeModule]) -> list[dict[str, float]]:

@@ -182,8 +182,9 @@ def train_kinds(
     if "probe" in wanted:
         data = ProbeData(train_set, held_out, layers, section.probe, max_accuracy_loss)
         if section.probe.layers == "auto":
-            data = choose_layers(data)
-        found = data.fit(log=log)
+            data, found = choose_layers(data, log)
+        else:
+            found = data.fit(log=log)
         kinds["probe"] = Probe(found.module.head.to(engine.target.device), data.layers)
         curve = learning_curve(data, found)
     if "adapter" in wanted:
