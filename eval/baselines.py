@@ -8,7 +8,7 @@ written them itself; across tokenizers `transformers` aligns the two texts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from parse import Engine, Generation
 from parse.generation import Segment, Stats
 from parse.local.loading import Messages
-from parse.text import before_stop, text_of, through_stop
+from parse.text import before_stop, says, text_of, through_stop
 
 
 class TransformersGenerate:
@@ -50,6 +50,7 @@ class TransformersGenerate:
         pad = self.ends[0] if self.ends else 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=device)  # [B, L], left-padded
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)  # [B, L]
+        at_stop = [_AtStop(says(stops, [], self.engine.tokenizer), width)] if stops else []
         clock, started = _FirstToken(), perf_counter()
         output = self.target.generate(
             ids,
@@ -58,9 +59,8 @@ class TransformersGenerate:
             max_new_tokens=limit,
             eos_token_id=self.ends or None,
             pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([clock]),
+            stopping_criteria=StoppingCriteriaList([clock, *at_stop]),
             **self._assistant(),
-            **({"stop_strings": list(stops), "tokenizer": self.engine.tokenizer} if stops else {}),
         )  # [B, L + T]
         seconds = perf_counter() - started
         return [self._generation(row[width:].tolist(), seconds, clock.at - started, stops) for row in output]
@@ -118,3 +118,15 @@ class _FirstToken(StoppingCriteria):
             input_ids[0, -1].item()  # which waits for the device
             self.at = perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _AtStop(StoppingCriteria):
+    """Stops a text that holds a stop string; transformers' own fails for tokenizers that cannot spell any word."""
+
+    def __init__(self, said: Callable[[list[int]], bool], width: int) -> None:
+        self.said, self.width = said, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Which of the B texts are finished: bool [B]."""
+        finished = [self.said(row[self.width :].tolist()) for row in input_ids]
+        return torch.tensor(finished, device=input_ids.device)

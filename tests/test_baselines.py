@@ -28,6 +28,17 @@ def test_the_words_are_the_targets_own(engine, assisted, batch_size):
         assert answer.stats.target_tokens == len(answer.token_ids)
 
 
+@pytest.mark.parametrize("assisted", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_stop_string_ends_an_answer_as_in_the_engine(engine, assisted, batch_size):
+    stop = [". #3", "never said"]
+    expected = engine.generate(PROMPTS, 200, method="target", stop=stop)
+    answers = TransformersGenerate(engine, assisted).generate(PROMPTS, 200, batch_size, stop)
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    assert all("#2" in answer.text and "#3" not in answer.text for answer in answers)
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+
+
 def test_an_answer_without_an_end_is_cut_at_its_limit(engine):
     (answer,) = TransformersGenerate(engine).generate(PROMPTS[:1], 5)
     assert (answer.finish_reason, len(answer.token_ids)) == ("length", 5)

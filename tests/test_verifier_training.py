@@ -241,7 +241,6 @@ def test_layers_are_chosen_by_what_they_know_of_held_out_prompts():
     chosen, fitted = choose_layers(ProbeData(two_layers(200, 1), two_layers(80, 2), (3, 5), section, 0.01))
     assert 5 in chosen.layers
     assert fitted.module.head.sizes["layers"] == len(chosen.layers)
-    assert chosen.fit().loss == pytest.approx(fitted.loss, rel=0.5)  # trained to its end
     one = ProbeData(two_layers(3, 1), two_layers(3, 2), (3, 5), section, 0.01).of_layer(5)
     assert torch.equal(one.train_set[2].evidence.states, planted(3, 1)[2].evidence.states)
     assert one.layers == (5,)
