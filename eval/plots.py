@@ -131,7 +131,7 @@ def throughput(tables: Mapping[int, Sequence[Row]]) -> Picture:
         axes.set(xlabel="requests at once", ylabel="requests per second")
 
     return _picture(
-        "Throughput against load", "Lines that come nearer to the target's: the gain falls with load.", draw
+        "Throughput against load", "Where a line comes nearer to the target's, the gain falls with load.", draw
     )
 
 

@@ -208,7 +208,8 @@ def method_pictures(summary: dict[str, Any]) -> list[Picture]:
     pictures = [plots.speed_and_accuracy(rows, summary["sweep"], summary["threshold"]), plots.seconds_by_phase(rows)]
     if len(tables) > 1:
         pictures.append(plots.throughput(tables))
-    if (parse := row_of(rows, "parse")) and parse.get("false_accept_places"):
+    parse = row_of(rows, "parse")
+    if parse and any(parse.get("false_accept_places", []) + parse.get("false_reject_places", [])):
         pictures.append(plots.error_places(parse))
     return pictures
 

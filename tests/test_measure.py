@@ -20,8 +20,9 @@ from eval.methods import Outcome, compare, loads_of
 from eval.report import console_table
 from eval.tasks import TASKS, draw_prompts
 from parse import Engine, Generation, Segment, Stats
-from recipes.schema import load_recipe
-from tests.conftest import MODELS
+from recipes.schema import Recipe
+from recipes.strict import build
+from tests.conftest import BASE, MODELS
 
 PROMPT = "list : #1 fig rome 4 ; #2 tea oslo 7 ."
 FIG = "#1 the fig from rome costs us 4 coins , which makes 4 coins so far ."
@@ -171,14 +172,17 @@ def test_several_requests_at_once_give_the_same_answers_in_blocks():
 
 
 @pytest.mark.parametrize(
-    ("words", "loads"), [([], [1, 8]), (["eval.prompts=15"], [1]), (["eval.concurrency=[4, 2]"], [4, 2])]
+    ("section", "gpu", "loads"),
+    [
+        ({}, False, [1, 8]),
+        ({}, True, [1, 8, 32]),
+        ({"prompts": 15}, True, [1]),
+        ({"concurrency": [4, 2]}, False, [4, 2]),
+    ],
 )
-def test_the_loads_that_are_measured(words, loads, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert loads_of(load_recipe("recipes/quickstart.yaml", words)) == loads
-    if not words:
-        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        assert loads_of(load_recipe("recipes/quickstart.yaml")) == [1, 8, 32]
+def test_the_loads_that_are_measured(section, gpu, loads, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert loads_of(build(Recipe, BASE | {"eval": section})) == loads
 
 
 def test_requests_that_were_timed_together_count_as_one_measurement():
