@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.bench.tables import Table, text_table
 from recipes.command import run_command
 
 Summaries = Mapping[str, dict[str, Any]]  # by run folder, what its eval/summary.json holds
@@ -28,7 +29,7 @@ def _main(options: argparse.Namespace) -> int:
     summaries = {str(folder): _summary(folder) for folder in options.runs}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, comparison(summaries))
-    print(f"{console(summaries)}\n\npage: {options.out}")
+    print(f"{text_table(Table('Runs side by side', *side_by_side(summaries)))}\n\npage: {options.out}")
     return 0
 
 
@@ -48,15 +49,6 @@ def _summary(folder: Path) -> dict[str, Any]:
     if missing := {"max_accuracy_loss", "methods", "at_once"} - summary.keys():
         raise RecipeError(f"{file} lacks {', '.join(sorted(missing))}: run `python -m eval` on that run again")
     return summary
-
-
-def console(summaries: Summaries) -> str:
-    """A line for each method, with two columns for each run."""
-    head, rows = side_by_side(summaries)
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
-    )
 
 
 def side_by_side(summaries: Summaries) -> tuple[list[str], list[list[str]]]:

@@ -5,11 +5,11 @@ over the method's, summed over the same requests. Acceptance counts the target's
 draft tokens over all draft tokens, `accepted_per_verification` accepted draft tokens over packed passes (the token that
 the target writes after them, which others count as a bonus, is not one of them), `full_accept_rate` the share of
 requests that the target wrote nothing of. `wholly_rejected_slowdown` is the method's seconds over those of target-alone
-on the requests of which no draft token was kept. `unanswered` are requests that did not fit into a model; they count
-as wrong. False accepts and rejects count verdicts on the cuts of each draft up
-to and including its first wrong one. A request's latency is the time from its start in the engine to its end, beside
-whatever else runs there, and `token_seconds` what follows its first token over the tokens that follow; of these `_p95`
-is what one request in twenty exceeds.
+on the requests of which no draft token was kept. `unanswered` are requests that did not fit into a model; they count as
+wrong. False accepts and rejects count verdicts on the cuts of each draft up to and including its first wrong one. A
+request's latency is the time from its start in the engine to its end, beside whatever else runs there, and
+`token_seconds` what follows its first token over the tokens that follow; of these `_p95` is what one request in twenty
+exceeds.
 """
 
 from __future__ import annotations

@@ -163,8 +163,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _examples(recipe: Recipe) -> list[dict[str, Any]]:
-    """What the evaluated draft's training kept, or that of the draft that a LoRA was added to."""
-    for folder in (recipe.evaluated[0], recipe.folder / "draft"):
+    """What the evaluated draft's training kept, or that of the run's draft that a LoRA was added to."""
+    own = [] if recipe.eval.draft else [recipe.folder / "draft"]
+    for folder in (recipe.evaluated[0], *own):
         if (file := folder / EXAMPLES).is_file():
             rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
             return rows[:COUNT]

@@ -1,7 +1,6 @@
 """Tasks of EleutherAI's harness: its prompts, stop strings, filters and metrics, by tasks of our own in its YAML."""
 
 import json
-from itertools import islice
 
 import pytest
 import yaml
@@ -98,8 +97,8 @@ def test_an_answer_is_right_by_the_harnesss_filter_and_metric(folder):
 
 def test_examples_stand_before_the_question_and_never_the_question_itself(folder):
     task = load(folder, "sums_shown")
-    for split in ("test", "train"):
-        for prompt in islice(task.prompts(split, 0), 40):
+    for split in ("test", "answers", "train", "calibration"):
+        for prompt in task.prompts(split, 0):
             system, user = prompt
             assert system == {"role": "system", "content": "Add up."}
             questions = [line.split(" .")[0] for line in user["content"].split("list : ")[1:]]

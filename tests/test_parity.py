@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,12 @@ def test_another_way_of_writing_prompts_is_named(engine, run):
         assert found[name].startswith("differs in 4 of 4 prompts; in number 1 token ")
         assert "was the end in training" in found[name]
     assert found["target's end"] == ALIKE
+
+
+def test_another_draft_is_not_compared_with_what_the_runs_own_learnt(engine, run, tmp_path):
+    other = replace(run, eval=replace(run.eval, draft=str(tmp_path)))
+    assert texts(engine, other)["draft's prompt"] == "not compared: training left no record"
+    assert texts(engine, other)["target's prompt"] == ALIKE
 
 
 def test_what_was_not_recorded_is_not_compared(engine, run):

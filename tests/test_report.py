@@ -121,7 +121,7 @@ def test_runs_are_compared_side_by_side(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["target", "100.0%", "1.00x", "-", "-"] in lines
     assert ["parse", "66.7%", "2.00x", "66.7%", "3.00x"] in lines
-    assert lines[4][:8] == ["measured", "12", "prompts", "one", "request", "at", "a", "time"]
+    assert lines[5][:8] == ["measured", "12", "prompts", "one", "request", "at", "a", "time"]
     assert out.read_text().count("<svg") == 8
     assert evaluate(["compare", str(tmp_path)]) == 2
     assert "name run folders that `python -m eval` wrote" in capsys.readouterr().err
