@@ -31,7 +31,7 @@ JUDGED_AT_ONCE = 16
 LOADS = (1, 8, 32)  # requests at once; the last one on a GPU
 BLOCK = 4  # prompts for each request at once: after so many the next method has its turn
 TURNS = 5  # of each method at least, where the prompts suffice: an interval takes several measurements
-LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation
+LOOKAHEAD = 4  # tokens that the draft proposes at a time in token-level speculation, where the recipe names no number
 WHAT = {
     "target": "target alone",
     "generate": "the target by transformers' own generate",
@@ -63,7 +63,7 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
     Raises:
         RecipeError: for assisted generation that is asked for and that these models cannot do.
     """
-    named, section = recipe.eval.methods, recipe.eval
+    named = recipe.eval.methods
     assisted = can_assist(engine, prompts, recipe.engine.max_new_tokens)
     if named is not None:
         if "assisted" in named and not assisted:
@@ -72,9 +72,7 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
                 "vocabulary of the same size, or its context does not hold prompts with answers; leave the method out"
             )
         return list(named)
-    can = {"assisted": assisted, "speculation": engine.same_tokens or bool(section.speculation_draft)}
-    can["parse_lookahead"] = engine.same_tokens
-    return [name for name in WHAT if can.get(name, True)]
+    return [name for name in WHAT if name != "assisted" or assisted]
 
 
 def loads_of(recipe: Recipe) -> list[int]:
@@ -95,14 +93,15 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float], names: Sequence[st
     section = recipe.engine
     limit = {"max_new_tokens": section.max_new_tokens}
     rounds = {"policy": section.policy, "handback": section.handback, "lookahead": section.lookahead}
+    whole = {"policy": "whole", "lookahead": section.lookahead}
     threshold = {"threshold": thresholds.get(section.policy)}
     every: dict[str, dict[str, Any]] = {
         "target": {**limit, "method": "target"},
         "generate": limit,
         "assisted": limit,
-        "speculation": {**limit, "method": "target", "lookahead": LOOKAHEAD},
+        "speculation": {**limit, "method": "target", "lookahead": section.lookahead or LOOKAHEAD},
         "draft": {**limit, "method": "draft"},
-        "cascade": {**limit, "policy": "whole", "threshold": thresholds.get("whole"), "horizon": section.horizon},
+        "cascade": {**limit, **whole, "threshold": thresholds.get("whole"), "horizon": section.horizon},
         "sequential": {**limit, **rounds, **threshold, "horizon": "segment"},
         "parse": {**limit, **rounds, **threshold, "horizon": section.horizon},
     }

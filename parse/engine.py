@@ -195,7 +195,7 @@ class Engine:
                 the k likeliest tokens (0: all) and of those the likeliest that reach p (1: all).
             seed: the same seed gives the same answer, whatever the other prompts.
             lookahead: while the target writes, let the draft propose so many tokens at a time (token-level
-                speculation: the target's words, in fewer passes); needs a draft with the target's vocabulary.
+                speculation: the target's words, in fewer passes); with other tokens than the target's, as text.
             stop: strings that end an answer where the first of them begins; that one is not part of its text, and its
                 tokens are the last ones of the answer.
             batch_size: answer at most so many prompts at once. Each goes through its rounds by itself; whatever
@@ -384,11 +384,6 @@ class Engine:
             raise ValueError(
                 "seed=None, and the model is split over several processes, each of which would draw tokens of its own: "
                 "give all of them the same seed"
-            )
-        if settings.lookahead and not self.same_tokens:
-            raise ValueError(
-                f"lookahead={settings.lookahead} lets the draft propose tokens, and its vocabulary is not the "
-                "target's: use 0, or a draft with the same tokenizer"
             )
         return settings
 

@@ -84,7 +84,9 @@ class ModelSequence(Protocol):
 
 @dataclass(frozen=True)
 class Proposer:
-    """A draft with the target's tokens, which proposes some at a time."""
+    """A draft that proposes some tokens at a time."""
 
     sequence: ModelSequence
-    count: int  # tokens at a time
+    count: int  # of its tokens at a time
+    to_draft: Callable[[Sequence[int]], list[int]]  # the answer's tokens -> the same in the draft's
+    to_target: Callable[[Sequence[int]], list[int]] | None = None  # and back; None: both have the same tokens

@@ -76,7 +76,7 @@ class Pair:
         """
         verdict = len(self.verifier.needs.suffix_ids) if self.verifier and settings.method == "parse" else 0
         needed = [("target", self.target, prompt, verdict)]
-        if settings.method == "draft" or settings.lookahead:  # else the target goes on where the draft's context ends
+        if settings.method == "draft":  # else the target goes on where the draft's context ends
             assert self.draft is not None
             needed.append(("draft", self.draft, draft_prompt, 0))
         room = settings.max_new_tokens
@@ -306,7 +306,8 @@ class Round:
         same = role == "target" or self.pair.same_tokens
         proposer = None
         if role == "target" and self.settings.lookahead:
-            proposer = Proposer(self.sequences["draft"], self.settings.lookahead)
+            back = None if self.pair.same_tokens else self.pair.to_target
+            proposer = Proposer(self.sequences["draft"], self.settings.lookahead, self.pair.to_draft, back)
 
         def grown(written: list[int]) -> None:
             self._first_token()

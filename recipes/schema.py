@@ -266,7 +266,7 @@ class Eval:
     # with plots and transcripts; None: 1 and 8, on a GPU 32 too, where there are two prompts for each
     draft: Source | None = None  # the folders that are evaluated; None: the run's own
     verifier: Source | None = None
-    speculation_draft: Source | None = None  # with the target's tokens, for "speculation"; None: the recipe's draft
+    speculation_draft: Source | None = None  # for "speculation"; None: the recipe's draft
     warmup: Whole = 3  # prompts that run twice
     threads: Threads | None = None  # CPU threads; None leaves torch's default
     sweep_prompts: Whole = 30  # on which PARSE is timed at other thresholds too; 0 for none

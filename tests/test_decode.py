@@ -1,5 +1,6 @@
 """Token-level speculation: the target's own words, whoever proposes them."""
 
+import copy
 import math
 
 import pytest
@@ -195,11 +196,47 @@ def test_an_engine_that_looks_ahead_answers_the_same(target, draft, tokenizer, m
     assert "".join(engine.stream(PROMPT, max_new_tokens=40, method=method, lookahead=3, **ways)) == plain.text
 
 
-def test_looking_ahead_in_another_vocabulary_is_refused(target, tokenizer, smollm):
+@pytest.mark.parametrize("method", ["target", "parse"])
+@pytest.mark.parametrize("ways", [{}, {"temperature": 0.7, "seed": 5}, {"stop": ["a", " t"]}])
+def test_a_draft_with_other_tokens_proposes_as_text(smollm, target, tokenizer, method, ways):
+    """Not a word changes, and where draws are the target's own, a seed draws the very same ones."""
     model, real = smollm
-    engine = Engine(target, tokenizer, model, real, Likelihood())
-    with pytest.raises(ValueError, match="lookahead=3 .* its vocabulary is not the target's"):
-        engine.generate(PROMPT, 5, lookahead=3)
+    engine = Engine(model, real, target, tokenizer, Likelihood("mean", "segment", 1.1), segments=4, compile=False)
+    plain = engine.generate(PROMPT, 24, method=method, **ways)[0]
+    ahead = engine.generate([PROMPT, "the fig"], 24, method=method, lookahead=3, **ways)[0]
+    assert ahead.token_ids == plain.token_ids
+    assert ahead.finish_reason == plain.finish_reason
+
+
+def test_proposals_that_cross_as_text_are_kept_and_save_passes(smollm, monkeypatch):
+    """The target drafts for itself, with a word more in its tokenizer."""
+    model, real = smollm
+    other = copy.deepcopy(real)
+    other.add_tokens(["unheard-of"])
+    engine = Engine(model, real, model, other, compile=False)
+    assert not engine.same_tokens
+    plain = engine.generate(PROMPT, 24, method="target")[0]
+    passes = []
+    forward = ModelRunner.forward
+
+    def counting(self, some, alone=False):
+        passes.append(self is engine.models["target"].runner)
+        return forward(self, some, alone)
+
+    monkeypatch.setattr(ModelRunner, "forward", counting)
+    ahead = engine.generate(PROMPT, 24, method="target", lookahead=5)[0]
+    assert ahead.token_ids == plain.token_ids
+    assert sum(passes) <= 7  # the prompt, then a chosen token and up to five proposals each
+
+
+def test_where_the_drafts_context_ends_the_target_goes_on_without_proposals(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, compile=False)
+    plain = engine.generate(PROMPT, 40, method="target")[0]
+    engine.models["draft"].runner.longest = len(engine.encode(PROMPT)) + 7
+    assert engine.generate(PROMPT, 40, method="target", lookahead=4)[0].token_ids == plain.token_ids
+
+
+def test_looking_ahead_needs_a_draft(target, tokenizer):
     with pytest.raises(ValueError, match="no draft model"):
         Engine(target, tokenizer).generate(PROMPT, 5, method="target", lookahead=3)
 

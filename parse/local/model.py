@@ -14,7 +14,7 @@ from parse.local.compiled import Compiled
 from parse.local.evidence import token_divergence, token_evidence
 from parse.local.runner import ModelRunner, Pass
 from parse.local.sequence import CachedSequence
-from parse.local.speculation import speculate
+from parse.local.speculation import Crossing, speculate
 from parse.model import OnToken, Proposer, Stop
 from parse.sampling import GREEDY, Sampling, Written
 from parse.verifiers import PROVIDED, Evidence, Needs
@@ -160,7 +160,11 @@ class LocalSequence:
         if proposer is None:
             return await self.text.decode(room, sampling, stop, on_token)
         draft = cast(LocalSequence, proposer.sequence)
-        return await speculate(self.text, draft.text, room, sampling, proposer.count, stop, on_token)
+        crossing = None
+        if proposer.to_target:
+            own = lambda ids: [*draft.prompt_ids, *proposer.to_draft(ids[len(self.prompt_ids) :])]
+            crossing = Crossing(own, proposer.to_target)
+        return await speculate(self.text, draft.text, room, sampling, proposer.count, stop, on_token, crossing)
 
     async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
         """The packed pass over a draft; see `packed_evidence`."""
