@@ -80,7 +80,7 @@ def check_models(recipe: Recipe) -> None:
         empty_draft(recipe)
     if recipe.verifier.kind == "prompt":
         check_asking(recipe, "verifier.kind")
-    if recipe.rollouts.labeller == "agreement":
+    if recipe.rollouts.labeller == "agreement" and not recipe.rollouts.judge:
         check_asking(recipe, "rollouts.labeller")
     depth = target_config(recipe).num_hidden_layers
     hidden_states(recipe.verifier.probe.layers, depth)
@@ -103,7 +103,8 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
             import math_verify  # noqa: F401
         except ImportError as error:
             raise RecipeError("data.check is 'math': install its library, `pip install math-verify`") from error
-    if labeller_of(recipe, task) == "agreement" and {"rollouts", "relabel", "eval"} & set(stages):
+    compared = labeller_of(recipe, task) == "agreement" and {"rollouts", "relabel", "eval"} & set(stages)
+    if compared and not recipe.rollouts.judge:
         check_asking(recipe, "rollouts.labeller")
     if task.duplicates:
         print(f"task: {task.duplicates} rows of {recipe.task} hold a prompt of an earlier row and are left out")

@@ -11,6 +11,7 @@ import torch
 
 from eval import parity
 from eval.baselines import TransformersGenerate
+from eval.judges import Agreement, asked_by
 from eval.measure import summarize
 from eval.methods import Outcome, compare, loads_of, methods_of, settings_of
 from eval.prompts import prompts_of
@@ -120,19 +121,21 @@ def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, 
     }
     if "speculation" in methods and recipe.eval.speculation_draft:
         others["speculation"] = _speculating(engine, recipe)
-    found = {}
+    found, agreement = {}, _agreement(recipe, engine, task)
     for at_once in loads_of(recipe):
         what = "methods" if at_once == 1 else f"methods, {at_once} at once"
         warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
-        found[at_once] = compare(engine, task, prompts, methods, warmup, what, _agreement(recipe), at_once, others)
+        found[at_once] = compare(engine, task, prompts, methods, warmup, what, agreement, at_once, others)
     return found
 
 
-def _agreement(recipe: Recipe) -> float:
-    """The threshold by which the target compared answers when it labelled them."""
+def _agreement(recipe: Recipe, engine: Engine, task: Task) -> Agreement | None:
+    """Who compares answers, by the threshold of the labels; None where the task checks them itself."""
+    if task.checks:
+        return None
     labels = recipe.rollouts_folder / "labels.json"
     noise = json.loads(labels.read_text()) if labels.is_file() else {}
-    return float(noise.get("threshold", 0.5))
+    return Agreement(engine, 0, asked_by(recipe, engine), float(noise.get("threshold", 0.5)))
 
 
 def _summarized(task: Task, engine: Engine, outcomes: Outcomes, promised: float) -> list[dict[str, Any]]:
@@ -219,7 +222,7 @@ def _sweep(
         {"target": methods["target"], **variants},
         0,
         "thresholds",
-        _agreement(recipe),
+        _agreement(recipe, engine, task),
         loads_of(recipe)[0],
     )
     baseline = sum(o.seconds for o in ran.pop("target"))

@@ -1,20 +1,25 @@
-"""Whether a finished answer is right: by the task's checker, or by the target's own comparison with its own answer."""
+"""Whether a finished answer is right: by the task's checker, or by a comparison with the target's own answer.
+
+Who compares is the target itself, or another model on a server.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from eval.generation import write_after
+from eval.server import Client
 from eval.tasks import Task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
 from parse import Engine
 from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
 from parse.sampling import Sampling
-from parse.scheduler import Steps
+from parse.scheduler import Call, Steps
 from parse.text import before_stop, encode_text, text_of
 from parse.verifiers import PromptVerifier
 from recipes.schema import Recipe, RecipeError
@@ -59,25 +64,65 @@ class Checked:
         return answer.removesuffix(final) + wrong
 
 
+class Asked(Protocol):
+    """Who is asked for yes or no."""
+
+    async def probability_yes(self, question: str) -> float:
+        """P(yes) against P(no)."""
+        ...
+
+
+class AskedTarget:
+    """The engine's target, without thinking."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self._verdict = engine, PromptVerifier.of(engine.tokenizer)
+        self._without_thinking = encode_text(no_thinking(engine.tokenizer), engine.tokenizer)
+
+    async def probability_yes(self, question: str) -> float:
+        """P(yes) against P(no)."""
+        ids = [*encode_prompt(question, self.engine.tokenizer), *self._without_thinking]
+        logits = (await self.engine.models["target"].logits(ids))[-1].float()  # [V]
+        return self._verdict.weigh(logits).item()
+
+
+class AskedServer:
+    """A model on a server, as many questions at a time as the recipe allows."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self._threads = client, ThreadPoolExecutor(client.server.concurrency)
+
+    async def probability_yes(self, question: str) -> float:
+        """P(yes) against P(no)."""
+        return float(await Call(self._threads.submit(self._client.probability_yes, question)))
+
+
+def asked_by(recipe: Recipe, engine: Engine) -> Asked:
+    """Who compares answers in this recipe."""
+    server = recipe.rollouts.judge
+    if server is None:
+        return AskedTarget(engine)
+    return AskedServer(Client(server, server.model or recipe.target, limit=1, key="rollouts.judge"))
+
+
 @dataclass
 class Agreement:
-    """The target compares an answer with the one that it gives by itself, in words, as a user would ask it to.
+    """Somebody compares an answer with the one that the target gives by itself, in words, as a user would ask them to.
 
     Its errors are the labels' noise: `controls` measures them on pairs of which the truth is known.
     """
 
     engine: Engine
     limit: int  # tokens of an answer
+    asked: Asked
     threshold: float = 0.5  # of P(yes); set by `controls`
     references: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        tokenizer = self.engine.tokenizer
-        self._verdict, self._opened = PromptVerifier.of(tokenizer), opens_thinking(tokenizer)
-        self._without_thinking = encode_text(no_thinking(tokenizer), tokenizer)
+        self._opened = opens_thinking(self.engine.tokenizer)
 
     async def is_right(self, prompt: Prompt, answer: str) -> bool:
-        """Whether the target calls the answer the same as its own; what comes before it as thinking does not count."""
+        """Whether the answer is called the same as the target's; what comes before it as thinking does not count."""
         if key_of(prompt) not in self.references:
             own = await write_after(self.engine.models["target"], self.engine.encode(prompt), self.limit)
             self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
@@ -94,12 +139,8 @@ class Agreement:
 
     async def probability_same(self, prompt: Prompt, reference: str, answer: str) -> float:
         """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
-        total, tokenizer = 0.0, self.engine.tokenizer
-        for first, second in ((reference, answer), (answer, reference)):
-            ids = [*encode_prompt(question_of(prompt, first, second), tokenizer), *self._without_thinking]
-            logits = (await self.engine.models["target"].logits(ids))[-1].float()  # [V]
-            total += self._verdict.weigh(logits).item()
-        return total / 2
+        orders = ((reference, answer), (answer, reference))
+        return sum([await self.asked.probability_yes(question_of(prompt, *order)) for order in orders]) / 2
 
 
 def controls(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from eval.baselines import TransformersGenerate, can_assist
-from eval.judges import Agreement, Checked, Judge
+from eval.judges import Agreement, AskedTarget, Checked, Judge
 from eval.tasks import Task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
@@ -116,16 +116,16 @@ def compare(
     methods: dict[str, dict[str, Any]],
     warmup: int,
     what: str = "methods",
-    agreement: float = 0.5,
+    agreement: Agreement | None = None,
     at_once: int = 1,
     others: Mapping[str, Engine | TransformersGenerate] | None = None,
 ) -> dict[str, list[Outcome]]:
     """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice.
 
-    Where the task cannot check answers, those are right that the target calls the same as its own, asked afterwards.
+    Where the task cannot check answers, those are right that are called the same as the target's, asked afterwards.
 
     Args:
-        agreement: the threshold of that comparison, P(yes).
+        agreement: who compares them; None: the target.
         at_once: requests; with several, methods take turns on blocks of prompts, of which so many run at a time.
         others: what runs a method instead of the engine, by name.
     """
@@ -160,12 +160,14 @@ def _evenly(prompts: Sequence[Prompt], count: int) -> list[Sequence[Prompt]]:
     return [prompts[start:stop] for start, stop in pairwise(borders)]
 
 
-def _judged(engine: Engine, task: Task, some: list[Outcome], target: list[Outcome], agreement: float) -> list[Outcome]:
+def _judged(
+    engine: Engine, task: Task, some: list[Outcome], target: list[Outcome], agreement: Agreement | None
+) -> list[Outcome]:
     """The outcomes with what is right among them."""
     judge: Judge = Checked(task, opens_thinking(engine.tokenizer))
     if not task.checks:
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
-        judge = Agreement(engine, limit=0, threshold=agreement, references=own)
+        judge = replace(agreement or Agreement(engine, limit=0, asked=AskedTarget(engine)), references=own)
 
     async def is_right(outcome: Outcome) -> bool:
         if outcome.generation.finish_reason != "stop":

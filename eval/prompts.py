@@ -47,7 +47,7 @@ class Fitting:
             self._draft = None if own.get_vocab() == self._target.get_vocab() else own
             with torch.device("meta"):
                 self._add("draft", context_length(empty_draft(recipe).config), 1, "an answer")
-        if judged and labeller_of(recipe, task) == "agreement":
+        if judged and labeller_of(recipe, task) == "agreement" and not recipe.rollouts.judge:
             what = "two answers, which rollouts.labeller=agreement lets the target compare"
             self._add("target", context, 2, what)
 

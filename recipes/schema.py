@@ -124,7 +124,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible server (vLLM, SGLang) that gives the target's answers."""
+    """An OpenAI-compatible server (vLLM, SGLang) that gives the target's answers, or compares others with them."""
 
     url: Url
     model: Words | None = None  # its name there; None: the recipe's target
@@ -189,7 +189,8 @@ class Rollouts:
     # first wrong sentence, which costs one way on of the target for each wrong draft; "bisect" and "all" by its ways
     # on, "all" from every prefix. "auto" is "checker" for training prompts where the program knows, else "bisect"
     labeller: Literal["auto", "task", "agreement"] = "auto"  # "task", its checker, where it has one; else "agreement":
-    # the target compares with its own answer
+    # answers are compared with the target's own
+    judge: Server | None = None  # who compares them; None: the target itself
     samples: Count = 1  # ways on from a prefix, of which the most decide; 1 is greedy
     recheck: Whole = 100  # labels to ask again, to know their noise
     batch_size: Count = 48  # prompts at a time

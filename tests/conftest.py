@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,8 +264,8 @@ def begin(tmp_path):
         if not (recipe.folder / "answers").is_dir():
             from datasets import Dataset  # tests on a GPU do without the libraries that training takes
 
+            from eval.server import Answered
             from train.answers import Encoding
-            from train.server import Answered
 
             encode = Encoding(recipe)
             rows = [encode(prompt, Answered(told(prompt), True)) | {"right": True} for prompt in LEDGER_PROMPTS]
@@ -271,3 +273,38 @@ def begin(tmp_path):
         return recipe
 
     return made
+
+
+class OpenAIServer(BaseHTTPRequestHandler):
+    """Speaks as an OpenAI-compatible server does."""
+
+    def do_POST(self) -> None:
+        """Reply as the test says, and keep what was asked."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked | {"key": self.headers["Authorization"]})
+        status, message, finish = self.server.reply(asked["messages"][-1]["content"])
+        spoken = {key: value for key, value in message.items() if key != "logprobs"}
+        choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", **spoken}}
+        choice["logprobs"] = message.get("logprobs")
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
+        content = json.dumps(body if status == 200 else {"error": {"message": "no"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """One that calls every answer "that is 11 coins .", until `reply` is set: prompt -> status, message, finish."""
+    one: Any = ThreadingHTTPServer(("127.0.0.1", 0), OpenAIServer)
+    one.asked = []
+    one.reply = lambda prompt: (200, {"content": "that is 11 coins ."}, "stop")
+    one.url = f"http://127.0.0.1:{one.server_port}/v1"
+    threading.Thread(target=one.serve_forever, daemon=True).start()
+    yield one
+    one.shutdown()

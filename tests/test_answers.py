@@ -2,17 +2,16 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
+from eval.server import Answered
 from recipes.schema import load_recipe
-from tests.conftest import MODELS
+from tests.conftest import MODELS, OpenAIServer
 from train.__main__ import main as train
 from train.answers import Encoding
-from train.server import Answered
 
 PROMPTS = [
     "list : #1 fig rome 4 ; #2 tea oslo 7 .",
@@ -21,37 +20,6 @@ PROMPTS = [
     "the fig",
     "tea",
 ]
-
-
-class Server(BaseHTTPRequestHandler):
-    """Speaks as an OpenAI-compatible server does."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(asked | {"key": self.headers["Authorization"]})
-        status, message, finish = self.server.reply(asked["messages"][-1]["content"])
-        choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", **message}}
-        body = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
-        content = json.dumps(body if status == 200 else {"error": {"message": "no"}}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    one = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    one.asked = []
-    one.reply = lambda prompt: (200, {"content": "that is 11 coins ."}, "stop")
-    one.url = f"http://127.0.0.1:{one.server_port}/v1"
-    threading.Thread(target=one.serve_forever, daemon=True).start()
-    yield one
-    one.shutdown()
 
 
 @pytest.fixture
@@ -194,7 +162,7 @@ def test_an_answer_that_cannot_be_read_is_a_failure(recipe, server, capsys, monk
         self.end_headers()
         self.wfile.write(content)
 
-    monkeypatch.setattr(Server, "do_POST", do_POST)
+    monkeypatch.setattr(OpenAIServer, "do_POST", do_POST)
     assert train([recipe, f"answers.server={{url: {server.url}, model: big, retries: 0}}"]) == 2
     assert "got no answer that can be read" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import pytest
 from datasets import load_from_disk
 
 from eval.__main__ import main as evaluate
+from eval.judges import Agreement, AskedTarget
 from eval.measure import summarize
 from eval.methods import compare
 from eval.tasks import TASKS, draw_prompts
@@ -55,7 +56,9 @@ def test_without_references_the_target_says_what_is_right():
         "cut": {"method": "target", "max_new_tokens": 9},
         "draft": {"method": "draft", "max_new_tokens": 200},
     }
-    everything, nothing = (compare(engine, task, prompts, methods, 0, agreement=at) for at in (0.0, 1.1))
+    asked = AskedTarget(engine)
+    agreements = [Agreement(engine, 0, asked, threshold) for threshold in (0.0, 1.1)]
+    everything, nothing = (compare(engine, task, prompts, methods, 0, agreement=one) for one in agreements)
     for outcomes in (everything, nothing):
         assert all(outcome.right for outcome in outcomes["target"])
         assert not any(outcome.right for outcome in outcomes["cut"])

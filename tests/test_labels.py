@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.judges import Agreement, Checked, controls
+from eval.judges import Agreement, AskedTarget, Checked, controls
 from eval.tasks import TASKS, draw_prompts, ledger, load_task
 from parse import Engine
 from parse.scheduler import run, run_together
@@ -102,7 +102,7 @@ def test_several_ways_on_decide_together(engine):
 @pytest.mark.slow
 def test_a_target_compares_answers_where_there_is_no_checker(smollm):
     engine = Engine(*smollm, compile=False)
-    agreement = Agreement(engine, limit=12)
+    agreement = Agreement(engine, 12, AskedTarget(engine))
     prompts = [f"Name a {thing}." for thing in ("colour", "river", "bird", "metal", "planet", "tree", "fruit", "city")]
 
     def together(many):

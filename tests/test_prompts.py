@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import parse.prompts
 from eval.judges import Checked
+from eval.server import Answered
 from eval.tasks import TASKS, draw_prompts
 from parse import Engine
 from parse.prompts import (
@@ -31,7 +32,6 @@ from parse.verifiers import PromptVerifier
 from recipes.schema import load_recipe
 from tests.conftest import MODELS
 from train.answers import Encoding
-from train.server import Answered
 
 # of Qwen3's shape: past thoughts are left out, `enable_thinking` closes the thought at once
 QWEN3 = """{%- for m in messages -%}

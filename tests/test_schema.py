@@ -166,6 +166,8 @@ def test_what_the_target_cannot_give_is_refused_before_any_work(write, tmp_path,
     check_models(load_recipe(write(**folders)))
     with pytest.raises(RecipeError, match=message):
         check_models(load_recipe(write(**folders, **changes)))
+    judged = {"labeller": "agreement", "judge": {"url": "http://127.0.0.1:9/v1"}}  # who is asked instead
+    check_models(load_recipe(write(**folders, rollouts=judged)))
 
 
 @pytest.mark.parametrize("name", ["x", "hf_0123456789", "a" * 100, "Größe 2.5+b", "数" * 60, "2026-07-01"])

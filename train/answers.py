@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from eval.generation import Row, Work, batched, finish_all, in_threads, write_after
 from eval.prompts import prompts_of
+from eval.server import Answered, Client
 from eval.tasks import Task, load_task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
@@ -24,7 +25,6 @@ from recipes.files import write_text
 from recipes.pair import learnt_end, load_engine, target_tokenizer
 from recipes.run import KEPT, Run
 from recipes.schema import Recipe, RecipeError, to_dict
-from train.server import Answered, Client
 
 
 def run(recipe: Recipe, run: Run) -> None:

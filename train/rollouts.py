@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import nn
 
 from eval.generation import REFUSED, Row, Work, batched, finish_all
-from eval.judges import Agreement, Checked, controls, labeller_of
+from eval.judges import Agreement, Checked, asked_by, controls, labeller_of
 from eval.prompts import prompts_of
 from eval.tasks import Task, load_task
 from eval.tasks.task import FirstWrong, Prompt
@@ -308,7 +308,7 @@ def _labeller(recipe: Recipe, engine: Engine, task: Task, prompts: list[Prompt])
         checked = Checked(task, opens_thinking(engine.tokenizer))
         program = checked.first_wrong if program_of(recipe, task) else None
         return Labeller(engine, checked, limit, program, section.samples, recipe.seed, task.stop), {"labeller": "task"}
-    agreement = Agreement(engine, limit)
+    agreement = Agreement(engine, limit, asked_by(recipe, engine))
 
     def run_all(many: Any) -> list[float]:
         finished = dict(run_together(many, section.batch_size))
