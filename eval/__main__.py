@@ -41,8 +41,9 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
     from recipes.progress import quieten
 
     quieten()
-    from eval.checks import check_models, check_prompts, check_speculation
+    from eval.checks import check_models, check_prompts, check_speculation, verifier_of_kind
     from eval.evaluation import evaluate
+    from eval.methods import KINDS
     from eval.tasks import content_of_task
     from recipes.run import Run
     from recipes.schema import RecipeError, load_recipe
@@ -58,6 +59,9 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
                 f"{part} is not there: run `accelerate launch -m train {options.recipe}` first, or name other folders "
                 "as eval.draft and eval.verifier"
             )
+    for name in recipe.eval.methods or ():
+        if name in KINDS:
+            verifier_of_kind(recipe, KINDS[name])
     folders.append(recipe.folder)
     with Run(recipe, content_of_task) as run:
         run.check_outputs()

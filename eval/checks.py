@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,6 +169,22 @@ def check_speculation(recipe: Recipe) -> None:
         AutoTokenizer.from_pretrained(tokenizer_of(source))
     except (OSError, ValueError) as error:
         raise RecipeError(f"eval.speculation_draft: {source} cannot be read as a model: {error}") from error
+
+
+def verifier_of_kind(recipe: Recipe, kind: str) -> Path:
+    """The folder of a run's verifier of a kind, the chosen one or another.
+
+    Raises:
+        RecipeError: where the run has none.
+    """
+    chosen = recipe.evaluated[1]
+    for folder in (chosen, chosen / "others" / kind):
+        if (record := folder / "verifier.json").is_file() and json.loads(record.read_text()).get("kind") == kind:
+            return folder
+    raise RecipeError(
+        f"eval.methods has 'parse_{kind}', and {chosen} holds no verifier of the kind {kind}: run the stage `verifier` "
+        "with verifier.kind=best, which trains all that the models can do, or leave the method out"
+    )
 
 
 def check_asking(recipe: Recipe, key: str) -> None:

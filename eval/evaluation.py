@@ -11,9 +11,10 @@ import torch
 
 from eval import parity
 from eval.baselines import TransformersGenerate
+from eval.checks import verifier_of_kind
 from eval.judges import Agreement, asked_by
 from eval.measure import summarize
-from eval.methods import Outcome, compare, loads_of, methods_of, settings_of
+from eval.methods import KINDS, Outcome, compare, loads_of, methods_of, settings_of
 from eval.prompts import prompts_of
 from eval.properties import measure_pair
 from eval.report import console_table, csv_table, html_report, pair_table, requests, sentence
@@ -121,6 +122,8 @@ def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, 
     }
     if "speculation" in methods and recipe.eval.speculation_draft:
         others["speculation"] = _speculating(engine, recipe)
+    for name in methods.keys() & KINDS.keys():
+        others[name] = engine.judged_by(verifier_of_kind(recipe, KINDS[name]))
     found, agreement = {}, _agreement(recipe, engine, task)
     for at_once in loads_of(recipe):
         what = "methods" if at_once == 1 else f"methods, {at_once} at once"

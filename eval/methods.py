@@ -42,7 +42,12 @@ WHAT = {
     "sequential": "one segment and one pass at a time, by the threshold of PARSE, which is not calibrated for it",
     "parse": "every prefix of the draft in one pass",
     "parse_lookahead": "the same, and the draft proposes a few tokens at a time while the target writes",
+    "parse_probe": "every prefix in one pass, judged by a probe of the target's states",
+    "parse_adapter": "every prefix in one pass, judged by an adapter",
+    "parse_prompt": "every prefix in one pass, the target asked in words",
+    "parse_likelihood": "every prefix in one pass, judged by its likelihood",
 }
+KINDS = {name: name.removeprefix("parse_") for name in WHAT if name.startswith("parse_") and name != "parse_lookahead"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
                 "vocabulary of the same size, or its context does not hold prompts with answers; leave the method out"
             )
         return list(named)
-    return [name for name in WHAT if name != "assisted" or assisted]
+    return [name for name in WHAT if name not in KINDS and (name != "assisted" or assisted)]
 
 
 def loads_of(recipe: Recipe) -> list[int]:
@@ -106,6 +111,7 @@ def settings_of(recipe: Recipe, thresholds: dict[str, float], names: Sequence[st
         "parse": {**limit, **rounds, **threshold, "horizon": section.horizon},
     }
     every["parse_lookahead"] = {**every["parse"], "lookahead": section.lookahead or LOOKAHEAD}
+    every |= {name: {**every["parse"], "threshold": None} for name in KINDS}  # the kind's own
     return {name: every[name] for name in names}
 
 

@@ -31,6 +31,10 @@ NAMES = {
     "sequential": "sequential verification",
     "speculation": "lossless speculation",
     "parse_lookahead": "PARSE + lookahead",
+    "parse_probe": "PARSE by a probe",
+    "parse_adapter": "PARSE by an adapter",
+    "parse_prompt": "PARSE, the target asked",
+    "parse_likelihood": "PARSE by likelihood",
 }
 
 

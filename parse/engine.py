@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,12 @@ class Engine:
     def verifier(self, verifier: Verifier | None) -> None:
         self.pair.check_verifier(verifier)
         self.pair.verifier = verifier
+
+    def judged_by(self, verifier: str | Path) -> Engine:
+        """An engine over the same models with another verifier, named as in `from_pretrained`; they share passes."""
+        other = copy.copy(self)
+        other.pair = dataclasses.replace(self.pair, verifier=load_verifier(verifier, self.target, self.tokenizer))
+        return other
 
     @property
     def segments(self) -> Segmenter:

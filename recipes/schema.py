@@ -48,6 +48,10 @@ Method = Literal[
     "sequential",
     "parse",
     "parse_lookahead",
+    "parse_probe",
+    "parse_adapter",
+    "parse_prompt",
+    "parse_likelihood",
 ]
 STAGES: tuple[str, ...] = typing.get_args(Stage)
 CHAIN: tuple[Stage, ...] = ("answers", "distill", "rollouts", "verifier")  # no alignment; "relabel" comes with it
@@ -262,7 +266,10 @@ class Eval:
     """The end-to-end evaluation."""
 
     prompts: Count = 200  # test prompts
-    methods: list[Method] | None = None  # None: all that these models can do; see `eval.methods.WHAT`
+    methods: list[Method] | None = (
+        None  # None: all that these models can do, by the chosen verifier; see
+        # `eval.methods.WHAT`
+    )
     concurrency: list[Annotated[int, Range(1, 4096)]] | None = None  # requests at once; a table each, the first one
     # with plots and transcripts; None: 1 and 8, on a GPU 32 too, where there are two prompts for each
     draft: Source | None = None  # the folders that are evaluated; None: the run's own

@@ -30,6 +30,7 @@ from train.transfer import main as transfer
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/quickstart.yaml"
 KINDS = ("likelihood", "divergence")
+VERIFIERS = ("probe", "adapter", "prompt", "likelihood")
 SPLITS = ("train", "calibration", "test")
 UNALIGNED = "stages=[answers,distill,rollouts,verifier]"
 SMALL = [
@@ -337,7 +338,8 @@ def test_the_evaluation_prints_one_json_line(words, recipe, capsys):
     assert evaluate([RECIPE, *words]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads((recipe.folder / "eval" / "summary.json").read_text())
-    assert [row["name"] for row in printed["methods"]] == list(WHAT)  # draft and target have the same tokens
+    usual = list(WHAT)[: -len(VERIFIERS)]  # with assisted generation: draft and target have the same tokens
+    assert [row["name"] for row in printed["methods"]] == usual
     assert all(row["n"] == 8 for row in printed["methods"])
     page = (recipe.folder / "eval" / "report.html").read_text()
     parse = next(row for row in printed["methods"] if row["name"] == "parse")
@@ -385,6 +387,23 @@ def test_a_verifiers_report_that_is_none_is_refused_before_anything_is_measured(
     (tmp_path / "verifier" / "report.json").write_text('{"kinds": {}}')
     assert evaluate([RECIPE, *words, f"eval.verifier={tmp_path / 'verifier'}"]) == 2
     assert "report.json is no report of a verifier" in capsys.readouterr().err
+
+
+def test_every_kind_of_verifier_can_be_evaluated(words, recipe, tmp_path, capsys):
+    """Each at its own threshold; the chosen one twice, which must be the same."""
+    folder = recipe.folder / "verifier"
+    chosen = json.loads((folder / "verifier.json").read_text())["kind"]
+    assert {path.name for path in (folder / "others").iterdir()} == {*VERIFIERS} - {chosen}
+    methods = ["target", "parse", *(f"parse_{kind}" for kind in VERIFIERS)]
+    few = ["eval.prompts=3", "eval.sweep_prompts=0", "eval.concurrency=[1]", f"eval.methods=[{','.join(methods)}]"]
+    assert evaluate([RECIPE, *words, *few]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]}
+    assert list(rows) == methods
+    same = ("tokens_from_draft", "tokens_from_target", "accuracy", "rounds")
+    assert [rows[f"parse_{chosen}"][key] for key in same] == [rows["parse"][key] for key in same]
+    shutil.copytree(folder, tmp_path / "verifier", ignore=shutil.ignore_patterns("others"))
+    assert evaluate([RECIPE, *words, *few, f"eval.verifier={tmp_path / 'verifier'}"]) == 2
+    assert "holds no verifier of the kind" in capsys.readouterr().err
 
 
 def test_an_evaluation_without_a_run_says_what_to_do(tmp_path, capsys):

@@ -92,6 +92,9 @@ def run(recipe: Recipe, run: Run) -> None:
                 },
             }
             save(folder, kinds[name], engine.target, facts)
+            for kind, other in best_of_others(name, kinds, scores, max_accuracy_loss).items():
+                more = facts | {"thresholds": limits[other]}
+                save(folder / "others" / kind, kinds[other], engine.target, more)
             report = report_of(name, kinds, scores, costs, recipe) | {"learning_curve": trained.curve}
             write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
             write_text(folder / "report.html", html_report(recipe.name, report))
@@ -270,6 +273,21 @@ def choose(scores: dict[str, Scores], max_accuracy_loss: float) -> str:
         return acceptable(held_out, max_accuracy_loss), -float(((confidences - valid) ** 2).mean())
 
     return max(scores, key=merit) if len(scores) > 1 else next(iter(scores))
+
+
+def best_of_others(
+    chosen: str, kinds: dict[str, Verifier], scores: dict[str, Scores], max_accuracy_loss: float
+) -> dict[str, str]:
+    """Of each kind that was not chosen the name of what may accept most of the calibration drafts.
+
+    They are kept so that an evaluation can compare the kinds.
+    """
+    best: dict[str, str] = {}
+    by_merit = lambda name: acceptable(scores[name]["calibration"], max_accuracy_loss)
+    for name in sorted(candidates("best", kinds), key=by_merit):
+        if kinds[name].kind != kinds[chosen].kind:
+            best[kinds[name].kind] = name  # the last one stays
+    return best
 
 
 def report_of(
