@@ -1,6 +1,7 @@
 # make quickstart   train a draft and a verifier on the embedded pair, then measure PARSE against the target alone
 # make restaurants  the same for a real chat model and people's language, in more than an hour
 # make restaurants-eval  evaluates the draft and the verifier of that run, which are shipped
+# make serve        the run of `make quickstart` behind an OpenAI-compatible server, at 127.0.0.1:8000
 # make test         the tests that take minutes together
 # make slow         those that take longer: the whole chain, kills, two processes, real models
 # make smollm2      a real chat model of 135M parameters as a folder, .venv/SmolLM2-135M-Instruct.Q4_1
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
-.PHONY: quickstart restaurants restaurants-eval smollm2 test slow lint gpu results docs clean
+.PHONY: quickstart restaurants restaurants-eval smollm2 serve test slow lint gpu results docs clean
 
 TRAIN := $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train
 SHIPPED := recipes/models/restaurants
@@ -34,6 +35,9 @@ restaurants: .venv/smollm2.stamp
 restaurants-eval: .venv/smollm2.stamp
 	$(BIN)/python -m eval recipes/restaurants.yaml name=restaurants-shipped eval.draft=$(SHIPPED)-distilled \
 	  eval.verifier=$(SHIPPED)-verifier eval.prompts=150 'eval.concurrency=[1]'
+
+serve: .venv/serve.stamp
+	$(BIN)/python -m parse serve --run runs/quickstart
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(if $(COVER),--cov --cov-report= --cov-fail-under=80)
@@ -74,6 +78,10 @@ smollm2: .venv/smollm2.stamp
 .venv/smollm2.stamp: .venv/run.stamp
 	PYTHON=$(PYTHON) bash install.sh model
 	$(BIN)/python -c "from eval.bench.models import load_smollm2; load_smollm2()"
+	touch $@
+
+.venv/serve.stamp: .venv/run.stamp
+	PYTHON=$(PYTHON) bash install.sh serve
 	touch $@
 
 .venv/dev.stamp: .venv/run.stamp

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the project into .venv; `install.sh dev` adds what tests and lint need, `install.sh docs` what builds the
-# guides, and `install.sh model` a real chat model alone. Called by the Makefile.
+# guides, `install.sh serve` the server, and `install.sh model` a real chat model alone. Called by the Makefile.
 # uv resolves and installs in seconds; versions are pinned in constraints.txt. Without an NVIDIA GPU the
 # CPU build of torch is taken: from PIP_FIND_LINKS where that is set, else from PyTorch's own index, and
 # where that cannot be reached from the default one.
@@ -20,7 +20,7 @@ if [ -n "${PIP_FIND_LINKS:-}" ]; then
     for place in $PIP_FIND_LINKS; do options+=(--find-links "$place"); done
 fi
 what=.
-[[ "${1:-}" =~ ^(dev|docs)$ ]] && what=".[$1]"
+[[ "${1:-}" =~ ^(dev|docs|serve)$ ]] && what=".[$1]"
 if [ -z "${PIP_FIND_LINKS:-}" ] && ! command -v nvidia-smi >/dev/null; then
     install --torch-backend cpu -e "$what" 2>/dev/null || install -e "$what"
 else

@@ -22,8 +22,8 @@ from eval.methods import WHAT
 
 SIZE = 4.6, 3.7  # inches: on a phone's width letters keep the size that they have here
 INK, FAINT = "#010101", "#020202"
-COLOURS = tuple(f"#0300{i:02x}" for i in range(len(WHAT)))  # --c0, --c1 ... of the page, told apart by the colour-blind
-MARKERS = "osD^vP*Xh"
+COLOURS = tuple(f"#0300{i:02x}" for i in range(9))  # --c0, --c1 ... of the page, told apart by the colour-blind
+MARKERS = "osD^vP*Xh<>pd"
 PHASES = {"draft": 4, "verify": 7, "target": 0, "other": 2}  # of Stats.seconds, and their colours
 IN_TURN = (0, 7, 4, 2, 5, 6, 3, 8, 1)  # colours of kinds, neighbours as unlike as can be
 RULES = 4  # kinds that share a colour, at most, where their names begin with the same word

@@ -9,25 +9,30 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from parse.sources import MODEL, OPTIONS, VERIFIER, find, read_recipe, without_code
+from parse.options import Parser, add_models, add_settings, count, message_of, quieten
+from parse.sources import load
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` and a mistyped option do not wait for them
     from parse.generation import Generation, Segment
     from parse.local.loading import Messages
 
-EXPECTED = (OSError, ValueError, RuntimeError, ImportError)  # what libraries raise for what users can mend
 COLOURS = {"kept": "32", "cut": "9;31", "target": "34", "faint": "2"}  # ANSI styles
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Answer prompts with the models of a run folder, or with those given; returns the exit status."""
-    given = vars(_parser().parse_args(arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["serve"]:
+        from parse.server.command import main as serve
+
+        return serve(words[1:])
+    given = vars(_parser().parse_args(words))
     try:
         prompts = _read_prompts(given)
         with warnings.catch_warnings():
-            _quieten()
+            quieten()
             results = _answer(prompts, given)
         colour = sys.stdout.isatty() and "no_colour" not in given
         for prompt, result in zip(prompts, results, strict=True):
@@ -44,90 +49,27 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if (message := _message(error)) is None:
+        if (message := message_of(error)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python -m parse --help` tells what is allowed\n")
-
-
-def _parser() -> _Parser:
+def _parser() -> Parser:
     """The command line. What is not given is not in its outcome: defaults are the run's and the engine's."""
-    parser = _Parser("python -m parse", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser("python -m parse", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", default=[], help="questions, each asked as a user's turn")
     parser.add_argument(
         "--file", help='more, a line each: text, or JSON with "prompt" or "messages"; -: standard input'
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
     parser.add_argument("--no-colour", action="store_true", help="default where the output is no terminal")
-    models = parser.add_argument_group("models")
-    models.add_argument("--run", help="a run folder, such as runs/quickstart: its models and settings")
-    models.add_argument("--target", help=f"{MODEL}; default: the run's")
-    models.add_argument("--draft", help="like --target")
-    models.add_argument("--verifier", help=f"{VERIFIER}; default: the run's")
-    models.add_argument("--segments", type=_value, help="where an answer may be cut: sentence, line or every N tokens")
-    models.add_argument("--compile", action="store_true", help="compile passes first where that pays: for many prompts")
-    settings = parser.add_argument_group("settings", "as of Engine.generate; default: the run's, else the engine's")
-    settings.add_argument("--method", help="parse, target (alone) or draft (alone)")
-    settings.add_argument("--threshold", type=float, help="accept confidences at or above it; default: as calibrated")
-    settings.add_argument("--policy", help="first_fail, longest or whole")
-    settings.add_argument("--handback", help="segment or never")
-    settings.add_argument("--horizon", type=_value, help="tokens of a draft, segment, or none for no limit")
-    settings.add_argument("--lookahead", type=int, help="tokens that the draft proposes while the target writes")
-    settings.add_argument("--max-new-tokens", type=int)
-    settings.add_argument("--temperature", type=float, help="0 is greedy")
-    settings.add_argument("--top-k", type=int)
-    settings.add_argument("--top-p", type=float)
-    settings.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    add_models(parser)
+    settings = add_settings(parser)
     settings.add_argument("--raw", action="store_true", help="prompts are the whole text that the models read")
-    settings.add_argument("--batch-size", type=_count, help="prompts that are answered at once")
+    settings.add_argument("--batch-size", type=count, help="prompts that are answered at once")
     return parser
-
-
-def _value(text: str) -> int | str | None:
-    """A number of tokens where it is one, None for "none", else the word."""
-    try:
-        return int(text)
-    except ValueError:
-        return None if text == "none" else text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 1")
-    return int(text)
-
-
-def _quieten() -> None:
-    """Keep the libraries' bars, and their notices for other programmers, away; what is left to say takes a line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.showwarning = _note
-
-
-def _note(message: object, *_: object, **__: object) -> None:
-    print(f"note: {_one_line(message)}", file=sys.stderr)
-
-
-def _message(error: Exception) -> str | None:
-    """What to say of an error that its user can mend; None for a fault of the program."""
-    text = _one_line(error)
-    memory = ("out of memory", "can't allocate memory", "MemoryError")
-    if isinstance(error, MemoryError) or any(words in text for words in memory):
-        return f"memory has run out: lower --batch-size or --max-new-tokens, or use smaller models ({text[:200]})"
-    return text if isinstance(error, EXPECTED) else None
-
-
-def _one_line(words: object) -> str:
-    return " ".join(str(words).split())
 
 
 # prompts
@@ -184,37 +126,8 @@ def _row(line: str, where: str) -> str | Messages:
 
 def _answer(prompts: list[str | Messages], given: dict[str, Any]) -> list[Generation]:
     """Answer the prompts; all that is given is checked before a model is loaded."""
-    recipe = read_recipe(Path(given["run"])) if "run" in given else {}
-
-    from parse.generation import Settings
-    from parse.segments import check_segmenter
-
-    names = {field.name for field in dataclasses.fields(Settings)}
-    of_run = {"max_new_tokens"} if given.get("method") in ("target", "draft") else names  # alone: without rounds
-    section = recipe.get("engine", {})
-    chosen = {name: section[name] for name in of_run & section.keys()}
-    chosen |= {name: given[name] for name in names & given.keys()}
-    try:
-        settings = Settings(**chosen)
-    except TypeError as error:
-        raise ValueError(f"a setting among {chosen} is of the wrong type: {error}") from error
-    segments = given.get("segments")
-    if segments is not None:
-        check_segmenter(segments)
-    needed = {"target": True, "draft": settings.method != "target" or settings.lookahead > 0}
-    needed["verifier"] = settings.method == "parse"
-    parts: dict[str, Any] = {part: find(part, given, recipe) for part, need in needed.items() if need}
-    parts |= {name: without_code(section.get(name)) for name in OPTIONS}
-
-    from parse.engine import Engine
-
-    try:
-        engine = Engine.from_pretrained(**parts, segments=segments, compile=given.get("compile"))
-    except Exception as error:  # of whatever kind a library raises for a file that it cannot read
-        named = ", ".join(parts[part] for part, need in needed.items() if need)
-        kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
-        raise ValueError(f"{named}: loading fails: {kind}{error}") from error
-    return engine.generate(prompts, **chosen, **{name: given[name] for name in {"batch_size", "raw"} & given.keys()})
+    engine, settings, _ = load(given)
+    return engine.generate(prompts, **settings, **{name: given[name] for name in {"batch_size", "raw"} & given.keys()})
 
 
 def transcript(result: Generation, colour: bool) -> str:

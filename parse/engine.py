@@ -23,7 +23,7 @@ from parse.round import NoRoom, Pair, Round
 from parse.sampling import Written
 from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
-from parse.text import eos_ids, shared_ends
+from parse.text import eos_ids, shared_ends, text_of
 from parse.verifiers import Verifier
 from parse.verifiers.saved import load as load_verifier
 
@@ -283,6 +283,24 @@ class Engine:
                 shown = len(text)
         if rest := answer.text[shown:]:  # others may have run the last step
             yield rest
+
+    def request(self, prompt: str | Messages | Sequence[int], settings: Settings, raw: bool = False) -> Round:
+        """An answer in the making, for whoever runs many: its `answer()` is run by the scheduler, its text grows.
+
+        Args:
+            prompt: as for `generate`, or the target's tokens.
+            settings: see `settings`.
+
+        Raises:
+            NoRoom: where the prompt leaves no room for an answer.
+            ValueError: for a prompt that is none.
+        """
+        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], Mapping):
+            return self._start(*self._encoded(cast(str | Messages, prompt), raw), settings)
+        ids = list(cast(Sequence[int], prompt))
+        crosses = self.draft is not None and not self.same_tokens
+        words = encode_prompt(text_of(ids, self.tokenizer), self.draft_tokenizer, raw=True) if crosses else ids
+        return self._start(ids, words, settings)
 
     def generate_ids(
         self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None

@@ -52,6 +52,11 @@ class Task(Generic[T]):
     _error: BaseException | None = field(default=None, repr=False)
 
     @property
+    def failed(self) -> bool:
+        """Whether it ended without a result."""
+        return self._error is not None
+
+    @property
     def result(self) -> T:
         """What it returned.
 

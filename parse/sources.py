@@ -1,25 +1,71 @@
 """What the terminal's command answers with: the models that are named, else those of a run folder.
 
 All is checked before a model is loaded, and what is not there is refused with the option that names it. Nothing here
-imports torch.
+imports torch before it is needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from parse.engine import Engine
 
 MODEL = "a folder that holds a model, or a hub id such as org/name or gpt2"
 VERIFIER = '"prompt", "likelihood", or a folder that holds verifier.json'
 RECORD = {"kind", "base", "tokenizer", "threshold"}  # what every verifier.json holds
 OPTIONS = ("target_options", "draft_options")  # of `Engine.from_pretrained`, in a recipe's engine section
 LARGE = 2**24  # bytes
+EXPECTED = (OSError, ValueError, RuntimeError, ImportError)  # what libraries raise for what users can mend
 AGAIN = "start `python -m train` with its recipe again"
+
+
+def load(given: dict[str, Any]) -> tuple[Engine, dict[str, Any], str | None]:
+    """The engine that a command's options name, arguments of `Engine.generate`, and where its verifier is.
+
+    Args:
+        given: the options by name; what is not given is the run's, or the engine's own.
+
+    Raises:
+        ValueError: for what is not there or not allowed, before a model is loaded; and where loading fails.
+    """
+    recipe = read_recipe(Path(given["run"])) if "run" in given else {}
+
+    from parse.generation import Settings
+    from parse.segments import check_segmenter
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    of_run = {"max_new_tokens"} if given.get("method") in ("target", "draft") else names  # alone: without rounds
+    section = recipe.get("engine", {})
+    chosen = {name: section[name] for name in of_run & section.keys()}
+    chosen |= {name: given[name] for name in names & given.keys()}
+    try:
+        settings = Settings(**chosen)
+    except TypeError as error:
+        raise ValueError(f"a setting among {chosen} is of the wrong type: {error}") from error
+    segments = given.get("segments")
+    if segments is not None:
+        check_segmenter(segments)
+    needed = {"target": True, "draft": settings.method != "target" or settings.lookahead > 0}
+    needed["verifier"] = settings.method == "parse"
+    parts = {part: find(part, given, recipe) for part, need in needed.items() if need}
+    options: dict[str, Any] = {**parts, **{name: without_code(section.get(name)) for name in OPTIONS}}
+
+    from parse.engine import Engine
+
+    try:
+        engine = Engine.from_pretrained(**options, segments=segments, compile=given.get("compile"))
+    except Exception as error:  # of whatever kind a library raises for a file that it cannot read
+        kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+        raise ValueError(f"{', '.join(parts.values())}: loading fails: {kind}{error}") from error
+    return engine, chosen, parts.get("verifier")
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,6 @@ from tests.test_measure import BAD, END, FIG, TEA, outcome
 from tests.test_verifier_report import KINDS
 from tests.test_verifier_report import report as verifier_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 SWEEP = [{"threshold": t, "speedup": 3 - t, "accuracy": 0.6 + t / 5} for t in (0.1, 0.5)]
 NASTY = "<script>alert(1)</script>"
 
@@ -128,17 +126,6 @@ def test_runs_are_compared_side_by_side(tmp_path, capsys):
     (folders[0] / "eval" / "summary.json").write_text("{}")
     assert evaluate(["compare", str(folders[0])]) == 2
     assert "lacks at_once, max_accuracy_loss, methods" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

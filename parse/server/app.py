@@ -1,0 +1,276 @@
+"""The routes: what clients of OpenAI's interface ask for, and what they get."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from parse.generation import Generation
+from parse.prompts import encode_prompt
+from parse.server.formats import ChatFormat, CompletionFormat, Format
+from parse.server.protocol import Chat, Completion, Detokenize, Refused, Tokenize, read
+from parse.server.scores import Scores, scored
+from parse.server.serving import Gone, Serving, waking
+from parse.server.worker import Job
+from parse.text import text_of
+
+COMPLETION_TOKENS = 16  # of /v1/completions where the request does not say, as OpenAI has it
+POLICY = {  # the page asks nobody but this server
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'"
+}
+GONE = 499  # the status, in the metrics alone, of a client that went away
+log = logging.getLogger("parse.server")
+
+
+def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = False) -> FastAPI:
+    """The server's application, for uvicorn or a test client.
+
+    Args:
+        api_key: what clients must send as their bearer token; None lets in everybody.
+        log_texts: write what is asked and answered into the log as well.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(serving.close)
+
+    def authorised(http: Request) -> None:
+        if api_key is not None and not hmac.compare_digest(_key_of(http).encode(), api_key.encode()):
+            message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
+            raise Refused(401, message, code="invalid_api_key")
+
+    async def refuse(http: Request, error: Exception) -> Response:
+        if isinstance(error, Gone):
+            error = Refused(GONE, "the client went away")
+        elif isinstance(error, HTTPException):
+            error = Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+        assert isinstance(error, Refused)
+        serving.metrics.failed(error.status)
+        log.info(json.dumps({"route": http.url.path, "status": error.status, "error": error.message}))
+        again = {"retry-after": "1"} if error.status in (429, 503) else {}
+        if error.status == 401:
+            again = {"www-authenticate": 'Basic realm="the API key, as the password"'}  # so that a browser asks for it
+        return JSONResponse(error.body, error.status, again | identity(http))
+
+    app = FastAPI(title="PARSE", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    for kind in (Refused, Gone, HTTPException):
+        app.add_exception_handler(kind, refuse)
+    app.state.serving, app.state.log_texts = serving, log_texts
+    app.add_api_route("/health", health)
+    guard = [Depends(authorised)]
+    for path, route, method in ROUTES:
+        app.add_api_route(path, route, methods=[method], dependencies=guard, response_model=None)
+    return app
+
+
+def _serving(http: Request) -> Serving:
+    return http.app.state.serving  # type: ignore[no-any-return]
+
+
+async def health(http: Request) -> Response:
+    """Whether requests are answered."""
+    return Response(status_code=503 if _serving(http).closing else 200)
+
+
+async def metrics(http: Request) -> Response:
+    """The figures, as Prometheus reads them."""
+    figures, worker = _serving(http).metrics, _serving(http).worker
+    figures.running.set(worker.running)
+    figures.waiting.set(worker.waiting)
+    return Response(generate_latest(figures.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def models(http: Request) -> dict[str, Any]:
+    """The one model."""
+    serving = _serving(http)
+    facts = {"object": "model", "created": serving.started, "owned_by": "parse"}
+    facts |= {"root": serving.engine.target.config.name_or_path, "max_model_len": serving.context_length}
+    return {"object": "list", "data": [{"id": serving.name, **facts}]}
+
+
+async def tokenize(http: Request) -> dict[str, Any]:
+    """The target's tokens of a text, or of a chat up to where the answer begins."""
+    serving = _serving(http)
+    asked: Tokenize = read(Tokenize, await body_of(http))
+    serving.check_model(asked.model)
+    tokenizer = serving.engine.tokenizer
+    try:
+        if asked.messages:
+            ids = encode_prompt([one.turn() for one in asked.messages], tokenizer)
+        else:
+            ids = list(tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens))
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
+    return {"tokens": ids, "count": len(ids), "max_model_len": serving.context_length}
+
+
+async def detokenize(http: Request) -> dict[str, Any]:
+    """The text of some of the target's tokens."""
+    serving = _serving(http)
+    asked: Detokenize = read(Detokenize, await body_of(http))
+    serving.check_model(asked.model)
+    serving.check_tokens(asked.tokens, "tokens")
+    return {"prompt": text_of(asked.tokens, serving.engine.tokenizer)}
+
+
+async def chat(http: Request) -> Response:
+    """An answer to a conversation."""
+    serving = _serving(http)
+    asked: Chat = read(Chat, await body_of(http))
+    serving.check(asked, prompts=1)
+    if asked.limit == 0:
+        raise Refused(400, "max_tokens is 0: ask for a token at least", "max_tokens")
+    rounds = serving.rounds(asked, [[message.turn() for message in asked.messages]], raw=False)
+    form = ChatFormat(serving.name, asked, rounds, serving.engine.tokenizer)
+    if asked.stream:
+        return _streaming(http, form)
+    results = await serving.run([each.answer() for each in rounds], http.is_disconnected)
+    return _whole(http, form, results, [None] * len(results))
+
+
+async def completions(http: Request) -> Response:
+    """What follows texts, or how likely they are."""
+    serving = _serving(http)
+    asked: Completion = read(Completion, await body_of(http))
+    serving.check(asked, len(asked.prompts))
+    for prompt in asked.prompts:
+        if not isinstance(prompt, str):
+            serving.check_tokens(prompt, "prompt")
+    rates, limit = asked.logprobs is not None, COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+    if asked.stream and (rates or asked.echo):
+        raise Refused(400, "logprobs and echo are not streamed: leave out stream", "stream")
+    if not limit and not (asked.echo and rates):
+        raise Refused(400, "max_tokens is 0: ask for a token, or for echo with logprobs", "max_tokens")
+    rounds = serving.rounds(asked.model_copy(update={"max_tokens": limit or 1}), asked.prompts, raw=True)
+    form = CompletionFormat(serving.name, asked, rounds, serving.engine.tokenizer)
+    if asked.stream:
+        return _streaming(http, form)
+    if limit:
+        results = await serving.run([each.answer() for each in rounds], http.is_disconnected)
+    else:
+        results = [Generation("", [], "length", [], each.stats) for each in rounds]
+    scores: list[Scores] | list[None] = [None] * len(rounds)
+    if asked.logprobs is not None:
+        texts = [[*each.prompt_ids, *result.token_ids] for each, result in zip(rounds, results, strict=True)]
+        target = serving.engine.models["target"]
+        scores = await serving.run([scored(target, ids, asked.logprobs) for ids in texts], http.is_disconnected)
+    return _whole(http, form, results, scores)
+
+
+async def page(_: Request) -> HTMLResponse:
+    """A chat that shows what was accepted."""
+    return HTMLResponse((Path(__file__).parent / "page.html").read_text(encoding="utf-8"), headers=POLICY)
+
+
+ROUTES = (
+    ("/", page, "GET"),
+    ("/metrics", metrics, "GET"),
+    ("/v1/models", models, "GET"),
+    ("/v1/chat/completions", chat, "POST"),
+    ("/v1/completions", completions, "POST"),
+    ("/tokenize", tokenize, "POST"),
+    ("/detokenize", detokenize, "POST"),
+)
+
+
+def _key_of(http: Request) -> str:
+    """The key that a client sends: a bearer token, or a browser's password."""
+    kind, _, given = http.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "basic":
+        return given
+    try:
+        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
+async def body_of(http: Request) -> bytes:
+    """A request's body.
+
+    Raises:
+        Refused: where it is longer than the server reads.
+    """
+    limit, content = _serving(http).limits.body, b""
+    async for chunk in http.stream():
+        content += chunk
+        if len(content) > limit:
+            raise Refused(413, f"the body holds more than {limit} bytes")
+    return content
+
+
+def identity(http: Request) -> dict[str, str]:
+    """The request's own identity, sent back; a new one where it has none."""
+    return {"x-request-id": http.headers.get("x-request-id", "")[:200] or uuid.uuid4().hex}
+
+
+def _whole(http: Request, form: Format, results: Sequence[Generation], scores: Sequence[Scores | None]) -> JSONResponse:
+    content = form.whole(results, scores)
+    _note(http, form, results, content["usage"])
+    return JSONResponse(content, headers=identity(http))
+
+
+def _note(http: Request, form: Format, results: Sequence[Generation], usage: dict[str, int]) -> None:
+    """A line of the log, in JSON; without what was asked and answered, unless that is wanted."""
+    seconds = sum(sum(result.stats.seconds.values()) for result in results)
+    record: dict[str, Any] = {"route": http.url.path, "status": 200, **usage, "seconds": round(seconds, 4)}
+    record["accepted_tokens"] = sum(result.stats.accepted_tokens for result in results)
+    if http.app.state.log_texts:
+        record |= {"asked": form.asked.model_dump(mode="json"), "answers": [result.text for result in results]}
+    log.info(json.dumps(record))
+
+
+def _streaming(http: Request, form: Format) -> StreamingResponse:
+    headers = {"cache-control": "no-cache", **identity(http)}
+    return StreamingResponse(_events(http, form), media_type="text/event-stream", headers=headers)
+
+
+async def _events(http: Request, form: Format) -> AsyncIterator[str]:
+    """Text as soon as it is certain, from whichever choice; then usage where it is wanted, and the end."""
+    serving, change = _serving(http), asyncio.Event()
+    jobs = [Job(each.answer(), waking(change), watched=each) for each in form.rounds]
+    shown, settled, ended = [0] * len(jobs), [0] * len(jobs), set[int]()
+    try:
+        async for _ in serving.changes(jobs, change, http.is_disconnected):
+            tokens = sum(job.tokens for job in jobs)
+            for i, job in enumerate(jobs):
+                done, text, count = job.done, job.text, job.segments  # `done` first: then the others are final
+                if done and job.failed:
+                    continue  # `changes` says why
+                more = [] if done else form.rounds[i].segments[settled[i] : count]
+                if text[shown[i] :] or more:
+                    yield _event(form.chunk(i, text[shown[i] :], tokens, more))
+                shown[i], settled[i] = len(text), count
+                if done and i not in ended:
+                    ended.add(i)
+                    yield _event(form.last(i, job.result, tokens))
+    except Gone:
+        serving.metrics.failed(GONE)
+        return
+    except Refused as error:  # too late for a status
+        serving.metrics.failed(error.status)
+        yield _event(error.body)
+        return
+    tokens = sum(job.tokens for job in jobs)
+    if form.asked.include_usage:
+        yield _event(form.used(tokens))
+    yield "data: [DONE]\n\n"
+    _note(http, form, [job.result for job in jobs], form.usage(tokens))
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

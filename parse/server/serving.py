@@ -1,0 +1,178 @@
+"""An engine behind a server: what requests may ask of it, and how they wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from parse.engine import Engine
+from parse.generation import Generation
+from parse.round import NoRoom, Round
+from parse.scheduler import Steps
+from parse.server import protocol
+from parse.server.metrics import Metrics
+from parse.server.protocol import Refused
+from parse.server.worker import Job, Worker
+
+T = TypeVar("T")
+LOOK = 0.1  # seconds between looks at whether a client is still there
+log = logging.getLogger("parse.server")
+IsGone = Callable[[], Awaitable[bool]]  # whether the client has closed the connection
+
+
+class Gone(Exception):
+    """The client has closed the connection."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for, and how much may wait."""
+
+    at_once: int = 16  # answers that are written at a time
+    queue: int = 256  # answers that may wait; more: status 429
+    body: int = 2**22  # bytes; more: 413
+    prompt: int | None = None  # tokens; more: 400, as where the context leaves no room
+    n: int = 16  # choices of a prompt; more: 422
+    seconds: float = 600  # of a request; longer: 504
+
+
+class Serving:
+    """An engine, the name that clients know it by, and the requests that it answers."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        defaults: dict[str, Any] | None = None,
+        limits: Limits | None = None,
+        expected: float | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            defaults: arguments of `Engine.generate` for what a request does not say.
+            expected: the share of drafted tokens that was accepted in calibration, see `Metrics`.
+        """
+        self.engine, self.name, self.defaults = engine, name, dict(defaults or {})
+        self.limits, self.started = limits or Limits(), int(time.time())
+        self.metrics = Metrics(name, expected)
+        self.worker = Worker(engine.scheduler, self.limits.at_once)
+        self.closing = False
+
+    def close(self) -> None:
+        """Stop answering."""
+        self.closing = True
+        self.worker.close()
+
+    def check_model(self, model: str | None) -> None:
+        """Refuse a model that is not served."""
+        if model is not None and model != self.name:
+            raise Refused(404, f"the model {model!r} is not served here: use {self.name!r}", "model", "model_not_found")
+
+    @property
+    def context_length(self) -> int | None:
+        """The tokens of the target's longest text."""
+        return self.engine.models["target"].context_length
+
+    def check_tokens(self, ids: Sequence[int], name: str) -> None:
+        """Refuse tokens that the target does not know."""
+        try:
+            self.engine.models["target"].check_tokens(ids)
+        except ValueError as error:
+            raise Refused(400, str(error), name) from error
+
+    def check(self, asked: protocol.Request, prompts: int) -> None:
+        """Refuse another model, too many choices, and more than may wait."""
+        self.check_model(asked.model)
+        choices, limits = asked.n or 1, self.limits
+        if choices > limits.n:
+            raise Refused(422, f"n={choices}: at most {limits.n} choices are given here", "n")
+        if self.closing:
+            raise Refused(503, "the server is about to stop")
+        if self.worker.count + choices * prompts > limits.at_once + limits.queue:
+            raise Refused(429, f"{self.worker.waiting} answers wait, and at most {limits.queue} may: try later")
+
+    def rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
+        """The answers that a request asks for: of each prompt all choices.
+
+        Raises:
+            Refused: for settings or a prompt that the engine refuses.
+        """
+        made, field = [], "prompt" if raw else "messages"
+        for prompt in prompts:
+            for choice in range(asked.n or 1):
+                try:
+                    settings = self.engine.settings(**asked.settings(self.defaults, choice))
+                    made.append(self.engine.request(prompt, settings, raw))
+                except NoRoom as error:
+                    raise Refused(
+                        400, str(error), "prompt" if raw else "messages", "context_length_exceeded"
+                    ) from error
+                except ValueError as error:
+                    raise Refused(400, str(error)) from error
+            length = len(made[-1].prompt_ids)
+            if self.limits.prompt is not None and length > self.limits.prompt:
+                message = f"the prompt has {length} tokens, and at most {self.limits.prompt} are read here"
+                raise Refused(400, message, field, "context_length_exceeded")
+            self.metrics.prompt(length)
+        return made
+
+    async def run(self, steps: Sequence[Steps[T]], is_gone: IsGone) -> list[T]:
+        """What coroutines return, once all are finished; see `changes`."""
+        change = asyncio.Event()
+        jobs = [Job(each, waking(change)) for each in steps]
+        async for _ in self.changes(jobs, change, is_gone):
+            pass
+        return [job.result for job in jobs]
+
+    async def changes(self, jobs: Sequence[Job[Any]], change: asyncio.Event, is_gone: IsGone) -> AsyncIterator[None]:
+        """Run jobs, and yield whenever one has changed, until all are done.
+
+        They are cancelled where the client goes away, the time is over, or nobody listens any more.
+
+        Raises:
+            Refused: where one of them broke or took too long.
+            Gone: where the client is gone.
+        """
+        started = time.perf_counter()
+        for job in jobs:
+            self.worker.submit(job)
+        try:
+            while not all(job.done for job in jobs):
+                if time.perf_counter() - started > self.limits.seconds:
+                    raise Refused(504, f"the answer took longer than {self.limits.seconds:g} s")
+                try:
+                    await asyncio.wait_for(change.wait(), LOOK)
+                except TimeoutError:
+                    if await is_gone():
+                        raise Gone from None
+                    continue
+                change.clear()
+                yield
+            yield  # whoever looked just before the last change
+        finally:
+            for job in jobs:
+                self.worker.cancel(job)
+        for job in jobs:
+            try:
+                answer = job.result
+            except Exception as error:  # of whatever kind: it ends this request alone
+                log.error("an answer failed", exc_info=error)
+                raise Refused(500, f"the answer failed: {type(error).__name__}: {error}") from error
+            if isinstance(answer, Generation):
+                self.metrics.finished(answer, time.perf_counter() - started)
+
+
+def waking(change: asyncio.Event) -> Callable[[], None]:
+    """Sets an event of the running loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(change.set)
+
+    return wake

@@ -1,0 +1,132 @@
+"""The thread that runs an engine's rounds for all requests of a server.
+
+The event loop must not wait for a pass, and the scheduler's lock is held during one: so requests reach this thread
+through a queue, and what changed reaches them through a callback.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from parse.round import Round
+from parse.scheduler import Scheduler, Steps, Task
+
+T = TypeVar("T")
+IDLE = 0.05  # seconds between looks at whether to stop, where nothing is asked
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """A coroutine of a request: an answer, or another look at the models."""
+
+    steps: Steps[T]
+    changed: Callable[[], None]  # called in the worker's thread: the text has grown, or the job is done
+    watched: Round | None = None  # whose text is told while it grows
+    text: str = ""  # of it, as far as it is certain
+    tokens: int = 0  # in it
+    segments: int = 0  # of it that are settled
+    cancelled: bool = False
+    task: Task[T] | None = field(default=None, repr=False)
+    done: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without a result."""
+        return self.task is not None and self.task.failed
+
+    @property
+    def result(self) -> T:
+        """What the coroutine returned.
+
+        Raises:
+            whatever it raised; `Cancelled` where it was cancelled.
+        """
+        assert self.task is not None
+        return self.task.result
+
+
+class Worker:
+    """Runs jobs, at most so many at once, in the order in which they come."""
+
+    def __init__(self, scheduler: Scheduler, at_once: int) -> None:
+        self.scheduler, self.at_once = scheduler, at_once
+        self._inbox: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
+        self._jobs: list[Job[Any]] = []  # of this thread
+        self.count = 0  # jobs that are not done; changed under the lock
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="parse-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Jobs that have begun."""
+        return min(self.count, self.at_once)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not begun."""
+        return max(self.count - self.at_once, 0)
+
+    def submit(self, job: Job[Any]) -> None:
+        """Queue a job; never waits."""
+        with self._lock:
+            self.count += 1
+        self._inbox.put(job)
+
+    def cancel(self, job: Job[Any]) -> None:
+        """Stop a job at the end of the step that runs, whatever it has reached; never waits."""
+        job.cancelled = True
+        if job.task is not None:
+            self.scheduler.cancel(job.task)
+
+    def close(self) -> None:
+        """End the thread; jobs that are left are cancelled."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        self.scheduler.max_running = self.at_once
+        with torch.inference_mode():
+            while not self._stopping.is_set():
+                self._take(wait=not self._jobs)
+                if self._jobs:
+                    self.scheduler.step()
+                    self._tell()
+        for job in self._jobs:
+            self.cancel(job)
+        self._tell()
+
+    def _take(self, wait: bool) -> None:
+        """Submit what has come; where nothing runs, wait a moment for something."""
+        try:
+            job = self._inbox.get(timeout=IDLE) if wait else self._inbox.get_nowait()
+            while True:
+                job.task = self.scheduler.submit(job.steps, watched=job.watched is not None)
+                self._jobs.append(job)
+                if job.cancelled:  # before it came here
+                    self.scheduler.cancel(job.task)
+                job = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _tell(self) -> None:
+        """Hand out what the last step has brought."""
+        for job in self._jobs:
+            assert job.task is not None
+            done, before = job.task.done, (job.text, job.segments)
+            if (answer := job.watched) is not None:
+                job.text, job.tokens, job.segments = answer.text, len(answer.ids), len(answer.segments)
+            if done:
+                with self._lock:
+                    self.count -= 1
+            job.done = done  # last: whoever sees it finds all else in its place
+            if done or (job.text, job.segments) != before:
+                job.changed()
+        self._jobs = [job for job in self._jobs if not job.done]

@@ -1,0 +1,424 @@
+"""The server, over HTTP, by the official client: the engine's own answers, refusals by name, nothing left behind."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+
+from parse import Engine
+from parse.__main__ import main as parse_main
+from parse.server.app import create_app
+from parse.server.serving import Limits, Serving
+from parse.verifiers import Likelihood
+
+PROMPT = "list : #1 fig rome 4 ; #2 apple oslo 7 ."
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 30}
+TEXT = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30}
+
+
+class Running:
+    """A server in a thread of this process, and a client."""
+
+    def __init__(self, engine, limits=None, **options):
+        self.engine = engine
+        self.serving = Serving(engine, "tiny", {"max_new_tokens": 40}, limits, expected=0.5)
+        config = uvicorn.Config(create_app(self.serving, **options), port=0, log_level="error")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=options.get("api_key", "none"), max_retries=0)
+
+    def post(self, path, body, **options):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.post(self.url + path, content=content, timeout=60, **options)
+
+    def events(self, path, body):
+        """A stream's chunks, and whether it ended as it should."""
+        lines = self.post(path, body | {"stream": True}).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def idle(self):
+        """Wait until nothing runs; whether every row of the caches is free again."""
+        limit = time.monotonic() + 20
+        while self.serving.worker.count and time.monotonic() < limit:
+            time.sleep(0.01)
+        runners = [model.runner for model in self.engine.models.values()]
+        return all(sorted(one._free) == list(range(len(one.cache.lengths))) for one in runners)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        assert not self.serving.worker._thread.is_alive()
+
+
+@pytest.fixture
+def engine(target, draft, tokenizer):
+    return Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4, compile=False)
+
+
+@pytest.fixture
+def running(engine):
+    one = Running(engine)
+    yield one
+    assert one.idle()
+    one.close()
+
+
+def test_a_chat_is_what_the_engine_generates(running):
+    expected = running.engine.generate(PROMPT, 30)[0]
+    answer = running.client.chat.completions.create(**CHAT)
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == (expected.text, expected.finish_reason)
+    prompt = len(running.engine.encode(PROMPT))
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, len(expected.token_ids))
+    assert [one["text"] for one in choice.parse["segments"]] == [one.text for one in expected.segments]
+    assert choice.parse["accepted_tokens"] == expected.stats.accepted_tokens
+    assert answer.metrics["speculative_decoding"]["num_draft_tokens"] == expected.stats.draft_tokens
+
+
+def test_parts_of_text_and_both_names_of_the_limit(running):
+    whole = running.client.chat.completions.create(**CHAT).choices[0].message.content
+    parts = [{"type": "text", "text": PROMPT[:9]}, {"type": "text", "text": PROMPT[9:]}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": parts}], "max_completion_tokens": 30}
+    assert running.client.chat.completions.create(**body).choices[0].message.content == whole
+
+
+@pytest.mark.parametrize("switches", [{}, {"method": "target"}, {"threshold": 1.1}, {"horizon": 5, "lookahead": 2}])
+def test_streams_join_to_the_whole_answer_and_say_where_its_pieces_are_from(running, switches):
+    expected = running.engine.generate(PROMPT, 30, **switches)[0]
+    chunks = running.events("/v1/chat/completions", CHAT | {"parse": switches})
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == expected.text
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + [expected.finish_reason]
+    told = choices[-1]["parse"]["segments"]
+    assert [one["text"] for one in told] == [one.text for one in expected.segments]
+    early = [one["text"] for choice in choices[:-1] for one in choice.get("parse", {}).get("segments", [])]
+    assert early == [one["text"] for one in told][: len(early)]
+
+
+def test_usage_of_a_stream_comes_when_it_is_asked_for(running):
+    body = TEXT | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    *chunks, last = running.events("/v1/completions", body)
+    assert last["choices"] == []
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert last["usage"]["completion_tokens"] == counts[-1] == 30
+    stream = running.client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True})
+    assert [chunk.usage.total_tokens for chunk in stream if not chunk.choices]
+
+
+def test_prompts_in_every_form(running):
+    """Text, texts, tokens and batches of tokens; what the engine says to the raw text."""
+    engine, other = running.engine, "list : #1 jam paris 2 ."
+    expected = [engine.generate(text, 30, raw=True)[0].text for text in (PROMPT, other)]
+    ids = [engine.tokenizer.encode(text) for text in (PROMPT, other)]
+    for prompt, count in ((PROMPT, 1), (ids[0], 1), ([PROMPT, other], 2), (ids, 2)):
+        answer = running.client.completions.create(**TEXT | {"prompt": prompt})
+        assert [choice.text for choice in answer.choices] == expected[:count]
+        assert [choice.index for choice in answer.choices] == [*range(count)]
+
+
+def test_choices_draw_from_streams_of_their_own(running):
+    ways = {"temperature": 1.0, "seed": 3, "top_k": 20, "top_p": 0.9}
+    answer = running.client.completions.create(**TEXT, n=3, temperature=1, seed=3, top_p=0.9, extra_body={"top_k": 20})
+    alone = [running.engine.generate(PROMPT, 30, raw=True, **ways | {"seed": 3 + i})[0].text for i in range(3)]
+    assert [choice.text for choice in answer.choices] == alone
+    assert len(set(alone)) == 3
+    streams = {}
+    for chunk in running.events("/v1/completions", TEXT | ways | {"n": 3}):
+        for choice in chunk["choices"]:
+            streams[choice["index"]] = streams.get(choice["index"], "") + choice["text"]
+    assert [streams[i] for i in range(3)] == alone
+
+
+def test_a_stop_string_ends_a_stream_before_it_shows(running):
+    whole = running.engine.generate(PROMPT, 30, raw=True)[0].text
+    stop = whole[len(whole) // 2 :][:5]
+    chunks = running.events("/v1/completions", TEXT | {"stop": [stop]})
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == whole[: whole.find(stop)]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_how_likely_a_text_is(running):
+    """The target's own numbers, in the form in which harnesses read them."""
+    engine = running.engine
+    ids = engine.tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        after = engine.target(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    wanted = after.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    answer = running.client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
+    found = answer.choices[0].logprobs
+    assert answer.choices[0].text == PROMPT
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+    assert [max(one.values()) for one in found.top_logprobs[1:]] == pytest.approx(
+        after.max(-1).values.tolist(), abs=1e-4
+    )
+    assert len(found.tokens) == len(found.text_offset) == len(ids)
+    more = running.client.completions.create(model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=1)
+    assert more.choices[0].logprobs.token_logprobs[1:-1] == pytest.approx(wanted, abs=1e-4)
+    written = running.client.completions.create(model="tiny", prompt=ids, max_tokens=3, logprobs=0).choices[0]
+    assert len(written.logprobs.token_logprobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "param"),
+    [
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0.content"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None),
+        ("chat/completions", {"model": "other"}, 404, "model"),
+        ("chat/completions", {"max_tokens": 0}, 400, "max_tokens"),
+        ("chat/completions", {"max_tokens": "many"}, 400, "max_tokens"),
+        ("chat/completions", {"temperature": -1}, 400, None),
+        ("chat/completions", {"logprobs": True}, 400, "logprobs"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools"),
+        ("chat/completions", {"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ("chat/completions", {"ingenuity": 3}, 400, "ingenuity"),
+        ("chat/completions", {"parse": {"treshold": 0.5}}, 400, "parse.treshold"),
+        ("chat/completions", {"parse": {"method": "magic"}}, 400, "parse.method"),
+        ("chat/completions", {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ("chat/completions", {"n": 17}, 422, "n"),
+        ("completions", {"prompt": ""}, 400, "prompt"),
+        ("completions", {"prompt": []}, 400, "prompt"),
+        ("completions", {"prompt": [10**6]}, 400, "prompt"),
+        ("completions", {"prompt": ["a", ""]}, 400, "prompt"),
+        ("completions", {"prompt": "fig " * 600}, 400, "prompt"),
+        ("completions", {"echo": True, "stream": True}, 400, "stream"),
+        ("completions", {"max_tokens": 0}, 400, "max_tokens"),
+        ("completions", {"suffix": "the end"}, 400, "suffix"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(running, path, change, status, param):
+    body = (CHAT if path.startswith("chat") else TEXT) | change
+    reply = running.post(f"/v1/{path}", body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"]) == (status, "invalid_request_error")
+    assert error["message"]
+    if param:
+        assert error["param"] == param
+
+
+def test_what_asks_for_nothing_is_let_through(running):
+    more = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": None, "tools": None, "user": "me", "n": 1}
+    assert running.post("/v1/chat/completions", CHAT | more | {"response_format": {"type": "text"}}).status_code == 200
+
+
+def test_bodies_that_are_none(running):
+    for body in (b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"model": 3}', b"[" * 10000):
+        reply = running.post("/v1/chat/completions", body)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"]
+    assert running.post("/v1/nowhere", b"{}").status_code == 404
+    assert httpx.get(f"{running.url}/v1/completions").status_code == 405
+    with pytest.raises(openai.NotFoundError, match="is not served here: use 'tiny'"):
+        running.client.chat.completions.create(**CHAT | {"model": "gpt-4"})
+
+
+def test_models_tokens_and_the_request_id(running):
+    model = running.client.models.list().data[0]
+    assert (model.id, model.max_model_len) == ("tiny", 512)
+    ids = running.post("/tokenize", {"prompt": PROMPT}).json()
+    assert ids["tokens"] == running.engine.tokenizer.encode(PROMPT)
+    assert running.post("/detokenize", {"tokens": ids["tokens"]}).json() == {"prompt": PROMPT}
+    chat = running.post("/tokenize", {"messages": CHAT["messages"]}).json()
+    assert chat["tokens"] == running.engine.encode(PROMPT)
+    assert running.post("/tokenize", {}).status_code == 400
+    reply = running.post("/v1/chat/completions", CHAT, headers={"x-request-id": "mine"})
+    assert reply.headers["x-request-id"] == "mine"
+    assert running.post("/v1/chat/completions", CHAT).headers["x-request-id"]
+
+
+def test_figures_for_prometheus(running):
+    answers = [running.client.chat.completions.create(**CHAT) for _ in range(2)]
+    running.post("/v1/chat/completions", CHAT | {"model": "other"})
+    lines = httpx.get(f"{running.url}/metrics").text.splitlines()
+    figures = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    counts = answers[0].metrics["speculative_decoding"]
+    label = '{model_name="tiny"}'
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert float(figures[f"vllm:spec_decode_{name}_total{label}"]) == 2 * counts[name]
+    assert float(figures[f"vllm:generation_tokens_total{label}"]) == 2 * answers[0].usage.completion_tokens
+    assert float(figures[f"vllm:num_requests_running{label}"]) == 0
+    assert float(figures[f"vllm:e2e_request_latency_seconds_count{label}"]) == 2
+    assert float(figures['parse:requests_failed_total{model_name="tiny",status="404"}']) == 1
+    share = counts["num_accepted_tokens"] / counts["num_draft_tokens"]
+    assert float(figures[f"parse:calibration_drift{label}"]) == pytest.approx(share - 0.5)
+
+
+def test_the_key_guards_all_but_health(engine):
+    running = Running(engine, api_key="secret")
+    try:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        for path in ("/v1/models", "/metrics"):
+            assert httpx.get(running.url + path).status_code == 401
+            assert httpx.get(running.url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert running.post("/v1/chat/completions", CHAT).status_code == 401
+        assert running.client.chat.completions.create(**CHAT).choices
+    finally:
+        running.close()
+
+
+def test_limits_have_statuses_of_their_own(engine):
+    running = Running(engine, Limits(at_once=1, queue=1, body=500, prompt=20))
+    try:
+        assert running.post("/v1/completions", TEXT | {"prompt": "x" * 500}).status_code == 413
+        assert running.post("/v1/completions", TEXT | {"prompt": "fig " * 30}).status_code == 400
+        few = TEXT | {"prompt": "the fig"}
+        assert running.post("/v1/completions", few | {"n": 3}).status_code == 429
+        assert running.post("/v1/completions", few | {"n": 2}).status_code == 200
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def slow(engine):
+    """The passes of a target that takes its time over each."""
+    passes, forward = [], engine.models["target"].runner.forward
+
+    def waiting(works, alone=False):
+        passes.append(len(works))
+        time.sleep(0.05)
+        return forward(works, alone)
+
+    engine.models["target"].runner.forward = waiting
+    return passes
+
+
+LONG = CHAT | {"max_tokens": 400, "parse": {"method": "target"}, "stream": True}  # 400 passes
+
+
+def test_a_request_that_takes_too_long_is_given_up(engine, slow):
+    running = Running(engine, Limits(seconds=0.3))
+    try:
+        assert running.post("/v1/completions", TEXT | {"max_tokens": 400, "parse": LONG["parse"]}).status_code == 504
+        assert running.idle()
+        assert len(slow) < 300
+    finally:
+        running.close()
+
+
+def test_a_client_that_goes_away_frees_its_row(engine, slow):
+    """In the middle of a stream, or while it waits for the whole answer."""
+    running = Running(engine)
+    try:
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=LONG, timeout=60) as stream:
+            next(stream.iter_lines())
+        assert running.idle()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/v1/chat/completions", json=LONG | {"stream": False}, timeout=0.5)
+        assert running.idle()
+        assert len(slow) < 600
+        assert running.client.chat.completions.create(**CHAT).choices  # others are served as before
+    finally:
+        running.close()
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_runs(engine, slow):
+    running = Running(engine)
+    found = []
+    body = LONG | {"max_tokens": 30}
+    thread = threading.Thread(target=lambda: found.extend(running.events("/v1/chat/completions", body)))
+    thread.start()
+    while not slow:
+        time.sleep(0.01)
+    running.close()
+    thread.join(20)
+    assert found[-1]["choices"][0]["finish_reason"] == "length"
+    with pytest.raises(httpx.ConnectError):
+        running.post("/v1/chat/completions", CHAT)
+
+
+def test_an_answer_that_breaks_ends_alone(engine):
+    running = Running(engine)
+    try:
+        runner = engine.models["target"].runner
+        forward = runner.forward
+
+        def breaking(works, alone=False):
+            raise RuntimeError("the device is gone")
+
+        runner.forward = breaking
+        reply = running.post("/v1/chat/completions", CHAT)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+        chunk = json.loads(running.post("/v1/chat/completions", CHAT | {"stream": True}).text.split("\n\n")[0][6:])
+        assert "the device is gone" in chunk["error"]["message"]
+        runner.forward = forward
+        assert running.client.chat.completions.create(**CHAT).choices
+        assert running.idle()
+    finally:
+        running.close()
+
+
+def test_many_clients_get_the_answers_that_they_get_alone(running):
+    prompts = [f"list : #{i} fig rome {i} ." for i in range(1, 7)] * 2
+    expected = [result.text for result in running.engine.generate(prompts, 25)]
+    found = [""] * len(prompts)
+
+    def ask(index):
+        body = CHAT | {"messages": [{"role": "user", "content": prompts[index]}], "max_tokens": 25}
+        if index % 3 == 0:
+            found[index] = running.client.chat.completions.create(**body).choices[0].message.content
+        else:
+            for chunk in running.client.chat.completions.create(**body, stream=True):
+                found[index] += chunk.choices[0].delta.content or ""
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
+
+
+def test_the_command_serves_models_that_are_named_until_it_is_told_to_stop():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--target", "recipes/models/ledger-target", "--draft", "recipes/models/ledger-draft"]
+    words += ["--verifier", "likelihood", "--port", str(port), "--name", "ledger"]
+    command = [sys.executable, "-m", "parse", "serve", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr)
+    said = next(line for line in lines if line.startswith("serving "))
+    url = said.split(" at ")[1].strip()
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=20)
+    asked = {"model": "ledger", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 20}
+    assert client.chat.completions.create(**asked).choices[0].message.content
+    assert PROMPT not in next(line for line in lines if "chat/completions" in line)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--run", "runs/nowhere"], "no recipe.yaml there"),
+        ([], "no target is named"),
+        (["--port", "none"], "must be a number of at least 1"),
+        (["--treshold", "1"], "unrecognized arguments"),
+    ],
+)
+def test_a_command_that_cannot_serve_says_why(words, says, capsys):
+    try:
+        status = parse_main(["serve", *words])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert says in capsys.readouterr().err
