@@ -3,16 +3,20 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from eval.__main__ import main as evaluate
 from eval.tasks import TASKS, draw_prompts, ledger, load_task
 from eval.tasks.rows import key_of
+from parse import Engine
 from recipes.schema import load_recipe, to_dict
 from tests.conftest import MODELS, QUICK
+from tests.test_server import Running
 from train.__main__ import main as train
 
 pytest.importorskip("lm_eval")
+TARGET = MODELS / "ledger-target"
 REGEX = r"that is (\d+)"
 SUM = {
     "output_type": "generate_until",
@@ -180,3 +184,56 @@ def test_a_task_of_the_harness_from_answers_to_evaluation(folder, tmp_path, caps
     answered = [json.loads(line) for line in (tmp_path / "sums/eval/transcripts.jsonl").read_text().splitlines()]
     assert not any("coins ." in row["text"] for row in answered)
     assert any("that is" in row["text"] for row in answered)
+
+
+@pytest.fixture
+def served():
+    running = Running(Engine.from_pretrained(TARGET, compile=False))
+    running.serving.defaults = {"method": "target", "max_new_tokens": 200}
+    yield running
+    assert running.idle()
+    running.close()
+
+
+def harness(model, task, tasks, **options):
+    """The harness's own run of a task of a folder."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return simple_evaluate(model=model, tasks=[task], task_manager=manager, bootstrap_iters=0, **options)
+
+
+def arguments(running, route):
+    names = {"model": "tiny", "base_url": f"{running.url}/v1/{route}", "num_concurrent": 4, "max_retries": 1}
+    return names | {"tokenizer_backend": "huggingface", "tokenizer": str(TARGET)}
+
+
+@pytest.mark.slow
+def test_the_harness_generates_by_the_server_as_our_evaluation_does(served, folder):
+    pytest.importorskip("tenacity")
+    recipe = load_recipe(QUICK, ["task=lm_eval:sums", f"data.harness.include_path={folder}"])
+    task = load_task(recipe.task, to_dict(recipe.data))
+    prompts = list(task.prompts("test", 0))
+    answers = served.engine.generate(prompts, 200, method="target", stop=list(task.stop))
+    ours = sum(task.check(prompt, one.text) for prompt, one in zip(prompts, answers, strict=True)) / len(prompts)
+    chat = arguments(served, "chat/completions") | {"tokenizer_backend": None}
+    found = harness("local-chat-completions", "sums", folder, model_args=chat, apply_chat_template=True)
+    assert found["results"]["sums"]["exact_match,sum"] == pytest.approx(ours)
+    assert ours > 0.8
+
+
+@pytest.mark.slow
+def test_the_harness_rates_choices_by_the_server_as_by_the_model_itself(served, folder):
+    pytest.importorskip("tenacity")
+    from lm_eval.models.huggingface import HFLM
+
+    rated = harness("local-completions", "sums_choice", folder, model_args=arguments(served, "completions"), limit=8)
+    model = HFLM(pretrained=served.engine.target, tokenizer=served.engine.tokenizer)
+    alone = harness(model, "sums_choice", folder, limit=8)
+    ours, theirs = (
+        [[float(value) for ((value, _),) in one["resps"]] for one in found["samples"]["sums_choice"]]
+        for found in (rated, alone)
+    )
+    assert torch.tensor(ours) == pytest.approx(torch.tensor(theirs), abs=1e-3)
+    assert rated["results"]["sums_choice"]["acc,none"] == alone["results"]["sums_choice"]["acc,none"]

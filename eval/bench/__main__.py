@@ -1,4 +1,4 @@
-"""python -m eval.bench engine | gpu."""
+"""python -m eval.bench engine | server | gpu."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     engine.add_argument("--models", nargs="+", default=["embedded", "smollm2"], choices=["embedded", "smollm2"])
     engine.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     engine.add_argument("--repeats", type=int, default=5)
+    server = commands.add_parser("server", help="requests a second through the server, over those of the engine")
+    server.add_argument("--clients", nargs="+", type=int, default=[8, 32])
+    server.add_argument("--repeats", type=int, default=5)
     gpu = commands.add_parser("gpu", help="all that only a GPU can show, in nine minutes")
     gpu.add_argument("--out", type=Path, required=True, help="the folder for the JSON file")
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, on any device: to see that all runs")
@@ -29,10 +32,22 @@ def main(arguments: list[str] | None = None) -> int:
     quieten()
     if options.what == "gpu":
         return _gpu(options)
+    if options.what == "server":
+        return _server(options)
     from eval.bench.engine import measure, tables
 
     rows = measure(options.models, options.batches, options.repeats)
     print(f"\n{hardware()}\n\n{tables(rows)}\n")
+    print(json.dumps({"hardware": hardware(), "rows": rows}))
+    return 0
+
+
+def _server(options: argparse.Namespace) -> int:
+    from eval.bench.server import measure, table
+    from eval.bench.tables import text_table
+
+    rows = measure(options.clients, options.repeats)
+    print(f"\n{hardware()}\n\n{text_table(table(rows))}\n")
     print(json.dumps({"hardware": hardware(), "rows": rows}))
     return 0
 

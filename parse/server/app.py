@@ -166,8 +166,12 @@ async def completions(http: Request) -> Response:
         results = [Generation("", [], "length", [], each.stats) for each in rounds]
     scores: list[Scores] | list[None] = [None] * len(rounds)
     if asked.logprobs is not None:
-        texts = [[*each.prompt_ids, *result.token_ids] for each, result in zip(rounds, results, strict=True)]
         target = serving.engine.models["target"]
+        end = sorted(target.eos_ids)[:1]  # clients count it among the tokens, as servers that rate what they write do
+        texts = [
+            [*each.prompt_ids, *result.token_ids, *(end if limit and result.finish_reason == "stop" else [])]
+            for each, result in zip(rounds, results, strict=True)
+        ]
         scores = await serving.run([scored(target, ids, asked.logprobs) for ids in texts], http.is_disconnected)
     return _whole(http, form, results, scores)
 

@@ -1,0 +1,111 @@
+"""What serving costs: requests a second through the server, over those of `Engine.generate` with as many at once.
+
+Both answer the same prompts by the same engine, in turns. The clients live in another process, and each has one request
+at a time; on a machine of few cores they take their share of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from statistics import median
+from subprocess import PIPE, Popen
+from typing import Any
+
+from eval.bench.models import load_pair
+from eval.bench.tables import Table
+from eval.tasks import TASKS, draw_prompts
+from parse import Engine
+from parse.server.app import create_app
+from parse.server.serving import Limits, Serving
+from parse.verifiers import Likelihood
+from recipes.progress import progress_bar
+
+EACH = 6  # requests of a client
+LIMIT = 200  # tokens of an answer
+NAME = "bench"
+
+
+def measure(loads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A row for each number of clients."""
+    import uvicorn
+
+    target, draft, tokenizer = load_pair("embedded")
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(threshold=0.5), compile=True)
+    engine.warm_up(max(loads))
+    rows = []
+    with progress_bar("server", total=len(loads) * repeats) as bar:
+        for at_once in loads:
+            prompts = draw_prompts(TASKS["ledger"], "test", EACH * at_once, seed=1)
+            server = uvicorn.Server(uvicorn.Config(_app(engine, at_once), port=0, log_level="error"))
+            thread = threading.Thread(target=server.run)
+            thread.start()
+            while not server.started:
+                time.sleep(0.01)
+            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            try:
+                pairs = []
+                for _ in range(repeats + 1):  # the first one warms up
+                    alone = _by_engine(engine, prompts, at_once)
+                    pairs.append((alone, _by_clients(url, prompts, at_once)))
+                    bar.update(len(pairs) > 1)
+            finally:
+                server.should_exit = True
+                thread.join()
+            ratios = [served / alone for alone, served in pairs[1:]]
+            middle = {name: median(pair[i] for pair in pairs[1:]) for i, name in enumerate(("engine", "server"))}
+            rows.append({"clients": at_once, "requests": len(prompts), **middle, "ratio": median(ratios)})
+    return rows
+
+
+def _app(engine: Engine, at_once: int) -> Any:
+    return create_app(Serving(engine, NAME, {"max_new_tokens": LIMIT}, Limits(at_once=at_once)))
+
+
+def _by_engine(engine: Engine, prompts: Sequence[str], at_once: int) -> float:
+    """Requests a second."""
+    started = time.perf_counter()
+    engine.generate(prompts, LIMIT, batch_size=at_once)
+    return len(prompts) / (time.perf_counter() - started)
+
+
+def _by_clients(url: str, prompts: Sequence[str], at_once: int) -> float:
+    """Requests a second of so many clients in a process of their own."""
+    work = json.dumps({"url": url, "prompts": prompts, "at_once": at_once})
+    process = Popen([sys.executable, "-m", "eval.bench.server"], stdin=PIPE, stdout=PIPE, text=True)
+    out, _ = process.communicate(work)
+    return len(prompts) / float(out)
+
+
+async def _ask_all(url: str, prompts: Sequence[str], at_once: int) -> float:
+    """The seconds that so many clients take, from the first request on."""
+    import httpx
+
+    waiting = iter(prompts)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+
+        async def ask() -> None:
+            for prompt in waiting:
+                body = {"model": NAME, "messages": [{"role": "user", "content": prompt}]}
+                (await client.post("/v1/chat/completions", json=body)).raise_for_status()
+
+        started = time.perf_counter()
+        await asyncio.gather(*(ask() for _ in range(at_once)))
+        return time.perf_counter() - started
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    head = ["clients", "requests", "Engine.generate", "server", "server / engine"]
+    rates = lambda row: [f"{row[key]:.1f}/s" for key in ("engine", "server")]
+    cells = [[str(row["clients"]), str(row["requests"]), *rates(row), f"{row['ratio']:.0%}"] for row in rows]
+    return Table("Requests a second through the server", head, cells)
+
+
+if __name__ == "__main__":
+    work = json.load(sys.stdin)
+    print(asyncio.run(_ask_all(work["url"], work["prompts"], work["at_once"])))
