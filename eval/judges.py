@@ -206,7 +206,7 @@ def labeller_of(recipe: Recipe, task: Task) -> str:
     if recipe.rollouts.labeller == "task" and not task.checks:
         raise RecipeError(
             f"rollouts.labeller is 'task', and the rows of {recipe.task} have no `reference` to check answers against: "
-            "give them one, or set rollouts.labeller=agreement (the target compares answers with its own)"
+            "give them one, or set rollouts.labeller=agreement (answers are compared with the target's own)"
         )
     if recipe.rollouts.labeller == "auto":
         return "task" if task.checks else "agreement"

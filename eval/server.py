@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, cast
 
 import openai
@@ -14,6 +15,7 @@ from recipes.schema import RecipeError, Server
 
 REFUSED_PROMPT = (400, 413, 422)  # as this prompt will be at every try
 LIKELIEST = 20  # words, of which "yes" and "no" are looked for: as many as the protocol allows
+UNSETTLED = (10, 0.1)  # questions that a judge may leave open: so many, or that share of all
 REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)  # as every request will be
 
 
@@ -41,6 +43,8 @@ class Client:
             key: where the recipe names the server.
         """
         self.server, self.model, self.limit, self.key = server, model, limit, key
+        self.questions = self.unsettled = 0
+        self._lock, self._gives_logprobs, self._last = Lock(), True, ""
         self._client = openai.OpenAI(
             base_url=server.url,
             api_key=os.environ.get(server.key_variable, "none"),
@@ -79,28 +83,45 @@ class Client:
     def probability_yes(self, question: str) -> float:
         """P(yes) against P(no) as the first word of the reply; 1 or 0 by that word from a server without probabilities.
 
+        What the server does not settle, a question that is too long or a reply of another kind, is no yes. It is
+        counted, and a server that settles little is an error.
+
         Raises:
-            RecipeError: where the server cannot be reached, refuses the question, or says neither.
+            RecipeError: where the server cannot be reached, refuses the model or the key, or settles little.
         """
+        settled = self._verdict(question)
+        with self._lock:
+            self.questions += 1
+            self.unsettled += settled is None
+            if self.unsettled > max(UNSETTLED[0], UNSETTLED[1] * self.questions):
+                raise RecipeError(
+                    f"{self.key}: {self.model!r} has answered {self.unsettled} of {self.questions} questions with "
+                    f"neither yes nor no, the last one with {self._last!r:.200}: name a model that does as it is told, "
+                    "or turn its thinking off (extra_body: {chat_template_kwargs: {enable_thinking: false}})"
+                )
+        return settled or 0.0
+
+    def _verdict(self, question: str) -> float | None:
+        """P(yes); None where the server does not settle it."""
+        asking: dict[str, Any] = {"logprobs": True, "top_logprobs": LIKELIEST} if self._gives_logprobs else {}
         try:
-            choice = self._asked([{"role": "user", "content": question}], 1, logprobs=True, top_logprobs=LIKELIEST)
+            choice = self._asked([{"role": "user", "content": question}], 1, **asking)
             known = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else []
             words = [(one.token, math.exp(one.logprob)) for one in known] or [(choice.message.content or "", 1.0)]
         except RecipeError:
             raise
+        except openai.BadRequestError as error:
+            self._last = str(error)
+            if not asking:
+                return None
+            self._gives_logprobs = False  # perhaps it has none to give
+            return self._verdict(question)
         except (openai.APIError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise RecipeError(
-                f"{self.key}: {self.server.url} gives no verdict ({type(error).__name__}: {error}): see the server's "
-                "log, and run the command again; what is finished is kept"
-            ) from error
+            self._last = f"{type(error).__name__}: {error}"
+            return None
         yes, no = (sum(p for word, p in words if word.strip().lower() == reply) for reply in ("yes", "no"))
-        if not yes + no:
-            raise RecipeError(
-                f"{self.key}: {self.model!r} was asked for yes or no and begins with {words[0][0]!r}: name a model "
-                "that does as it is told, or turn its thinking off (extra_body: {chat_template_kwargs: "
-                "{enable_thinking: false}})"
-            )
-        return yes / (yes + no)
+        self._last = words[0][0]
+        return yes / (yes + no) if yes + no else None
 
     def _asked(self, prompt: Prompt, limit: int, **more: Any) -> Any:
         """The first choice of a greedy completion.

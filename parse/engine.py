@@ -296,7 +296,7 @@ class Engine:
             ValueError: for a prompt that is none.
         """
         if isinstance(prompt, str) or not prompt or isinstance(prompt[0], Mapping):
-            return self._start(*self._encoded(cast(str | Messages, prompt), raw), settings)
+            return self._start(*self._encoded(cast(str | Messages, prompt), raw, warn=False), settings)
         ids = list(cast(Sequence[int], prompt))
         crosses = self.draft is not None and not self.same_tokens
         words = encode_prompt(text_of(ids, self.tokenizer), self.draft_tokenizer, raw=True) if crosses else ids
@@ -360,11 +360,15 @@ class Engine:
             return self.encode(prompt)
         return encode_for_draft(prompt, self.draft_tokenizer, self.tokenizer)
 
-    def _encoded(self, prompt: str | Messages, raw: bool = False) -> tuple[list[int], list[int]]:
+    def again(self, answer: Round, settings: Settings) -> Round:
+        """The prompt of another answer asked once more."""
+        return self._start(answer.prompt_ids, answer.draft_prompt_ids, settings)
+
+    def _encoded(self, prompt: str | Messages, raw: bool = False, warn: bool = True) -> tuple[list[int], list[int]]:
         """The target's tokens of a prompt and the draft's."""
         if not raw:
             ids = self.encode(prompt)
-            if reason := unsuited(prompt, ids, self.tokenizer):
+            if warn and (reason := unsuited(prompt, ids, self.tokenizer)):
                 warnings.warn(reason, stacklevel=4)
             return ids, ids if self.same_tokens or self.draft is None else self.encode_for_draft(prompt)
         ids = encode_prompt(prompt, self.tokenizer, raw=True)

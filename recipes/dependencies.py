@@ -21,7 +21,11 @@ KEYS = {
 SETTINGS = {"rollouts": ("horizon",), "relabel": ("horizon",), "verifier": ("policy", "handback", "horizon")}
 ROWS = {"answers": "answers", "rollouts": "rollouts", "relabel": "rollouts"}  # stages that ask prompts: their sections
 COUNTS = {"prompts", "train", "calibration", "test", "recheck", "minutes"}  # how many prompts
-RUNNING = {"batch_size", "server"}  # keys that say how a stage runs, not what comes out; but what a server is asked
+RUNNING = {
+    "batch_size",
+    "server",
+    "judge",
+}  # keys that say how a stage runs, not what comes out; but what a server is asked
 PLACING = {"device_map", "max_memory", "offload_folder"}  # options that say where a model lies, not what it is
 
 
@@ -126,6 +130,12 @@ def _that_matters(section: Any) -> Any:
     """A section without what does not change its stage's outcome."""
     if not isinstance(section, dict) or not RUNNING & section.keys():
         return section
-    server = section.get("server")
     kept = {key: value for key, value in section.items() if key not in RUNNING}
-    return kept | ({key: server[key] for key in ("model", "extra_body") if server[key] != {}} if server else {})
+    if judge := section.get("judge"):
+        kept["judge"] = _asked_of(judge)
+    return kept | (_asked_of(server) if (server := section.get("server")) else {})
+
+
+def _asked_of(server: dict[str, Any]) -> dict[str, Any]:
+    """Of a server's section what decides what it says."""
+    return {key: server[key] for key in ("model", "extra_body") if server[key] != {}}

@@ -194,7 +194,7 @@ class Rollouts:
     # on, "all" from every prefix. "auto" is "checker" for training prompts where the program knows, else "bisect"
     labeller: Literal["auto", "task", "agreement"] = "auto"  # "task", its checker, where it has one; else "agreement":
     # answers are compared with the target's own
-    judge: Server | None = None  # who compares them; None: the target itself
+    judge: Server | None = None  # a model that compares them, here and in evaluations; None: the target does
     samples: Count = 1  # ways on from a prefix, of which the most decide; 1 is greedy
     recheck: Whole = 100  # labels to ask again, to know their noise
     batch_size: Count = 48  # prompts at a time

@@ -208,14 +208,15 @@ def test_a_draft_with_other_tokens_proposes_as_text(smollm, target, tokenizer, m
     assert ahead.finish_reason == plain.finish_reason
 
 
-def test_proposals_that_cross_as_text_are_kept_and_save_passes(smollm, monkeypatch):
+@pytest.mark.parametrize("ways", [{}, {"temperature": 0.2, "seed": 5}, {"stop": ["not said"]}])
+def test_proposals_that_cross_as_text_are_kept_and_save_passes(smollm, monkeypatch, ways):
     """The target drafts for itself, with a word more in its tokenizer."""
     model, real = smollm
     other = copy.deepcopy(real)
     other.add_tokens(["unheard-of"])
     engine = Engine(model, real, model, other, compile=False)
     assert not engine.same_tokens
-    plain = engine.generate(PROMPT, 24, method="target")[0]
+    plain = engine.generate(PROMPT, 24, method="target", **ways)[0]
     passes = []
     forward = ModelRunner.forward
 
@@ -224,9 +225,9 @@ def test_proposals_that_cross_as_text_are_kept_and_save_passes(smollm, monkeypat
         return forward(self, some, alone)
 
     monkeypatch.setattr(ModelRunner, "forward", counting)
-    ahead = engine.generate(PROMPT, 24, method="target", lookahead=5)[0]
+    ahead = engine.generate(PROMPT, 24, method="target", lookahead=5, **ways)[0]
     assert ahead.token_ids == plain.token_ids
-    assert sum(passes) <= 7  # the prompt, then a chosen token and up to five proposals each
+    assert sum(passes) <= (14 if "seed" in ways else 7)  # the prompt, then a chosen token and up to five proposals each
 
 
 def test_where_the_drafts_context_ends_the_target_goes_on_without_proposals(target, draft, tokenizer):

@@ -56,13 +56,27 @@ def test_of_a_server_without_probabilities_the_word_counts_and_the_same_words_ar
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "says"),
-    [(200, {"content": "Maybe"}, "asked for yes or no and begins with 'Maybe'"), (500, {}, "gives no verdict"),
-     (404, {}, "refuses the model 'big'")],
-)  # fmt: skip
-def test_a_judge_that_does_not_judge_is_an_error(engine, server, status, message, says):
+    ("status", "message", "last"), [(200, {"content": "Maybe"}, "Maybe"), (500, {}, "no"), (400, {}, "no")]
+)
+def test_what_a_judge_leaves_open_is_no_yes_and_much_of_it_is_an_error(engine, server, status, message, last):
     server.reply = lambda question: (status, message, "length")
-    with pytest.raises(RecipeError, match=f"rollouts.judge: .*{says}"):
+    agreement = judge(engine, server)
+    for _ in range(5):  # both orders each
+        assert not run(agreement.is_right(PROMPT, "A plum."))
+    with pytest.raises(RecipeError, match=f"rollouts.judge: .*11 of 11 questions with neither.*{last}"):
+        run(agreement.is_right(PROMPT, "A plum."))
+
+
+def test_a_judge_without_probabilities_is_asked_without_them(engine, server):
+    knows = lambda: "logprobs" in server.asked[-1]
+    server.reply = lambda question: (400, {}, "length") if knows() else (200, {"content": "Yes"}, "length")
+    assert run(judge(engine, server).is_right(PROMPT, "A plum."))
+    assert ["logprobs" in one for one in server.asked] == [True, False, False]
+
+
+def test_a_judge_that_refuses_the_model_is_an_error(engine, server):
+    server.reply = lambda question: (404, {}, "length")
+    with pytest.raises(RecipeError, match="rollouts.judge: .*refuses the model 'big'"):
         run(judge(engine, server).is_right(PROMPT, "A plum."))
 
 

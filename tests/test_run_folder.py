@@ -8,6 +8,8 @@ import sys
 import pytest
 from datasets import Dataset, load_from_disk
 
+from recipes.dependencies import Dependencies
+from recipes.digests import Digests
 from recipes.run import KEPT
 from recipes.schema import RecipeError, load_recipe
 from tests.conftest import LISTS, QUICK, open_run, wait_for
@@ -106,6 +108,17 @@ def test_a_stage_whose_inputs_are_not_there_is_refused(copied, capsys):
     finish(open_run(load_recipe(QUICK, copied)), "answers", "distill")
     assert train([QUICK, "distill", *copied, "answers.prompts=3"]) == 2
     assert "reads what 'answers' writes" in capsys.readouterr().err
+
+
+def test_another_address_of_the_judge_keeps_the_labels(copied):
+    def depends(*words):
+        recipe = load_recipe(QUICK, [*copied, *words])
+        return Dependencies(recipe, Digests(), lambda _: "", lambda _: {}).hash("rollouts")
+
+    judge = "rollouts.judge={url: 'http://a/v1', model: big}"
+    moved = "rollouts.judge={url: 'http://b/v1', model: big, concurrency: 3}"
+    assert depends() != depends(judge) == depends(moved)
+    assert depends(judge) != depends("rollouts.judge={url: 'http://a/v1', model: small}")
 
 
 def test_another_server_or_batch_keeps_what_is_answered(copied):

@@ -42,7 +42,8 @@ class Running:
 
     def post(self, path, body, **options):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(self.url + path, content=content, timeout=60, **options)
+        headers = {"content-type": "application/json", **options.pop("headers", {})}
+        return httpx.post(self.url + path, content=content, timeout=60, headers=headers, **options)
 
     def events(self, path, body):
         """A stream's chunks, and whether it ended as it should."""
@@ -90,6 +91,16 @@ def test_a_chat_is_what_the_engine_generates(running):
     assert answer.metrics["speculative_decoding"]["num_draft_tokens"] == expected.stats.draft_tokens
 
 
+def test_a_conversation_goes_on_with_the_clients_own_message(running):
+    """The official client sends back all that it was given."""
+    first = running.client.chat.completions.create(**CHAT).choices[0].message
+    more = [first, {"role": "user", "content": "the fig"}]
+    second = running.client.chat.completions.create(**CHAT | {"messages": CHAT["messages"] + more})
+    dumped = [first.model_dump(), more[1]]
+    same = running.client.chat.completions.create(**CHAT | {"messages": CHAT["messages"] + dumped})
+    assert second.choices[0].message.content == same.choices[0].message.content
+
+
 def test_parts_of_text_and_both_names_of_the_limit(running):
     whole = running.client.chat.completions.create(**CHAT).choices[0].message.content
     parts = [{"type": "text", "text": PROMPT[:9]}, {"type": "text", "text": PROMPT[9:]}]
@@ -110,6 +121,9 @@ def test_streams_join_to_the_whole_answer_and_say_where_its_pieces_are_from(runn
     assert [one["text"] for one in told] == [one.text for one in expected.segments]
     early = [one["text"] for choice in choices[:-1] for one in choice.get("parse", {}).get("segments", [])]
     assert early == [one["text"] for one in told][: len(early)]
+    assert early or switches == {"method": "target"}
+    roles = [choice["delta"]["role"] for choice in choices if "role" in choice["delta"]]
+    assert roles == ["assistant"]
 
 
 def test_usage_of_a_stream_comes_when_it_is_asked_for(running):
@@ -147,6 +161,13 @@ def test_choices_draw_from_streams_of_their_own(running):
     assert [streams[i] for i in range(3)] == alone
 
 
+def test_choices_differ_with_the_servers_own_seed_too(running):
+    running.serving.defaults |= {"seed": 3, "temperature": 1.0}
+    answer = running.client.completions.create(**TEXT, n=2)
+    alone = [running.engine.generate(PROMPT, 30, raw=True, temperature=1.0, seed=3 + i)[0].text for i in range(2)]
+    assert [choice.text for choice in answer.choices] == alone
+
+
 def test_a_stop_string_ends_a_stream_before_it_shows(running):
     whole = running.engine.generate(PROMPT, 30, raw=True)[0].text
     stop = whole[len(whole) // 2 :][:5]
@@ -175,6 +196,21 @@ def test_how_likely_a_text_is(running):
     assert more.choices[0].logprobs.token_logprobs[1:-1] == pytest.approx(wanted, abs=1e-4)
     written = running.client.completions.create(model="tiny", prompt=ids, max_tokens=3, logprobs=0).choices[0]
     assert len(written.logprobs.token_logprobs) == 3
+
+
+def test_an_answers_own_end_counts_among_rated_tokens_and_a_stop_string_does_not(running, monkeypatch):
+    engine, target = running.engine, running.engine.models["target"]
+    ids = engine.tokenizer.encode(PROMPT)
+    written = engine.generate(PROMPT, 9, raw=True, method="target")[0].token_ids
+    body = TEXT | {"prompt": ids, "max_tokens": 9, "logprobs": 1, "parse": {"method": "target"}}
+    word = engine.tokenizer.decode(written[4])
+    stopped = running.post("/v1/completions", body | {"stop": [word]}).json()
+    assert len(stopped["choices"][0]["logprobs"]["tokens"]) == stopped["usage"]["completion_tokens"]
+    monkeypatch.setattr(target.runner, "eos_ids", frozenset([written[5]]))
+    ended = running.post("/v1/completions", body).json()
+    count = ended["usage"]["completion_tokens"]
+    assert len(ended["choices"][0]["logprobs"]["tokens"]) == count + 1
+    assert ended["choices"][0]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +253,10 @@ def test_what_is_not_supported_is_refused_by_its_name(running, path, change, sta
 
 def test_what_asks_for_nothing_is_let_through(running):
     more = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": None, "tools": None, "user": "me", "n": 1}
+    more |= {"stream": None, "parse": None, "metadata": None, "audio": None, "tool_choice": "auto", "tools": []}
     assert running.post("/v1/chat/completions", CHAT | more | {"response_format": {"type": "text"}}).status_code == 200
+    switches = {"method": None, "threshold": None, "horizon": None, "lookahead": None}
+    assert running.post("/v1/chat/completions", CHAT | {"parse": switches}).status_code == 200
 
 
 def test_bodies_that_are_none(running):
@@ -225,6 +264,7 @@ def test_bodies_that_are_none(running):
         reply = running.post("/v1/chat/completions", body)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"]
+    assert running.post("/v1/chat/completions", CHAT, headers={"content-type": "text/plain"}).status_code == 415
     assert running.post("/v1/nowhere", b"{}").status_code == 404
     assert httpx.get(f"{running.url}/v1/completions").status_code == 405
     with pytest.raises(openai.NotFoundError, match="is not served here: use 'tiny'"):
@@ -260,6 +300,11 @@ def test_figures_for_prometheus(running):
     assert float(figures['parse:requests_failed_total{model_name="tiny",status="404"}']) == 1
     share = counts["num_accepted_tokens"] / counts["num_draft_tokens"]
     assert float(figures[f"parse:calibration_drift{label}"]) == pytest.approx(share - 0.5)
+    running.post("/v1/chat/completions", CHAT | {"parse": {"threshold": 0.0}})  # says nothing of the calibration
+    assert (
+        f"parse:calibration_drift{label} {figures[f'parse:calibration_drift{label}']}"
+        in httpx.get(f"{running.url}/metrics").text.splitlines()
+    )
 
 
 def test_the_key_guards_all_but_health(engine):
@@ -281,8 +326,12 @@ def test_limits_have_statuses_of_their_own(engine):
         assert running.post("/v1/completions", TEXT | {"prompt": "x" * 500}).status_code == 413
         assert running.post("/v1/completions", TEXT | {"prompt": "fig " * 30}).status_code == 400
         few = TEXT | {"prompt": "the fig"}
-        assert running.post("/v1/completions", few | {"n": 3}).status_code == 429
+        assert running.post("/v1/completions", few | {"n": 3}).status_code == 422  # however long it waits
         assert running.post("/v1/completions", few | {"n": 2}).status_code == 200
+        running.serving.worker.count += 1
+        reply = running.post("/v1/completions", few | {"n": 2})
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        running.serving.worker.count -= 1
     finally:
         running.close()
 
@@ -362,6 +411,7 @@ def test_an_answer_that_breaks_ends_alone(engine):
         runner.forward = forward
         assert running.client.chat.completions.create(**CHAT).choices
         assert running.idle()
+        assert httpx.get(f"{running.url}/health").status_code == 200
     finally:
         running.close()
 
@@ -401,9 +451,16 @@ def test_the_command_serves_models_that_are_named_until_it_is_told_to_stop():
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=20)
     asked = {"model": "ledger", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 20}
     assert client.chat.completions.create(**asked).choices[0].message.content
-    assert PROMPT not in next(line for line in lines if "chat/completions" in line)
+    odd = asked | {"messages": [{"role": "user", "content": "a question that is none of the lists"}]}
+    assert client.chat.completions.create(**odd).choices
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**asked, extra_body={"a question that is none": 1})
     process.send_signal(signal.SIGTERM)
+    said = list(lines)
     process.wait(60)
+    assert sum("chat/completions" in line for line in said) == 3
+    assert "question" not in "".join(said)  # nothing of what users say
+    assert PROMPT not in "".join(said)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +469,7 @@ def test_the_command_serves_models_that_are_named_until_it_is_told_to_stop():
         (["--run", "runs/nowhere"], "no recipe.yaml there"),
         ([], "no target is named"),
         (["--port", "none"], "must be a number of at least 1"),
+        (["--api-key", ""], "the API key is empty"),
         (["--treshold", "1"], "unrecognized arguments"),
     ],
 )

@@ -96,6 +96,8 @@ def test_a_refusal_is_shown(view, running):
     running.serving.closing = True
     ask(view)
     assert "about to stop" in view.locator(".error").text_content()
+    view.locator("#again").click()
+    assert view.evaluate("turns.length") == 0
     view.seen.clear()  # the browser itself notes the status
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from eval.bench.models import load_pair
 from eval.bench.tables import Table
 from eval.tasks import TASKS, draw_prompts
+from eval.tasks.task import Prompt
 from parse import Engine
 from parse.server.app import create_app
 from parse.server.serving import Limits, Serving
@@ -66,14 +67,14 @@ def _app(engine: Engine, at_once: int) -> Any:
     return create_app(Serving(engine, NAME, {"max_new_tokens": LIMIT}, Limits(at_once=at_once)))
 
 
-def _by_engine(engine: Engine, prompts: Sequence[str], at_once: int) -> float:
+def _by_engine(engine: Engine, prompts: Sequence[Prompt], at_once: int) -> float:
     """Requests a second."""
     started = time.perf_counter()
     engine.generate(prompts, LIMIT, batch_size=at_once)
     return len(prompts) / (time.perf_counter() - started)
 
 
-def _by_clients(url: str, prompts: Sequence[str], at_once: int) -> float:
+def _by_clients(url: str, prompts: Sequence[Prompt], at_once: int) -> float:
     """Requests a second of so many clients in a process of their own."""
     work = json.dumps({"url": url, "prompts": prompts, "at_once": at_once})
     process = Popen([sys.executable, "-m", "eval.bench.server"], stdin=PIPE, stdout=PIPE, text=True)

@@ -9,7 +9,7 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from parse.generation import Generation
 from parse.prompts import encode_prompt
+from parse.round import Round
 from parse.server.formats import ChatFormat, CompletionFormat, Format
-from parse.server.protocol import Chat, Completion, Detokenize, Refused, Tokenize, read
+from parse.server.protocol import Chat, Completion, Detokenize, Refused, Switches, Tokenize, read
 from parse.server.scores import Scores, scored
 from parse.server.serving import Gone, Serving, waking
 from parse.server.worker import Job
-from parse.text import text_of
+from parse.text import find_stop, text_of
 
 COMPLETION_TOKENS = 16  # of /v1/completions where the request does not say, as OpenAI has it
 POLICY = {  # the page asks nobody but this server
@@ -55,20 +57,21 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
             raise Refused(401, message, code="invalid_api_key")
 
     async def refuse(http: Request, error: Exception) -> Response:
-        if isinstance(error, Gone):
+        if isinstance(error, Gone | ClientDisconnect):
             error = Refused(GONE, "the client went away")
         elif isinstance(error, HTTPException):
             error = Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
-        assert isinstance(error, Refused)
-        serving.metrics.failed(error.status)
-        log.info(json.dumps({"route": http.url.path, "status": error.status, "error": error.message}))
+        elif not isinstance(error, Refused):
+            log.error("a request failed", exc_info=error)
+            error = Refused(500, f"the request failed: {type(error).__name__}")
+        _failed(http, error.status, error.code)
         again = {"retry-after": "1"} if error.status in (429, 503) else {}
         if error.status == 401:
             again = {"www-authenticate": 'Basic realm="the API key, as the password"'}  # so that a browser asks for it
         return JSONResponse(error.body, error.status, again | identity(http))
 
     app = FastAPI(title="PARSE", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    for kind in (Refused, Gone, HTTPException):
+    for kind in (Refused, Gone, ClientDisconnect, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
     app.state.serving, app.state.log_texts = serving, log_texts
     app.add_api_route("/health", health)
@@ -84,7 +87,8 @@ def _serving(http: Request) -> Serving:
 
 async def health(http: Request) -> Response:
     """Whether requests are answered."""
-    return Response(status_code=503 if _serving(http).closing else 200)
+    serving = _serving(http)
+    return Response(status_code=200 if serving.worker.alive and not serving.closing else 503)
 
 
 async def metrics(http: Request) -> Response:
@@ -135,11 +139,12 @@ async def chat(http: Request) -> Response:
     serving.check(asked, prompts=1)
     if asked.limit == 0:
         raise Refused(400, "max_tokens is 0: ask for a token at least", "max_tokens")
-    rounds = serving.rounds(asked, [[message.turn() for message in asked.messages]], raw=False)
-    form = ChatFormat(serving.name, asked, rounds, serving.engine.tokenizer)
+    rounds = await serving.rounds(asked, [[message.turn() for message in asked.messages]], raw=False)
+    form = ChatFormat(serving.name, asked, [each.prompt_ids for each in rounds], serving.engine.tokenizer)
     if asked.stream:
-        return _streaming(http, form)
-    results = await serving.run([each.answer() for each in rounds], http.is_disconnected)
+        return _streaming(http, form, rounds)
+    steps = [each.answer() for each in rounds]
+    results = await serving.run(steps, http.is_disconnected, asked.as_calibrated)
     return _whole(http, form, results, [None] * len(results))
 
 
@@ -156,24 +161,32 @@ async def completions(http: Request) -> Response:
         raise Refused(400, "logprobs and echo are not streamed: leave out stream", "stream")
     if not limit and not (asked.echo and rates):
         raise Refused(400, "max_tokens is 0: ask for a token, or for echo with logprobs", "max_tokens")
-    rounds = serving.rounds(asked.model_copy(update={"max_tokens": limit or 1}), asked.prompts, raw=True)
-    form = CompletionFormat(serving.name, asked, rounds, serving.engine.tokenizer)
+    changed: dict[str, Any] = {"max_tokens": limit or 1}
+    if limit <= 1:  # a text is rated, or a token asked for: there is nothing to draft
+        changed["parse"] = Switches(method="target")
+    rounds = await serving.rounds(asked.model_copy(update=changed), asked.prompts, raw=True)
+    form = CompletionFormat(serving.name, asked, [each.prompt_ids for each in rounds], serving.engine.tokenizer)
     if asked.stream:
-        return _streaming(http, form)
+        return _streaming(http, form, rounds)
     if limit:
-        results = await serving.run([each.answer() for each in rounds], http.is_disconnected)
+        steps = [each.answer() for each in rounds]
+        results = await serving.run(steps, http.is_disconnected, asked.as_calibrated)
     else:
         results = [Generation("", [], "length", [], each.stats) for each in rounds]
-    scores: list[Scores] | list[None] = [None] * len(rounds)
+    scores: list[Scores | None] = [None] * len(rounds)
     if asked.logprobs is not None:
-        target = serving.engine.models["target"]
-        end = sorted(target.eos_ids)[:1]  # clients count it among the tokens, as servers that rate what they write do
-        texts = [
-            [*each.prompt_ids, *result.token_ids, *(end if limit and result.finish_reason == "stop" else [])]
-            for each, result in zip(rounds, results, strict=True)
-        ]
-        scores = await serving.run([scored(target, ids, asked.logprobs) for ids in texts], http.is_disconnected)
+        scores = [await _rated(http, *both, asked.logprobs) for both in zip(rounds, results, strict=True)]
     return _whole(http, form, results, scores)
+
+
+async def _rated(http: Request, asked: Round, result: Generation, count: int) -> Scores:
+    """How likely a prompt and its answer are; one text at a time, as each takes memory for all words at all places."""
+    serving = _serving(http)
+    target = serving.engine.models["target"]
+    stopped = find_stop(text_of(result.token_ids, serving.engine.tokenizer), asked.settings.stop) is not None
+    ends = target.eos_ids if result.finish_reason == "stop" and not stopped else ()
+    steps = scored(target, [*asked.prompt_ids, *result.token_ids], count, ends)
+    return (await serving.run([steps], http.is_disconnected))[0]
 
 
 async def page(_: Request) -> HTMLResponse:
@@ -209,6 +222,9 @@ async def body_of(http: Request) -> bytes:
     Raises:
         Refused: where it is longer than the server reads.
     """
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # other kinds any page of the web may send without asking
+        raise Refused(415, f"the content type is {kind!r}: send application/json")
     limit, content = _serving(http).limits.body, b""
     async for chunk in http.stream():
         content += chunk
@@ -238,42 +254,60 @@ def _note(http: Request, form: Format, results: Sequence[Generation], usage: dic
     log.info(json.dumps(record))
 
 
-def _streaming(http: Request, form: Format) -> StreamingResponse:
+def _failed(http: Request, status: int, code: str | None = None) -> None:
+    """Count a request without an answer, and note it without its words."""
+    _serving(http).metrics.failed(status)
+    log.info(json.dumps({"route": http.url.path, "status": status, "code": code}))
+
+
+def _streaming(http: Request, form: Format, rounds: Sequence[Round]) -> StreamingResponse:
     headers = {"cache-control": "no-cache", **identity(http)}
-    return StreamingResponse(_events(http, form), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(http, form, rounds), media_type="text/event-stream", headers=headers)
 
 
-async def _events(http: Request, form: Format) -> AsyncIterator[str]:
+async def _events(http: Request, form: Format, rounds: Sequence[Round]) -> AsyncIterator[str]:
     """Text as soon as it is certain, from whichever choice; then usage where it is wanted, and the end."""
-    serving, change = _serving(http), asyncio.Event()
-    jobs = [Job(each.answer(), waking(change), watched=each) for each in form.rounds]
-    shown, settled, ended = [0] * len(jobs), [0] * len(jobs), set[int]()
+    serving, change, status = _serving(http), asyncio.Event(), GONE
+    jobs = [Job(each.answer(), waking(change), watched=each) for each in rounds]
     try:
-        async for _ in serving.changes(jobs, change, http.is_disconnected):
-            tokens = sum(job.tokens for job in jobs)
-            for i, job in enumerate(jobs):
-                done, text, count = job.done, job.text, job.segments  # `done` first: then the others are final
-                if done and job.failed:
-                    continue  # `changes` says why
-                more = [] if done else form.rounds[i].segments[settled[i] : count]
-                if text[shown[i] :] or more:
-                    yield _event(form.chunk(i, text[shown[i] :], tokens, more))
-                shown[i], settled[i] = len(text), count
-                if done and i not in ended:
-                    ended.add(i)
-                    yield _event(form.last(i, job.result, tokens))
+        running = serving.changes(jobs, change, http.is_disconnected, form.asked.as_calibrated)
+        async with aclosing(running) as changes:
+            async for chunk in _chunks(changes, jobs, rounds, form):
+                yield _event(chunk)
+        tokens = sum(job.tokens for job in jobs)
+        if form.asked.include_usage:
+            yield _event(form.used(tokens))
+        yield "data: [DONE]\n\n"
+        status = 200
+        _note(http, form, [job.result for job in jobs], form.usage(tokens))
     except Gone:
-        serving.metrics.failed(GONE)
         return
     except Refused as error:  # too late for a status
-        serving.metrics.failed(error.status)
+        status = error.status
         yield _event(error.body)
-        return
-    tokens = sum(job.tokens for job in jobs)
-    if form.asked.include_usage:
-        yield _event(form.used(tokens))
-    yield "data: [DONE]\n\n"
-    _note(http, form, [job.result for job in jobs], form.usage(tokens))
+    finally:
+        if status != 200:
+            _failed(http, status)
+
+
+async def _chunks(
+    changes: AsyncIterator[None], jobs: Sequence[Job[Generation]], rounds: Sequence[Round], form: Format
+) -> AsyncIterator[dict[str, Any]]:
+    """What each change has brought: more text, pieces of which is settled where they are from, the end of a choice."""
+    shown, settled, ended = [0] * len(jobs), [0] * len(jobs), set[int]()
+    async for _ in changes:
+        tokens = sum(job.tokens for job in jobs)
+        for i, job in enumerate(jobs):
+            done, text, count = job.done, job.text, job.segments  # `done` first: then the others are final
+            if done and job.failed:
+                continue  # `changes` says why
+            more = [] if done else rounds[i].segments[settled[i] : count]
+            if text[shown[i] :] or more:
+                yield form.chunk(i, text[shown[i] :], tokens, more)
+            shown[i], settled[i] = len(text), count
+            if done and i not in ended:
+                ended.add(i)
+                yield form.last(i, job.result, tokens)
 
 
 def _event(body: dict[str, Any]) -> str:

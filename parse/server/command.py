@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from parse.options import Parser, add_models, add_settings, count, message_of, quieten
@@ -33,10 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
+
+    class Stopping(uvicorn.Server):
+        """Says that it is about to stop from the signal on, and not when all have left."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.serving.closing = True
+            super().handle_exit(sig, frame)
+
     host, port = given.get("host", "127.0.0.1"), given.get("port", 8000)
     _log()
     print(f"serving {app.state.serving.name} at http://{host}:{port}/v1", file=sys.stderr)
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+    Stopping(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)).run()
     return 0
 
 
@@ -57,13 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--max-body", dest="body", type=count, help="bytes of a request; more: 413")
     server.add_argument("--max-prompt", dest="prompt", type=count, help="tokens of a prompt; more: 400")
     server.add_argument("--max-n", dest="n", type=count, help="choices of a prompt; more: 422")
-    server.add_argument("--timeout", dest="seconds", type=float, help="seconds of a request; more: 504")
+    server.add_argument("--timeout", dest="seconds", type=count, help="seconds of a request; more: 504")
     server.add_argument("--log-texts", action="store_true", help="write prompts and answers into the log too")
     return parser
 
 
 def _application(given: dict[str, Any]) -> Any:
     """The application over the loaded engine, its passes compiled where that is asked for."""
+    key = given.get("api_key", os.environ.get(KEY))
+    if key == "":
+        raise ValueError(f"the API key is empty (--api-key, or ${KEY}): give one, or leave it out to let in everybody")
     engine, settings, verifier = load(given)
 
     from parse.server.app import create_app
@@ -74,9 +86,11 @@ def _application(given: dict[str, Any]) -> Any:
     limits = Limits(**{name: given[name] for name in names & given.keys()})
     if given.get("compile"):
         engine.warm_up(limits.at_once)
-    name = given.get("name") or Path(str(given.get("run") or engine.target.config.name_or_path)).name
-    serving = Serving(engine, name, settings, limits, expected_fraction(verifier))
-    return create_app(serving, given.get("api_key") or os.environ.get(KEY), given.get("log_texts", False))
+    named = Path(str(given.get("run") or engine.target.config.name_or_path))
+    name = given.get("name") or named.name or named.resolve().name
+    as_calibrated = not {"threshold", "policy", "horizon", "handback", "temperature", "method"} & given.keys()
+    serving = Serving(engine, name, settings, limits, expected_fraction(verifier) if as_calibrated else None)
+    return create_app(serving, key, given.get("log_texts", False))
 
 
 def _log() -> None:

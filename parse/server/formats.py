@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from parse.generation import Generation, Segment, Stats
-from parse.round import Round
 from parse.server.protocol import Completion, Request
 from parse.server.scores import Scores
 from parse.text import text_of
@@ -24,8 +23,16 @@ class Format:
     kind: ClassVar[str]  # of a whole body
     chunk_kind: ClassVar[str]
 
-    def __init__(self, model: str, asked: Request, rounds: Sequence[Round], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.asked, self.rounds, self.tokenizer = asked, rounds, tokenizer
+    def __init__(
+        self, model: str, asked: Request, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Set up.
+
+        Args:
+            prompts: the tokens of each choice's prompt.
+        """
+        self.asked, self.prompts, self.tokenizer = asked, prompts, tokenizer
+        self._begun: set[int] = set()  # choices of which a chunk was made
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, results: Sequence[Generation], scores: Sequence[Scores | None]) -> dict[str, Any]:
@@ -50,14 +57,14 @@ class Format:
 
     def chunk(self, index: int, text: str, tokens: int, segments: Sequence[Segment]) -> dict[str, Any]:
         """A chunk that adds text to a choice, and says where it is from once that is settled."""
-        choice: dict[str, Any] = {"index": index, **self.added(text), "finish_reason": None}
+        choice: dict[str, Any] = {"index": index, **self.added(index, text), "finish_reason": None}
         if segments:
             choice["parse"] = {"segments": [asdict(segment) for segment in segments]}
         return self._chunk([choice], self.usage(tokens) if self.asked.every_usage else None)
 
     def last(self, index: int, result: Generation, tokens: int) -> dict[str, Any]:
         """The chunk that ends a choice."""
-        choice = {"index": index, **self.added(""), "finish_reason": result.finish_reason, "parse": told(result)}
+        choice = {"index": index, **self.added(index, ""), "finish_reason": result.finish_reason, "parse": told(result)}
         usage = self.usage(tokens) if self.asked.every_usage else None
         return self._chunk([choice], usage) | {"metrics": speculative([result.stats])}
 
@@ -67,7 +74,7 @@ class Format:
 
     def usage(self, tokens: int) -> dict[str, int]:
         """What a request took: the prompt of several choices counts once."""
-        prompt = sum(len(one.prompt_ids) for one in self.rounds[:: self.asked.n or 1])
+        prompt = sum(len(ids) for ids in self.prompts[:: self.asked.n or 1])
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
@@ -78,7 +85,7 @@ class Format:
         """A choice's words."""
         raise NotImplementedError
 
-    def added(self, text: str) -> dict[str, Any]:
+    def added(self, index: int, text: str) -> dict[str, Any]:
         """A chunk's words."""
         raise NotImplementedError
 
@@ -92,9 +99,11 @@ class ChatFormat(Format):
         """The assistant's turn."""
         return {"message": {"role": "assistant", "content": result.text, "refusal": None}, "logprobs": None}
 
-    def added(self, text: str) -> dict[str, Any]:
+    def added(self, index: int, text: str) -> dict[str, Any]:
         """What is added to it."""
-        return {"delta": {"role": "assistant", "content": text} if text else {}, "logprobs": None}
+        role = {} if index in self._begun else {"role": "assistant"}  # once a choice
+        self._begun.add(index)
+        return {"delta": role | ({"content": text} if text or role else {}), "logprobs": None}
 
 
 class CompletionFormat(Format):
@@ -105,12 +114,12 @@ class CompletionFormat(Format):
 
     def said(self, index: int, result: Generation, scores: Scores | None) -> dict[str, Any]:
         """The text, after the prompt's where the request wants it repeated."""
-        prompt = self.rounds[index].prompt_ids
-        before = text_of(prompt, self.tokenizer) if self.asked.echo else ""
-        logprobs = None if scores is None else self._logprobs(scores, 0 if self.asked.echo else len(prompt))
-        return {"text": before + result.text, "logprobs": logprobs}
+        ids, given = self.prompts[index], self.asked.prompts[index // (self.asked.n or 1)]
+        before = given if isinstance(given, str) else text_of(ids, self.tokenizer)
+        logprobs = None if scores is None else self._logprobs(scores, 0 if self.asked.echo else len(ids))
+        return {"text": (before if self.asked.echo else "") + result.text, "logprobs": logprobs}
 
-    def added(self, text: str) -> dict[str, Any]:
+    def added(self, index: int, text: str) -> dict[str, Any]:
         """More text."""
         return {"text": text, "logprobs": None}
 
@@ -120,16 +129,21 @@ class CompletionFormat(Format):
         for word in words:
             offsets.append(length)
             length += len(word)
-        likeliest = [
-            None if one is None else {self._word(token): logprob for token, logprob in one.items()}
-            for one in scores.likeliest[start:]
-        ]
+        likeliest = [one and self._by_word(one) for one in scores.likeliest[start:]]
         return {
             "tokens": words,
             "token_logprobs": scores.logprobs[start:],
             "top_logprobs": likeliest,
             "text_offset": offsets,
         }
+
+    def _by_word(self, logprobs: dict[int, float]) -> dict[str, float]:
+        """Of tokens with the same text the likeliest."""
+        best: dict[str, float] = {}
+        for token, logprob in logprobs.items():
+            word = self._word(token)
+            best[word] = max(logprob, best.get(word, logprob))
+        return best
 
     def _word(self, token: int) -> str:
         return text_of([token], self.tokenizer)

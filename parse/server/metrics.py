@@ -69,13 +69,18 @@ class Metrics:
         """A request was refused, cancelled or broke."""
         self._failed.labels(self._model, str(status)).inc()
 
-    def finished(self, answer: Generation, seconds: float) -> None:
-        """An answer is finished, so many seconds after it was asked for."""
+    def finished(self, answer: Generation, seconds: float, as_calibrated: bool) -> None:
+        """An answer is finished, so many seconds after it was asked for.
+
+        Args:
+            as_calibrated: by the settings that the verifier was calibrated with: others say nothing of a drift.
+        """
         stats, judged = answer.stats, [one for one in answer.segments if one.confidence is not None]
         self._finished.labels(self._model, answer.finish_reason).inc()
         self._generated.inc(len(answer.token_ids))
         self._latency.observe(seconds)
-        self._first.observe(stats.first_token_seconds or seconds)
+        waited = max(seconds - sum(stats.seconds.values()), 0.0)
+        self._first.observe(min(waited + stats.first_token_seconds, seconds) if stats.first_token_seconds else seconds)
         if not stats.verify_passes:
             return
         self._drafts.inc(stats.verify_passes)
@@ -87,7 +92,8 @@ class Metrics:
             self._confidence.observe(segment.confidence or 0.0)
         if stats.draft_tokens:
             self._fraction.observe(stats.accepted_tokens / stats.draft_tokens)
-            self._recent.append((stats.draft_tokens, stats.accepted_tokens))
+            if as_calibrated:
+                self._recent.append((stats.draft_tokens, stats.accepted_tokens))
         if self._expected is not None and self._recent:
             drafted, accepted = map(sum, zip(*self._recent, strict=True))
             self._drift.set(accepted / drafted - self._expected)

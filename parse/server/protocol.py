@@ -5,7 +5,7 @@ Every field is read, or refused by its name: nothing that a client asks for is l
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,7 +25,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields whose other values would chang
     "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none",),
+    "service_tier": ("auto", "default"),
+    "tool_choice": ("none", "auto"),  # of no tools
     "tools": ([],),
     "use_beam_search": (False,),
 }
@@ -49,9 +50,24 @@ class Refused(Exception):
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused."""
+    """Unknown fields are refused, unless they hold nothing: clients send back what they were given, nulls and all."""
 
     model_config = ConfigDict(extra="forbid")
+    nulls: ClassVar[tuple[str, ...]] = ()  # fields of which a null says something
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nothing(cls, fields: Any) -> Any:
+        """Leave out nulls, and of unknown fields what is empty."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if not cls._is_nothing(name, value)}
+
+    @classmethod
+    def _is_nothing(cls, name: str, value: Any) -> bool:
+        if name in cls.model_fields:
+            return value is None and name not in cls.nulls
+        return value is None or value in ([], {}, "")
 
 
 class StreamOptions(Strict):
@@ -63,6 +79,8 @@ class StreamOptions(Strict):
 
 class Switches(Strict):
     """PARSE's own settings, see `Engine.generate`; what is left out is the server's."""
+
+    nulls = ("threshold", "horizon")  # as calibrated; the whole answer
 
     method: Literal["parse", "target", "draft"] | None = None
     threshold: float | None = None
@@ -90,7 +108,7 @@ class Request(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def neutral_fields(cls, fields: Any) -> Any:
+    def without_neutral(cls, fields: Any) -> Any:
         """Take out fields that this server does not know, where their value asks for nothing.
 
         Raises:
@@ -98,10 +116,11 @@ class Request(Strict):
         """
         if not isinstance(fields, dict):
             raise ValueError("the body must be a JSON object")
-        for name, neutral in NEUTRAL.items():
-            if name in fields and name not in cls.model_fields and fields[name] not in (None, *neutral):
+        others = NEUTRAL.keys() - cls.model_fields.keys()
+        for name in sorted(others & fields.keys()):
+            if fields[name] not in (None, *NEUTRAL[name]):
                 raise Refused(400, f"{name!r} is not supported: leave it out", name, "unsupported_parameter")
-        return {name: value for name, value in fields.items() if name in cls.model_fields or name not in NEUTRAL}
+        return {name: value for name, value in fields.items() if name not in others}
 
     @field_validator("stream_options")
     @classmethod
@@ -115,6 +134,11 @@ class Request(Strict):
     def limit(self) -> int | None:
         """Tokens of an answer at most; None where the request does not say."""
         return self.max_tokens
+
+    @property
+    def as_calibrated(self) -> bool:
+        """Whether nothing is asked for that the verifier was not calibrated with."""
+        return not self.parse.model_fields_set and not self.temperature
 
     @property
     def include_usage(self) -> bool:
@@ -136,9 +160,9 @@ class Request(Strict):
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "max_new_tokens": self.limit}
         if self.top_k is not None:
             sampling["top_k"] = max(self.top_k, 0)
-        if self.seed is not None:
-            sampling["seed"] = self.seed + choice
         chosen |= {name: value for name, value in sampling.items() if value is not None}
+        seed = self.seed if self.seed is not None else chosen.get("seed")
+        chosen["seed"] = None if seed is None else seed + choice
         asked = self.parse.model_dump(exclude_unset=True)
         if "method" in asked and asked["method"] in ("target", "draft"):  # alone: without rounds
             chosen = {name: value for name, value in chosen.items() if name not in ROUNDS}
@@ -157,7 +181,6 @@ class Message(Strict):
 
     role: str
     content: str | list[Part]
-    name: str | None = None  # who speaks; chat templates do not read it
 
     def turn(self) -> dict[str, str]:
         """The turn as the engine takes it: its parts joined."""

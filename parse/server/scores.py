@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
-from parse.model import Model
+from parse.local.model import LocalModel
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,21 @@ class Scores:
     likeliest: list[dict[int, float] | None]  # the likeliest tokens at each place, and the text's own
 
 
-async def scored(target: Model, ids: Sequence[int], count: int) -> Scores:
+async def scored(target: LocalModel, ids: Sequence[int], count: int, ends: Collection[int] = ()) -> Scores:
     """The target's log-probabilities of a text in one pass.
 
     Args:
         count: of likeliest tokens at each place.
+        ends: the text ended there, with the likeliest of these tokens, which then counts as its last one.
     """
-    logits: Tensor = await target.logits(ids, first=0)  # type: ignore[attr-defined]  # [N, V]
-    after = logits[:-1].float().log_softmax(-1)  # [N - 1, V]
-    values, places = after.topk(max(count, 1), dim=-1)  # [N - 1, count] each
-    logprobs: list[float | None] = [None]
-    likeliest: list[dict[int, float] | None] = [None]
-    for i, token in enumerate(ids[1:]):
-        own = float(after[i, token])
-        best = dict(zip(places[i].tolist(), values[i].tolist(), strict=True)) if count else {}
-        logprobs.append(own)
-        likeliest.append({**best, token: own})
-    return Scores(list(ids), logprobs, likeliest)
+    logits = await target.logits(ids, first=0)  # [N, V]
+    own = [*ids[1:], *([max(ends, key=lambda token: float(logits[-1, token]))] if ends else [])]  # M
+    after = logits[: len(own)].float().log_softmax(-1)  # [M, V]
+    values = after.gather(1, torch.tensor(own, device=after.device)[:, None])[:, 0].tolist()  # M
+    best = after.topk(max(count, 1), dim=-1)  # [M, count] each
+    places, logprobs = best.indices[:, :count].tolist(), best.values[:, :count].tolist()
+    likeliest = [
+        {**dict(zip(some, theirs, strict=True)), token: value}
+        for some, theirs, token, value in zip(places, logprobs, own, values, strict=True)
+    ]
+    return Scores([ids[0], *own], [None, *values], [None, *likeliest])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,46 +95,55 @@ class Serving:
             raise Refused(422, f"n={choices}: at most {limits.n} choices are given here", "n")
         if self.closing:
             raise Refused(503, "the server is about to stop")
-        if self.worker.count + choices * prompts > limits.at_once + limits.queue:
+        if (more := choices * prompts) > limits.at_once + limits.queue:
+            raise Refused(422, f"{more} answers are asked for, and at most {limits.at_once + limits.queue} are at once")
+        if self.worker.count + more > limits.at_once + limits.queue:
             raise Refused(429, f"{self.worker.waiting} answers wait, and at most {limits.queue} may: try later")
 
-    def rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
-        """The answers that a request asks for: of each prompt all choices.
+    async def rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
+        """The answers that a request asks for: of each prompt all choices. Other requests go on meanwhile.
 
         Raises:
             Refused: for settings or a prompt that the engine refuses.
         """
-        made, field = [], "prompt" if raw else "messages"
-        for prompt in prompts:
-            for choice in range(asked.n or 1):
-                try:
-                    settings = self.engine.settings(**asked.settings(self.defaults, choice))
-                    made.append(self.engine.request(prompt, settings, raw))
-                except NoRoom as error:
-                    raise Refused(
-                        400, str(error), "prompt" if raw else "messages", "context_length_exceeded"
-                    ) from error
-                except ValueError as error:
-                    raise Refused(400, str(error)) from error
-            length = len(made[-1].prompt_ids)
-            if self.limits.prompt is not None and length > self.limits.prompt:
-                message = f"the prompt has {length} tokens, and at most {self.limits.prompt} are read here"
-                raise Refused(400, message, field, "context_length_exceeded")
-            self.metrics.prompt(length)
+        return await asyncio.to_thread(self._rounds, asked, prompts, raw)
+
+    def _rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
+        made, field, most = list[Round](), "prompt" if raw else "messages", self.limits.prompt
+        try:
+            settings = [self.engine.settings(**asked.settings(self.defaults, choice)) for choice in range(asked.n or 1)]
+            for prompt in prompts:
+                first = self.engine.request(prompt, settings[0], raw)
+                length = len(first.prompt_ids)
+                if most is not None and length > most:
+                    message = f"a prompt has {length} tokens, and at most {most} are read here"
+                    raise Refused(400, message, field, "context_length_exceeded")
+                self.metrics.prompt(length)
+                made += [first, *(self.engine.again(first, each) for each in settings[1:])]
+        except NoRoom as error:
+            raise Refused(400, str(error), field, "context_length_exceeded") from error
+        except ValueError as error:
+            raise Refused(400, str(error)) from error
         return made
 
-    async def run(self, steps: Sequence[Steps[T]], is_gone: IsGone) -> list[T]:
+    async def run(self, steps: Sequence[Steps[T]], is_gone: IsGone, as_calibrated: bool = False) -> list[T]:
         """What coroutines return, once all are finished; see `changes`."""
         change = asyncio.Event()
         jobs = [Job(each, waking(change)) for each in steps]
-        async for _ in self.changes(jobs, change, is_gone):
-            pass
+        async with aclosing(self.changes(jobs, change, is_gone, as_calibrated)) as changes:
+            async for _ in changes:
+                pass
         return [job.result for job in jobs]
 
-    async def changes(self, jobs: Sequence[Job[Any]], change: asyncio.Event, is_gone: IsGone) -> AsyncIterator[None]:
+    async def changes(
+        self, jobs: Sequence[Job[Any]], change: asyncio.Event, is_gone: IsGone, as_calibrated: bool = False
+    ) -> AsyncGenerator[None, None]:
         """Run jobs, and yield whenever one has changed, until all are done.
 
-        They are cancelled where the client goes away, the time is over, or nobody listens any more.
+        They are cancelled where the client goes away, the time is over, or the generator is closed.
+
+        Args:
+            as_calibrated: see `Metrics.finished`.
 
         Raises:
             Refused: where one of them broke or took too long.
@@ -164,7 +175,7 @@ class Serving:
                 log.error("an answer failed", exc_info=error)
                 raise Refused(500, f"the answer failed: {type(error).__name__}: {error}") from error
             if isinstance(answer, Generation):
-                self.metrics.finished(answer, time.perf_counter() - started)
+                self.metrics.finished(answer, time.perf_counter() - started, as_calibrated)
 
 
 def waking(change: asyncio.Event) -> Callable[[], None]:
@@ -172,7 +183,7 @@ def waking(change: asyncio.Event) -> Callable[[], None]:
     loop = asyncio.get_running_loop()
 
     def wake() -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # of a loop that is closed: nobody waits any more
             loop.call_soon_threadsafe(change.set)
 
     return wake

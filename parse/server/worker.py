@@ -28,6 +28,7 @@ class Job(Generic[T]):
     steps: Steps[T]
     changed: Callable[[], None]  # called in the worker's thread: the text has grown, or the job is done
     watched: Round | None = None  # whose text is told while it grows
+    broken: Exception | None = None  # why its text could not be told
     text: str = ""  # of it, as far as it is certain
     tokens: int = 0  # in it
     segments: int = 0  # of it that are settled
@@ -38,7 +39,7 @@ class Job(Generic[T]):
     @property
     def failed(self) -> bool:
         """Whether it ended without a result."""
-        return self.task is not None and self.task.failed
+        return self.broken is not None or (self.task is not None and self.task.failed)
 
     @property
     def result(self) -> T:
@@ -47,6 +48,8 @@ class Job(Generic[T]):
         Raises:
             whatever it raised; `Cancelled` where it was cancelled.
         """
+        if self.broken is not None:
+            raise self.broken
         assert self.task is not None
         return self.task.result
 
@@ -63,6 +66,11 @@ class Worker:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="parse-worker", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are run."""
+        return self._thread.is_alive()
 
     @property
     def running(self) -> int:
@@ -99,6 +107,7 @@ class Worker:
                 if self._jobs:
                     self.scheduler.step()
                     self._tell()
+        self._take(wait=False)
         for job in self._jobs:
             self.cancel(job)
         self._tell()
@@ -121,8 +130,12 @@ class Worker:
         for job in self._jobs:
             assert job.task is not None
             done, before = job.task.done, (job.text, job.segments)
-            if (answer := job.watched) is not None:
-                job.text, job.tokens, job.segments = answer.text, len(answer.ids), len(answer.segments)
+            try:
+                if (answer := job.watched) is not None:
+                    job.text, job.tokens, job.segments = answer.text, len(answer.ids), len(answer.segments)
+            except Exception as error:  # of whatever kind: it ends this job alone
+                self.scheduler.cancel(job.task)
+                job.broken, done = error, True
             if done:
                 with self._lock:
                     self.count -= 1
