@@ -9,10 +9,9 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from eval.generation import write_after
-from eval.server import Client
 from eval.tasks import Task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
@@ -23,6 +22,9 @@ from parse.scheduler import Call, Steps
 from parse.text import before_stop, encode_text, text_of
 from parse.verifiers import PromptVerifier
 from recipes.schema import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from eval.server import Client
 
 TEMPERATURE = 0.7  # at which the target is sampled, where more than its greedy way on is asked for
 QUESTION = (
@@ -102,6 +104,8 @@ def asked_by(recipe: Recipe, engine: Engine) -> Asked:
     server = recipe.rollouts.judge
     if server is None:
         return AskedTarget(engine)
+    from eval.server import Client  # whose library only they need that ask a server
+
     return AskedServer(Client(server, server.model or recipe.target, limit=1, key="rollouts.judge"))
 
 

@@ -13,7 +13,8 @@ import torch
 import parse
 from eval.tasks import ledger
 from parse import Generation, Segment, Stats
-from parse.__main__ import _message, main, transcript
+from parse.__main__ import main, transcript
+from parse.options import message_of
 from tests.conftest import MODELS
 
 RESULT = Generation(
@@ -216,10 +217,10 @@ def test_a_hub_id_without_a_slash_is_asked_for(capsys, monkeypatch):
 
 
 def test_too_little_memory_is_told_from_a_fault_of_ours():
-    assert "lower --batch-size" in _message(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert "lower --batch-size" in _message(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert "lower --batch-size" in _message(MemoryError())
-    assert _message(KeyError("a fault of ours")) is None
+    assert "lower --batch-size" in message_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "lower --batch-size" in message_of(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert "lower --batch-size" in message_of(MemoryError())
+    assert message_of(KeyError("a fault of ours")) is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
