@@ -17,6 +17,7 @@ from parse.verifiers import Likelihood
 from tests.test_server import CHAT, PROMPT, Running
 
 pytestmark = pytest.mark.slow
+JSON = {"content-type": "application/json"}
 
 
 def test_many_clients_of_which_some_misbehave(target, draft, tokenizer):
@@ -36,7 +37,7 @@ def test_many_clients_of_which_some_misbehave(target, draft, tokenizer):
         with httpx.Client(base_url=running.url, timeout=120) as client:
             for _ in range(2):
                 broken = bytes(rng.randrange(256) for _ in range(rng.randrange(200)))
-                if client.post("/v1/chat/completions", content=broken).status_code != 400:
+                if client.post("/v1/chat/completions", content=broken, headers=JSON).status_code != 400:
                     wrong.append((number, broken))
             if number % 3 == 0:  # goes away
                 stream = client.stream("POST", "/v1/chat/completions", json=body, timeout=rng.uniform(0.01, 1))
