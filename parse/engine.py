@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.generation import Generation, Settings, Stats, whole_number
-from parse.local.loading import ATTENTION, Messages, finding, is_distributed, load_model, warn_of_unheeded
+from parse.local.loading import ATTENTION, Messages, is_distributed, load_model, load_tokenizer, warn_of_unheeded
 from parse.local.model import LocalModel
 from parse.local.runner import check_packing, embeddings
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
@@ -141,9 +141,9 @@ class Engine:
         check_packing(target_model)
         warn_of_unheeded(target_model)
         draft_model = None if draft is None else load_model(draft, device, dtype, options=draft_options)
-        tokenizer = tokenizer or _tokenizer(target_model, target_options)
+        tokenizer = tokenizer or load_tokenizer(target_model, target_options)
         if draft_model is not None and draft_tokenizer is None:
-            draft_tokenizer = _tokenizer(draft_model, draft_options)
+            draft_tokenizer = load_tokenizer(draft_model, draft_options)
         loaded = None if verifier is None else load_verifier(verifier, target_model, tokenizer)
         trained_with = loaded.calibration.segments if loaded and loaded.calibration else None
         if segments is not None and trained_with is not None and segments != trained_with:
@@ -231,9 +231,8 @@ class Engine:
             stop=stop,
         )
         whole_number("batch_size", batch_size, least=1)
-        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
-            return [self._alone(prompts, settings, raw)]
-        if prompts and all(isinstance(turn, Mapping) for turn in prompts):
+        several = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | Mapping)
+        if not several or (prompts and all(isinstance(turn, Mapping) for turn in prompts)):
             return [self._alone(prompts, settings, raw)]
         return self._all(
             [self._encoded(prompt, raw) for prompt in cast(Sequence[str | Messages], prompts)], settings, batch_size
@@ -289,7 +288,6 @@ class Engine:
 
         Args:
             prompt: as for `generate`, or the target's tokens.
-            settings: see `settings`.
 
         Raises:
             NoRoom: where the prompt leaves no room for an answer.
@@ -302,13 +300,9 @@ class Engine:
         words = encode_prompt(text_of(ids, self.tokenizer), self.draft_tokenizer, raw=True) if crosses else ids
         return self._start(ids, words, settings)
 
-    def generate_ids(
-        self, prompt_ids: list[int], settings: Settings, draft_prompt_ids: list[int] | None = None
-    ) -> Generation:
-        """Answer one prompt that is tokenized already; see `generate`."""
-        answer = self._start(prompt_ids, draft_prompt_ids or prompt_ids, settings)
-        self._warm_up_first(1)
-        return self.scheduler.run(answer.answer())
+    def again(self, answer: Round, settings: Settings) -> Round:
+        """The prompt of another answer asked once more."""
+        return self._start(answer.prompt_ids, answer.draft_prompt_ids, settings)
 
     def _start(self, prompt_ids: list[int], draft_prompt_ids: list[int], settings: Settings) -> Round:
         self.models["target"].check_tokens(prompt_ids)
@@ -360,10 +354,6 @@ class Engine:
             return self.encode(prompt)
         return encode_for_draft(prompt, self.draft_tokenizer, self.tokenizer)
 
-    def again(self, answer: Round, settings: Settings) -> Round:
-        """The prompt of another answer asked once more."""
-        return self._start(answer.prompt_ids, answer.draft_prompt_ids, settings)
-
     def _encoded(self, prompt: str | Messages, raw: bool = False, warn: bool = True) -> tuple[list[int], list[int]]:
         """The target's tokens of a prompt and the draft's."""
         if not raw:
@@ -383,13 +373,8 @@ class Engine:
             )
         return self.verifier
 
-    def _need_draft(self) -> None:
-        """Refuse what takes a draft where there is none."""
-        if self.draft is None:
-            raise ValueError('this engine has no draft model: give one, or use method="target"')
-
     def settings(self, **options: Any) -> Settings:
-        """Checked settings for `generate_ids`: the keyword arguments of `generate`.
+        """Checked settings for `request`: the keyword arguments of `generate`.
 
         Raises:
             ValueError: for a setting that is not known or not allowed, or needs a part that this engine lacks.
@@ -407,16 +392,11 @@ class Engine:
                 if calibration:
                     own = calibration.threshold(settings.policy, settings.handback, settings.horizon)
                 settings = dataclasses.replace(settings, threshold=own)
-        if settings.method != "target" or settings.lookahead:
-            self._need_draft()
+        if self.draft is None and (settings.method != "target" or settings.lookahead):
+            raise ValueError('this engine has no draft model: give one, or use method="target"')
         if self.distributed and settings.temperature and settings.seed is None:
             raise ValueError(
                 "seed=None, and the model is split over several processes, each of which would draw tokens of its own: "
                 "give all of them the same seed"
             )
         return settings
-
-
-def _tokenizer(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedTokenizerBase:
-    loaded = AutoTokenizer.from_pretrained(model.config.name_or_path, **finding(options))
-    return cast(PreTrainedTokenizerBase, loaded)

@@ -27,6 +27,8 @@ from transformers import (
 
 from eval.bench.models import load_smollm2
 from eval.tasks import TASKS, content_of_task, draw_prompts, ledger
+from parse import Engine, Generation
+from parse.generation import Settings
 from parse.local.model import packed_evidence
 from parse.local.sequence import CachedSequence
 from parse.sampling import Written
@@ -112,6 +114,11 @@ def random_model(kind: str, vocabulary: int, layers: int = 2, seed: int = 0) -> 
         pad_token_id=0,
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def answer_to(engine: Engine, ids: list[int], settings: Settings) -> Generation:
+    """The answer to a prompt of tokens."""
+    return engine.scheduler.run(engine.request(ids, settings).answer())
 
 
 def random_adapter(target: PreTrainedModel, suffix_ids: list[int], layers: int | None = None) -> Adapter:

@@ -13,7 +13,7 @@ from parse.local.loading import check_architecture, context_length, load_model
 from parse.local.runner import ModelRunner, Pass, check_packing
 from parse.local.sequence import CachedSequence
 from parse.verifiers import Likelihood
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, answer_to
 from tests.test_cache import assert_same_cache
 
 BASE = {
@@ -162,9 +162,9 @@ def test_the_invariants_of_generation(name, tokenizer):
     )
     expected = [token for token in expected[0, len(ids) :].tolist() if token != 1]
     settings = engine.settings(max_new_tokens=20, threshold=1.1, horizon=9)
-    assert engine.generate_ids(ids, settings).token_ids == expected
-    draft = engine.generate_ids(ids, engine.settings(max_new_tokens=20, method="draft")).token_ids
-    assert engine.generate_ids(ids, engine.settings(max_new_tokens=20, threshold=0.0)).token_ids == draft
+    assert answer_to(engine, ids, settings).token_ids == expected
+    draft = answer_to(engine, ids, engine.settings(max_new_tokens=20, method="draft")).token_ids
+    assert answer_to(engine, ids, engine.settings(max_new_tokens=20, threshold=0.0)).token_ids == draft
 
 
 def test_a_text_ends_where_rotations_change(tokenizer):
@@ -176,9 +176,9 @@ def test_a_text_ends_where_rotations_change(tokenizer):
     length = {"max_new_tokens": 6, "min_new_tokens": 6}
     expected = model.generate(torch.tensor([ids], device=DEVICE), **length, do_sample=False, pad_token_id=0)
     with endless(engine):
-        assert engine.generate_ids(ids, engine.settings(method="target")).token_ids == expected[0, 250:].tolist()
+        assert answer_to(engine, ids, engine.settings(method="target")).token_ids == expected[0, 250:].tolist()
     with pytest.raises(ValueError, match="the prompt has 256 tokens and the context of the target holds 256"):
-        engine.generate_ids([*ids, *ids[:6]], engine.settings(method="target"))
+        answer_to(engine, [*ids, *ids[:6]], engine.settings(method="target"))
     kinds = {"full_attention": LONG | {"original_max_position_embeddings": 64}, "sliding_attention": {}}
     assert context_length(PreTrainedConfig(rope_parameters=kinds)) == 64
     assert context_length(PreTrainedConfig()) is None

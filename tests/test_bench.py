@@ -14,6 +14,7 @@ from eval.bench import engine as bench
 from eval.bench import fakes
 from eval.bench.engine import PROMPT
 from eval.bench.fakes import Scripted, ScriptedEngine, agreeing, endless, stopwatch, two_devices
+from tests.conftest import answer_to
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_a_script_shifts_what_is_wrong_from_text_to_text_and_knows_a_horizon(tar
     with endless(engine):
         for first, refused in ((30, 4), (31, 8)):  # the seventh token, or the eighth
             settings = engine.settings(max_new_tokens=16, horizon=8)
-            result = engine.generate_ids([first, 5, 6], settings)
+            result = answer_to(engine, [first, 5, 6], settings)
             assert 4 * [segment.accepted for segment in result.segments].index(False) == refused
 
 

@@ -12,7 +12,7 @@ from eval.tasks.rows import key_of
 from parse import Engine
 from recipes.schema import load_recipe, to_dict
 from tests.conftest import MODELS, QUICK
-from tests.test_server import Running
+from tests.http_server import Running
 from train.__main__ import main as train
 
 pytest.importorskip("lm_eval")

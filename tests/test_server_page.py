@@ -7,7 +7,7 @@ import pytest
 
 from parse import Engine
 from parse.verifiers import Likelihood
-from tests.test_server import PROMPT, Running
+from tests.http_server import PROMPT, Running
 
 
 def sources_of(result):

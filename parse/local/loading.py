@@ -24,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
@@ -151,6 +153,12 @@ def whole_model(source: str | Path, **options: Any) -> PreTrainedModel:
     if more := sorted(name for name in found["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in held):
         raise ValueError(f"{source} holds the weights {', '.join(more[:3])} beyond its config.json: {ANOTHER}")
     return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(model: PreTrainedModel, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model; `options` as for the model."""
+    loaded = AutoTokenizer.from_pretrained(model.config.name_or_path, **finding(options))
+    return cast(PreTrainedTokenizerBase, loaded)
 
 
 def finding(options: dict[str, Any] | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
         yield
         await asyncio.to_thread(serving.close)
 
-    def authorised(http: Request) -> None:
+    async def authorised(http: Request) -> None:  # not async, it would wait for a thread of a pool
         if api_key is not None and not hmac.compare_digest(_key_of(http).encode(), api_key.encode()):
             message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
             raise Refused(401, message, code="invalid_api_key")

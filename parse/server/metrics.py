@@ -58,7 +58,8 @@ class Metrics:
         self._verdicts = counter("parse:verdicts", "Judged segments", "accepted")
         self._confidence = histogram("parse:confidence", "The verifier's confidence in judged segments", SHARES)
         self._fraction = histogram("parse:accepted_fraction", "The share of an answer's draft that was kept", SHARES)
-        self._drift = gauge("parse:calibration_drift", "Accepted share of recent drafts less that of calibration")
+        drift = "Accepted share of recent drafts less that of calibration"  # not there until it is known
+        self._drift = Gauge("parse:calibration_drift", drift, ["model_name"], registry=self.registry)
         self._model = model
 
     def prompt(self, tokens: int) -> None:
@@ -96,7 +97,7 @@ class Metrics:
                 self._recent.append((stats.draft_tokens, stats.accepted_tokens))
         if self._expected is not None and self._recent:
             drafted, accepted = map(sum, zip(*self._recent, strict=True))
-            self._drift.set(accepted / drafted - self._expected)
+            self._drift.labels(self._model).set(accepted / drafted - self._expected)
 
 
 def expected_fraction(verifier: str | Path | None) -> float | None:

@@ -13,9 +13,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields whose other values would chang
     "best_of": (1,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
-    "functions": ([],),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
@@ -24,10 +22,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields whose other values would chang
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "store": (False,),
-    "suffix": ("",),
     "service_tier": ("auto", "default"),
     "tool_choice": ("none", "auto"),  # of no tools
-    "tools": ([],),
     "use_beam_search": (False,),
 }
 ROUNDS = ("threshold", "policy", "handback", "horizon", "lookahead")  # settings of PARSE's rounds

@@ -1,0 +1,176 @@
+"""What a server refuses and survives: keys, limits, clients that go away, answers that break, signals."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from parse.__main__ import main as parse_main
+from parse.server.serving import Limits
+from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
+
+
+@pytest.fixture
+def engine(target, draft, tokenizer):
+    return tiny(target, draft, tokenizer)
+
+
+def test_the_key_guards_all_but_health(engine):
+    running = Running(engine, api_key="secret")
+    try:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        for path in ("/v1/models", "/metrics"):
+            assert httpx.get(running.url + path).status_code == 401
+            assert httpx.get(running.url + path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert running.post("/v1/chat/completions", CHAT).status_code == 401
+        assert running.client.chat.completions.create(**CHAT).choices
+    finally:
+        running.close()
+
+
+def test_limits_have_statuses_of_their_own(engine):
+    running = Running(engine, Limits(at_once=1, queue=1, body=500, prompt=20))
+    try:
+        assert running.post("/v1/completions", TEXT | {"prompt": "x" * 500}).status_code == 413
+        assert running.post("/v1/completions", TEXT | {"prompt": "fig " * 30}).status_code == 400
+        few = TEXT | {"prompt": "the fig"}
+        assert running.post("/v1/completions", few | {"n": 3}).status_code == 422  # however long it waits
+        assert running.post("/v1/completions", few | {"n": 2}).status_code == 200
+        running.serving.worker.count += 1
+        reply = running.post("/v1/completions", few | {"n": 2})
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        running.serving.worker.count -= 1
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def slow(engine):
+    """The passes of a target that takes its time over each."""
+    passes, forward = [], engine.models["target"].runner.forward
+
+    def waiting(works, alone=False):
+        passes.append(len(works))
+        time.sleep(0.05)
+        return forward(works, alone)
+
+    engine.models["target"].runner.forward = waiting
+    return passes
+
+
+LONG = CHAT | {"max_tokens": 400, "parse": {"method": "target"}, "stream": True}  # 400 passes
+
+
+def test_a_request_that_takes_too_long_is_given_up(engine, slow):
+    running = Running(engine, Limits(seconds=0.3))
+    try:
+        assert running.post("/v1/completions", TEXT | {"max_tokens": 400, "parse": LONG["parse"]}).status_code == 504
+        assert running.idle()
+        assert len(slow) < 300
+    finally:
+        running.close()
+
+
+def test_a_client_that_goes_away_frees_its_row(engine, slow):
+    """In the middle of a stream, or while it waits for the whole answer."""
+    running = Running(engine)
+    try:
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=LONG, timeout=60) as stream:
+            next(stream.iter_lines())
+        assert running.idle()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/v1/chat/completions", json=LONG | {"stream": False}, timeout=0.5)
+        assert running.idle()
+        assert len(slow) < 600
+        assert running.client.chat.completions.create(**CHAT).choices  # others are served as before
+    finally:
+        running.close()
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_runs(engine, slow):
+    running = Running(engine)
+    found = []
+    body = LONG | {"max_tokens": 30}
+    thread = threading.Thread(target=lambda: found.extend(running.events("/v1/chat/completions", body)))
+    thread.start()
+    while not slow:
+        time.sleep(0.01)
+    running.close()
+    thread.join(20)
+    assert found[-1]["choices"][0]["finish_reason"] == "length"
+    with pytest.raises(httpx.ConnectError):
+        running.post("/v1/chat/completions", CHAT)
+
+
+def test_an_answer_that_breaks_ends_alone(engine):
+    running = Running(engine)
+    try:
+        runner = engine.models["target"].runner
+        forward = runner.forward
+
+        def breaking(works, alone=False):
+            raise RuntimeError("the device is gone")
+
+        runner.forward = breaking
+        reply = running.post("/v1/chat/completions", CHAT)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+        chunk = json.loads(running.post("/v1/chat/completions", CHAT | {"stream": True}).text.split("\n\n")[0][6:])
+        assert "the device is gone" in chunk["error"]["message"]
+        runner.forward = forward
+        assert running.client.chat.completions.create(**CHAT).choices
+        assert running.idle()
+        assert httpx.get(f"{running.url}/health").status_code == 200
+    finally:
+        running.close()
+
+
+def test_the_command_serves_models_that_are_named_until_it_is_told_to_stop():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--target", "recipes/models/ledger-target", "--draft", "recipes/models/ledger-draft"]
+    words += ["--verifier", "likelihood", "--port", str(port), "--name", "ledger"]
+    command = [sys.executable, "-m", "parse", "serve", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr)
+    said = next(line for line in lines if line.startswith("serving "))
+    url = said.split(" at ")[1].strip()
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=20)
+    asked = {"model": "ledger", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 20}
+    assert client.chat.completions.create(**asked).choices[0].message.content
+    odd = asked | {"messages": [{"role": "user", "content": "a question that is none of the lists"}]}
+    assert client.chat.completions.create(**odd).choices
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**asked, extra_body={"a question that is none": 1})
+    process.send_signal(signal.SIGTERM)
+    said = list(lines)
+    process.wait(60)
+    assert sum("chat/completions" in line for line in said) == 3
+    assert "question" not in "".join(said)  # nothing of what users say
+    assert PROMPT not in "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--run", "runs/nowhere"], "no recipe.yaml there"),
+        ([], "no target is named"),
+        (["--port", "none"], "must be a number of at least 1"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--treshold", "1"], "unrecognized arguments"),
+    ],
+)
+def test_a_command_that_cannot_serve_says_why(words, says, capsys):
+    try:
+        status = parse_main(["serve", *words])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert says in capsys.readouterr().err
