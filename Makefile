@@ -4,6 +4,7 @@
 # make serve        the run of `make quickstart` behind an OpenAI-compatible server, at 127.0.0.1:8000
 # make test         the tests that take minutes together
 # make slow         those that take longer: the whole chain, kills, two processes, real models
+# make test-vllm    the tests on a real vLLM server, which goes into .venv-vllm: 4 GB, minutes
 # make smollm2      a real chat model of 135M parameters as a folder, .venv/SmolLM2-135M-Instruct.Q4_1
 # make lint         formatting, lint, types
 # make gpu          what only a GPU can show, in nine minutes: a table, and a JSON file in OUT (docs/results)
@@ -19,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # without it every start compiles the libraries again: seconds
 
-.PHONY: quickstart restaurants restaurants-eval smollm2 serve test slow lint gpu results docs clean
+.PHONY: quickstart restaurants restaurants-eval smollm2 serve test slow test-vllm lint gpu results docs clean
 
 TRAIN := $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) --config_file recipes/accelerate/one_process.yaml -m train
 SHIPPED := recipes/models/restaurants
@@ -45,6 +46,9 @@ test: .venv/dev.stamp
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(if $(COVER),--cov --cov-append --cov-report=term:skip-covered)
 
+test-vllm: .venv/dev.stamp .venv/smollm2.stamp .venv-vllm/stamp
+	$(BIN)/python -m pytest -m slow tests/test_vllm.py
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +71,7 @@ results: .venv/run.stamp
 	$(BIN)/python -m eval.results $(RUNS)
 
 clean:
-	rm -rf .venv runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-vllm runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/run.stamp: pyproject.toml constraints.txt install.sh
 	PYTHON=$(PYTHON) bash install.sh
@@ -82,6 +86,10 @@ smollm2: .venv/smollm2.stamp
 
 .venv/serve.stamp: .venv/run.stamp
 	PYTHON=$(PYTHON) bash install.sh serve
+	touch $@
+
+.venv-vllm/stamp: .venv/run.stamp install.sh
+	PYTHON=$(PYTHON) bash install.sh vllm
 	touch $@
 
 .venv/dev.stamp: .venv/run.stamp

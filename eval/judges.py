@@ -84,8 +84,7 @@ class AskedTarget:
     async def probability_yes(self, question: str) -> float:
         """P(yes) against P(no)."""
         ids = [*encode_prompt(question, self.engine.tokenizer), *self._without_thinking]
-        logits = (await self.engine.models["target"].logits(ids))[-1].float()  # [V]
-        return self._verdict.weigh(logits).item()
+        return await self.engine.models["target"].label_score(ids, self._verdict.labels)
 
 
 class AskedServer:

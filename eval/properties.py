@@ -20,6 +20,7 @@ from eval.tasks import Task
 from eval.tasks.task import Prompt
 from eval.verifier_metrics import Draft, Example, all_needs, examine, measure, score, untrained_kinds, valid_cuts
 from parse import Engine
+from parse.local.model import LocalModel
 from parse.prompts import opens_thinking
 from parse.segments import cut
 from parse.text import text_of
@@ -109,7 +110,8 @@ def foreign_accuracy(engine: Engine, task: Task, prompts: Sequence[Prompt]) -> f
         [*engine.encode(prompt), *encode(prefix, add_special_tokens=False)]
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
-    plain = engine.models["target"].with_own_cache(compiled=False)  # not worth compiling for
+    target = engine.models["target"]
+    plain = target.with_own_cache(compiled=False) if isinstance(target, LocalModel) else target  # compiling takes long
     written = write_all(plain, ids, 256, 50, "foreign prefixes")
     return sum(
         answer.ended and task.check(prompt, f"{prefix} {engine.tokenizer.decode(answer.ids)}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -75,9 +75,11 @@ def examine(
         with_draft: compare the draft model's distributions too, where it has the target's vocabulary.
         then: is called right after each pass; what it leaves out of the evidence takes no memory meanwhile.
     """
-    models = {
-        role: model.with_own_cache(compiled=False) for role, model in engine.models.items()
-    }  # the engine's own stay small
+    models = {  # the engine's own stay small
+        role: model.with_own_cache(compiled=False)
+        for role, model in engine.models.items()
+        if isinstance(model, LocalModel)
+    }
 
     async def examples(some: Sequence[Draft]) -> list[Example]:
         target = models["target"].open(some[0].context_ids, needs.layers if needs.context_states else ())
@@ -122,8 +124,8 @@ def all_needs(engine: Engine, layers: tuple[int, ...] = (), context_states: bool
         asking: for the `prompt` kind too, whose suffixes are most of such a pass.
     """
     prompt = PromptVerifier.if_possible(engine.tokenizer) if asking else None
-    suffix_ids = prompt.needs.suffix_ids if prompt else ()
-    return Needs(token_logprobs=True, layers=layers, context_states=context_states, suffix_ids=suffix_ids)
+    needs = prompt.needs if prompt else Needs()
+    return replace(needs, token_logprobs=True, layers=layers, context_states=context_states)
 
 
 def untrained_kinds(engine: Engine, asking: bool = True) -> dict[str, Verifier]:
@@ -272,7 +274,7 @@ def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Seq
     """
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for draft in drafts:
-        compared = run(_draft_logits(engine.models["draft"], draft)) if _comparable(engine) else None
+        compared = run(_draft_logits(cast(LocalModel, engine.models["draft"]), draft)) if _comparable(engine) else None
         for name, kind in kinds.items():
             needs = replace(kind.needs, draft_logits=compared) if isinstance(kind, Divergence) else kind.needs
             seconds[name].append(run(_seconds_of_verdicts(engine, draft, kind, needs)) / len(draft.ends))

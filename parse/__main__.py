@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         from parse.server.command import main as serve
 
         return serve(words[1:])
+    if words[:1] == ["fold"]:
+        from parse.remote.fold import main as fold
+
+        return fold(words[1:])
     given = vars(_parser().parse_args(words))
     try:
         prompts = _read_prompts(given)

@@ -19,12 +19,15 @@ from parse.local.loading import ATTENTION, Messages, is_distributed, load_model,
 from parse.local.model import LocalModel
 from parse.local.runner import check_packing, embeddings
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
+from parse.remote.client import is_url
+from parse.remote.model import RemoteModel
+from parse.remote.verdicts import served_verifier
 from parse.round import NoRoom, Pair, Round
 from parse.sampling import Written
 from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
 from parse.text import eos_ids, shared_ends, text_of
-from parse.verifiers import Verifier
+from parse.verifiers import Folded, Verifier
 from parse.verifiers.saved import load as load_verifier
 
 
@@ -33,35 +36,43 @@ class Engine:
 
     def __init__(
         self,
-        target: PreTrainedModel,
+        target: PreTrainedModel | RemoteModel,
         tokenizer: PreTrainedTokenizerBase,
-        draft: PreTrainedModel | None = None,
+        draft: PreTrainedModel | RemoteModel | None = None,
         draft_tokenizer: PreTrainedTokenizerBase | None = None,
         verifier: Verifier | None = None,
         segments: Segmenter = "sentence",
         compile: bool | None = None,
     ) -> None:
         check_segmenter(segments)
-        self.target, self.tokenizer = target, tokenizer
-        self.draft, self.draft_tokenizer = draft, draft_tokenizer or tokenizer
-        ends = eos_ids(target, tokenizer.eos_token_id)
-        compiled = compile is not False
-        self.models = {"target": LocalModel.of(target, tokenizer, ends, compiled)}
-        if draft is not None:
-            # a base model that drafts for a chat model names other end tokens, and writes the chat model's too
-            own = eos_ids(draft, self.draft_tokenizer.eos_token_id)
-            own |= shared_ends(ends, tokenizer, self.draft_tokenizer)
-            # vocabularies are padded to other sizes: the draft must not say what the target has no embedding for
-            same = self.draft_tokenizer.get_vocab() == tokenizer.get_vocab()
-            width = embeddings(target) if same and embeddings(draft) > embeddings(target) else None
-            self.models["draft"] = LocalModel.of(draft, self.draft_tokenizer, own, compiled, width)
+        self.tokenizer, self.draft_tokenizer = tokenizer, draft_tokenizer or tokenizer
+        self.models = _models(target, tokenizer, draft, self.draft_tokenizer, compile is not False)
         # on two devices the next draft is written while the target judges this one; on one each would wait
-        apart = draft is not None and draft.device != target.device
-        self.pair = Pair(self.models["target"], self.models.get("draft"), verifier, segments, apart)
+        devices = {model.device for model in self.models.values() if isinstance(model, LocalModel)}
+        self.pair = Pair(self.models["target"], self.models.get("draft"), verifier, segments, len(devices) > 1)
         # then several processes run this engine, in step
-        self.distributed = any(is_distributed(model.runner.model) for model in self.models.values())
+        local = [model for model in self.models.values() if isinstance(model, LocalModel)]
+        self.distributed = any(is_distributed(model.runner.model) for model in local)
         self.scheduler = Scheduler()
         self._compiles_first, self._warm = bool(compile), 0  # for so many requests at once
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The target's own module.
+
+        Raises:
+            ValueError: where it is on a server.
+        """
+        model = self.models["target"]
+        if isinstance(model, LocalModel):
+            return model.runner.model
+        raise ValueError(f"this needs the target's weights on this machine, and it is {model.name}")
+
+    @property
+    def draft(self) -> PreTrainedModel | None:
+        """The draft's own module; None where there is no draft on this machine."""
+        model = self.models.get("draft")
+        return model.runner.model if isinstance(model, LocalModel) else None
 
     @property
     def verifier(self) -> Verifier | None:
@@ -76,8 +87,12 @@ class Engine:
     def judged_by(self, verifier: str | Path) -> Engine:
         """An engine over the same models with another verifier, named as in `from_pretrained`; they share passes."""
         other = copy.copy(self)
-        other.pair = dataclasses.replace(self.pair, verifier=load_verifier(verifier, self.target, self.tokenizer))
+        other.pair = dataclasses.replace(self.pair, verifier=self._verifier_of(verifier))
         return other
+
+    def _verifier_of(self, name: str | Path) -> Verifier:
+        model = self.models["target"]
+        return _verifier(name, model.runner.model if isinstance(model, LocalModel) else model, self.tokenizer)
 
     @property
     def segments(self) -> Segmenter:
@@ -114,8 +129,8 @@ class Engine:
         """Load an engine.
 
         Args:
-            target, draft: path, hub id or loaded model; of the draft also a PEFT folder, which is merged into the model
-                that it names, or a loaded PEFT model, which runs as it is.
+            target, draft: path, hub id, loaded model, or a model on a vLLM server, "http://host:8000/v1#MODEL"; also a
+                PEFT folder, which is merged into the model that it names, or a loaded PEFT draft, which runs as it is.
             verifier: "prompt", "likelihood", or the folder of a trained one.
             tokenizer, draft_tokenizer: where the models are given loaded from elsewhere.
             device, dtype: default to the GPU and bfloat16 where there is one, else CPU and float32.
@@ -129,6 +144,7 @@ class Engine:
                 `{"device_map": "auto"}`, `{"tp_plan": "auto"}` or a `quantization_config`. Draft and target may
                 sit on different devices. With a `tp_plan`, all processes ask for the same answers, and get them.
                 Those that say which files are meant, such as `revision` or `gguf_file`, find the tokenizer as well.
+                Of a model on a server those of `parse.remote.client.Options`.
 
         Raises:
             ValueError: for an architecture whose cache cannot be rolled back, a verifier made for
@@ -137,14 +153,26 @@ class Engine:
         """
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is not known: use one of {', '.join(ATTENTION)}")
-        target_model = load_model(target, device, dtype, ATTENTION[attention], target_options)
-        check_packing(target_model)
-        warn_of_unheeded(target_model)
-        draft_model = None if draft is None else load_model(draft, device, dtype, options=draft_options)
-        tokenizer = tokenizer or load_tokenizer(target_model, target_options)
-        if draft_model is not None and draft_tokenizer is None:
-            draft_tokenizer = load_tokenizer(draft_model, draft_options)
-        loaded = None if verifier is None else load_verifier(verifier, target_model, tokenizer)
+        remote = {"target": is_url(target), "draft": is_url(draft)}
+        target_model: PreTrainedModel | RemoteModel
+        if remote["target"]:
+            target_model = RemoteModel.connect(str(target), target_options, tokenizer)
+            tokenizer = target_model.tokenizer
+        else:
+            target_model = load_model(target, device, dtype, ATTENTION[attention], target_options)
+            check_packing(target_model)
+            warn_of_unheeded(target_model)
+            tokenizer = tokenizer or load_tokenizer(target_model, target_options)
+        draft_model: PreTrainedModel | RemoteModel | None = None
+        if remote["draft"]:
+            draft_model = RemoteModel.connect(str(draft), draft_options, draft_tokenizer)
+            draft_tokenizer = draft_model.tokenizer
+        elif draft is not None:
+            draft_model = load_model(draft, device, dtype, options=draft_options)
+            draft_tokenizer = draft_tokenizer or load_tokenizer(draft_model, draft_options)
+        loaded = None if verifier is None else _verifier(verifier, target_model, tokenizer)
+        if isinstance(target_model, RemoteModel) and isinstance(loaded, Folded):
+            target_model = target_model.without(loaded.labels)
         trained_with = loaded.calibration.segments if loaded and loaded.calibration else None
         if segments is not None and trained_with is not None and segments != trained_with:
             raise ValueError(
@@ -296,7 +324,7 @@ class Engine:
         if isinstance(prompt, str) or not prompt or isinstance(prompt[0], Mapping):
             return self._start(*self._encoded(cast(str | Messages, prompt), raw, warn=False), settings)
         ids = list(cast(Sequence[int], prompt))
-        crosses = self.draft is not None and not self.same_tokens
+        crosses = "draft" in self.models and not self.same_tokens
         words = encode_prompt(text_of(ids, self.tokenizer), self.draft_tokenizer, raw=True) if crosses else ids
         return self._start(ids, words, settings)
 
@@ -360,7 +388,7 @@ class Engine:
             ids = self.encode(prompt)
             if warn and (reason := unsuited(prompt, ids, self.tokenizer)):
                 warnings.warn(reason, stacklevel=4)
-            return ids, ids if self.same_tokens or self.draft is None else self.encode_for_draft(prompt)
+            return ids, ids if self.same_tokens or "draft" not in self.models else self.encode_for_draft(prompt)
         ids = encode_prompt(prompt, self.tokenizer, raw=True)
         return ids, ids if self.same_tokens else encode_prompt(prompt, self.draft_tokenizer, raw=True)
 
@@ -392,11 +420,50 @@ class Engine:
                 if calibration:
                     own = calibration.threshold(settings.policy, settings.handback, settings.horizon)
                 settings = dataclasses.replace(settings, threshold=own)
-        if self.draft is None and (settings.method != "target" or settings.lookahead):
+        if "draft" not in self.models and (settings.method != "target" or settings.lookahead):
             raise ValueError('this engine has no draft model: give one, or use method="target"')
+        served = [model.name for model in self.models.values() if isinstance(model, RemoteModel)]
+        if settings.lookahead and served:
+            raise ValueError(
+                f"lookahead={settings.lookahead} takes both models on this machine, and {served[0]} is on a server: "
+                "use lookahead=0, and the server's own speculation where it has one"
+            )
         if self.distributed and settings.temperature and settings.seed is None:
             raise ValueError(
                 "seed=None, and the model is split over several processes, each of which would draw tokens of its own: "
                 "give all of them the same seed"
             )
         return settings
+
+
+def _models(
+    target: PreTrainedModel | RemoteModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draft: PreTrainedModel | RemoteModel | None,
+    draft_tokenizer: PreTrainedTokenizerBase,
+    compiled: bool,
+) -> dict[str, LocalModel | RemoteModel]:
+    """The models as rounds know them, by role."""
+    ours: LocalModel | RemoteModel
+    if isinstance(target, RemoteModel):
+        ours = target
+    else:
+        ours = LocalModel.of(target, tokenizer, eos_ids(target, cast(Any, tokenizer).eos_token_id), compiled)
+    if draft is None:
+        return {"target": ours}
+    # vocabularies are padded to other sizes: the draft must not say what the target has no embedding for
+    same = draft_tokenizer.get_vocab() == tokenizer.get_vocab()
+    # a base model that drafts for a chat model names other end tokens, and writes the chat model's too
+    shared = shared_ends(ours.eos_ids, tokenizer, draft_tokenizer)
+    if isinstance(draft, RemoteModel):
+        return {"target": ours, "draft": draft.drafting(shared, ours.vocabulary if same else None)}
+    own = eos_ids(draft, cast(Any, draft_tokenizer).eos_token_id) | shared
+    width = ours.vocabulary if same and embeddings(draft) > ours.vocabulary else None
+    return {"target": ours, "draft": LocalModel.of(draft, draft_tokenizer, own, compiled, width)}
+
+
+def _verifier(name: str | Path, target: PreTrainedModel | RemoteModel, tokenizer: PreTrainedTokenizerBase) -> Verifier:
+    """A verifier by its name, for a target here or on a server."""
+    if isinstance(target, RemoteModel):
+        return served_verifier(name, target)
+    return load_verifier(name, target, tokenizer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from parse.sampling import Sampling, Written
-from parse.verifiers import Evidence, Needs
+from parse.verifiers import Evidence, Labels, Needs
 
 Stop = Callable[[list[int]], bool]  # the tokens written so far -> whether to stop after the last
 OnToken = Callable[[list[int]], None]  # is given the tokens written so far, whenever there are more
@@ -19,7 +19,15 @@ OnToken = Callable[[list[int]], None]  # is given the tokens written so far, whe
 class Model(Protocol):
     """A language model that reads and writes token ids."""
 
-    tokenizer: Any
+    @property
+    def tokenizer(self) -> Any:
+        """Of `transformers`' kind."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its folder, hub id or address."""
+        ...
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -39,6 +47,22 @@ class Model(Protocol):
     @property
     def provides(self) -> frozenset[str]:
         """What `ModelSequence.verify` can give, of `parse.verifiers.PROVIDED`."""
+        ...
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model has no embedding for.
+
+        Raises:
+            ValueError: naming one of them.
+        """
+        ...
+
+    def warm_up(self, at_once: int = 1) -> None:
+        """Do what makes later requests faster, for as many of them at once."""
+        ...
+
+    async def label_score(self, ids: Sequence[int], labels: Labels) -> float:
+        """P(yes) / (P(yes) + P(no)) of the token after a text."""
         ...
 
     def open(self, prompt_ids: Sequence[int], layers: tuple[int, ...] = ()) -> ModelSequence:

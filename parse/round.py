@@ -62,7 +62,7 @@ class Pair:
             given = ", ".join(sorted(self.target.provides)) or "nothing"
             raise ValueError(
                 f"the verifier {verifier.kind!r} needs {', '.join(missing)}, and this target gives {given}: use "
-                "another kind of verifier, or a target on this machine"
+                "another kind of verifier, such as `folded`, or a target on this machine"
             )
 
     def room(self, prompt: int, draft_prompt: int, settings: Settings) -> int:

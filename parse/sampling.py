@@ -37,7 +37,8 @@ class Sampling:
             top_p: then keep the most likely ones that reach this share of the probability; 1 keeps all.
             seed: the same seed draws the same tokens, on every device; None draws others each time.
         """
-        self.greedy = temperature < GREEDY_BELOW
+        self.greedy, self.temperature = temperature < GREEDY_BELOW, temperature
+        self.top_k, self.top_p = top_k, top_p
         self._warpers = LogitsProcessorList([] if self.greedy else [TemperatureLogitsWarper(float(temperature))])
         if top_k:
             self._warpers.append(TopKLogitsWarper(int(top_k)))
@@ -57,6 +58,10 @@ class Sampling:
     @state.setter
     def state(self, state: Tensor) -> None:
         self._generator.set_state(state)
+
+    def next_seed(self) -> int:
+        """A seed for who draws elsewhere; another one each time."""
+        return int(torch.randint(2**31, (), generator=self._generator))
 
     def __call__(self, logits: Tensor) -> int:
         """A token."""

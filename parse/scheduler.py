@@ -83,6 +83,8 @@ class Task(Generic[T]):
     def close(self) -> None:
         """Stop where it stands; nothing happens where it is done."""
         if not self.done:
+            if isinstance(self.wanted, Future):
+                self.wanted.cancel()
             self.steps.close()
             self._finish(None, Cancelled("this request was cancelled"))
 

@@ -18,7 +18,7 @@ import yaml
 if TYPE_CHECKING:
     from parse.engine import Engine
 
-MODEL = "a folder that holds a model, or a hub id such as org/name or gpt2"
+MODEL = "a folder that holds a model, a hub id such as org/name or gpt2, or a vLLM server, http://host:8000/v1#MODEL"
 VERIFIER = '"prompt", "likelihood", or a folder that holds verifier.json'
 RECORD = {"kind", "base", "tokenizer", "threshold"}  # what every verifier.json holds
 OPTIONS = ("target_options", "draft_options")  # of `Engine.from_pretrained`, in a recipe's engine section
@@ -168,6 +168,8 @@ def _missing_model(name: str) -> str | None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
     from transformers.utils.hub import cached_file
 
+    if name.startswith(("http://", "https://")):  # a server, which is asked when the engine is made
+        return None
     if Path(name).is_dir():
         return None if _holds_model(Path(name)) else "this folder holds no config.json"
     try:

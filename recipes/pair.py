@@ -23,6 +23,7 @@ from transformers.integrations import deepspeed
 from parse import Engine
 from parse.local.loading import base_of, finding, load_model, tokenizer_of, trusts_code
 from parse.prompts import as_messages, end_of_answer
+from parse.remote.client import ServerError
 from parse.text import eos_ids, named_ends
 from recipes.schema import NewDraft, Recipe, RecipeError
 from recipes.vocabulary import byte_level_tokenizer
@@ -31,25 +32,35 @@ SPREAD = (0.4, 0.6, 0.8, 0.95)  # of the depth: upper layers know what was read,
 
 
 def load_engine(
-    recipe: Recipe, draft: Path | None = None, verifier: Path | None = None, compile: bool | None = False
+    recipe: Recipe,
+    draft: Path | None = None,
+    verifier: Path | None = None,
+    compile: bool | None = False,
+    served: bool = True,
 ) -> Engine:
     """The recipe's target, with the draft and the verifier of some folders.
+
+    Args:
+        served: where the recipe names a server, use the target there; else its weights are loaded here.
 
     Raises:
         RecipeError: where they cannot be loaded, or not together.
     """
+    engine, target = recipe.engine, dict[str, Any](target=recipe.target, target_options=recipe.engine.target_options)
+    if served and engine.target_url:
+        options = {"tokenizer": str(base_of(recipe.target))}
+        target = {"target": engine.target_url, "target_options": options, "tokenizer": target_tokenizer(recipe)}
     with whole_weights():
         try:
             return Engine.from_pretrained(
-                recipe.target,
-                draft,
-                verifier,
+                **target,
+                draft=draft,
+                verifier=verifier,
                 segments=recipe.segments,
                 compile=compile,
-                target_options=recipe.engine.target_options,
-                draft_options=recipe.engine.draft_options,
+                draft_options=engine.draft_options,
             )
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, ServerError) as error:
             raise RecipeError(str(error)) from error
 
 

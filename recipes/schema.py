@@ -49,6 +49,7 @@ Method = Literal[
     "parse",
     "parse_lookahead",
     "parse_probe",
+    "parse_folded",
     "parse_adapter",
     "parse_prompt",
     "parse_likelihood",
@@ -208,14 +209,20 @@ class Fit:
     learning_rate: Rate
     batch_size: Count = 16  # drafts, over all processes
     error_weight: Annotated[float, Range(0.001, 1000)] = 1.0  # of a draft's first invalid cut beside its valid ones
-    hidden: Annotated[int, Range(1, 10**5)] = 128  # units of the head
-    dropout: Annotated[float, Range(0, 0.99)] = 0.0
     weight_decay: Annotated[float, Range(0, 100)] = 0.05
     patience: Count = 6  # epochs without a better verdict on held-out prompts, after which the rest is left out
 
 
 @dataclass(frozen=True)
-class ProbeSection(Fit):
+class HeadFit(Fit):
+    """How a head with hidden units learns."""
+
+    hidden: Annotated[int, Range(1, 10**5)] = 128  # units of the head
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0
+
+
+@dataclass(frozen=True)
+class ProbeSection(HeadFit):
     """The head on the target's states at the draft's own tokens."""
 
     epochs: Count = 40
@@ -227,7 +234,7 @@ class ProbeSection(Fit):
 
 
 @dataclass(frozen=True)
-class AdapterSection(Fit):
+class AdapterSection(HeadFit):
     """The activated LoRA on short suffixes, and its head."""
 
     epochs: Count = 6
@@ -238,12 +245,24 @@ class AdapterSection(Fit):
 
 
 @dataclass(frozen=True)
+class FoldedSection(Fit):
+    """The linear probe on the last hidden state, which a server can hold in two rows of the LM head."""
+
+    epochs: Count = 60
+    learning_rate: Rate = 1e-3
+    weight_decay: Annotated[float, Range(0, 100)] = 0.01
+
+
+@dataclass(frozen=True)
 class VerifierSection:
     """The verifier and its threshold."""
 
-    kind: Literal["best", "probe", "adapter", "prompt", "likelihood"] = "best"  # of all kinds, on held-out prompts
+    kind: Literal["best", "probe", "folded", "adapter", "prompt", "likelihood"] = (
+        "best"  # of all kinds, on held-out prompts
+    )
     max_accuracy_loss: Annotated[float, Range(1e-6, 0.999)] = 0.01  # 0.01 is one point of accuracy
     probe: ProbeSection = field(default_factory=ProbeSection)
+    folded: FoldedSection = field(default_factory=FoldedSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
 
 
@@ -259,6 +278,8 @@ class EngineSection:
     compile: bool | None = True  # in evaluations: forward passes are compiled where that pays, before the first prompt
     target_options: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`, such as {device_map: auto}
     draft_options: dict[str, Any] = field(default_factory=dict)  # the same for the draft
+    target_url: Source | None = None  # a vLLM server that serves the target, http://host:8000/v1#MODEL; what needs its
+    # weights, the stage `verifier`, loads them here all the same
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from train.transfer import main as transfer
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/quickstart.yaml"
 KINDS = ("likelihood", "divergence")
-VERIFIERS = ("probe", "adapter", "prompt", "likelihood")
+VERIFIERS = ("probe", "folded", "adapter", "prompt", "likelihood")
 SPLITS = ("train", "calibration", "test")
 UNALIGNED = "stages=[answers,distill,rollouts,verifier]"
 SMALL = [
@@ -183,7 +183,7 @@ def test_the_report_compares_every_kind(recipe):
     kinds = report["kinds"]
     rules = itertools.product(KINDS, ("mean", "lowest"), ("segment", "prefix"))
     free = {" ".join(rule) for rule in rules}
-    assert set(kinds) == {*free, "prompt", "probe", "adapter"}
+    assert set(kinds) == {*free, "prompt", "probe", "folded", "adapter"}
     figures = {
         "auc",
         "threshold",

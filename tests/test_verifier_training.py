@@ -28,7 +28,7 @@ from train.verifier_training import AdapterModule, ProbeModule, fit
 
 def test_segment_evidence_is_of_the_segment_and_so_far():
     log_prob = torch.tensor([-1.0, -5.0, -2.0, -4.0])
-    evidence = Evidence([2, 3], log_prob, -log_prob, 2 - log_prob, None, None)  # the end of sequence is the fourth
+    evidence = Evidence([2, 3], log_prob, -log_prob, 2 - log_prob)  # the end of sequence is the fourth
     first, second = segment_evidence(evidence)
     assert first.tolist() == [0, *[-5, -3, 5, 3, 7, 5] * 2]
     assert second.tolist() == [1, -4, -3, 4, 3, 6, 5, -5, -3, 5, 3, 7, 5]
@@ -128,7 +128,7 @@ def test_a_batch_of_probes_is_each_probe_alone(make):
     examples = []
     for n, ends in ((6, [2, 6]), (3, [3])):
         free = torch.randn(3, n + 1)
-        evidence = Evidence(ends, *free, torch.randn(n, 4), None, context_states=torch.randn(9 - n, 4))
+        evidence = Evidence(ends, *free, torch.randn(n, 4), context_states=torch.randn(9 - n, 4), layers=(1,))
         examples.append(Example(Draft([1], list(range(n)), ends, True, [True] * len(ends)), evidence))
     module = ProbeModule(head)
     alone = torch.cat([Probe(head, (1,)).hazards(one.evidence) for one in examples])
@@ -148,7 +148,7 @@ def asked(n, seed):
             segment = states[3 * k : 3 * k + 3]
             segment[:, 4 + k], segment[:, 7] = 3.0, 3 * (-wanted[k] if k == first else wanted[k])
         draft = Draft([1] * 3, list(range(9)), [3, 6, 9], False, [k < first for k in range(3)], number=number)
-        evidence = Evidence([3, 6, 9], *torch.zeros(3, 9), states, None, context_states=context)
+        evidence = Evidence([3, 6, 9], *torch.zeros(3, 9), states, context_states=context, layers=(1,))
         examples.append(Example(draft, evidence))
     return examples
 
@@ -181,7 +181,7 @@ def planted(n, seed):
             states[first * 3 + 1, 0] += 9
         valid = [k < first for k in range(3)]
         draft = Draft([1], list(range(9)), ends, False, valid, number=number)
-        examples.append(Example(draft, Evidence(ends, *torch.zeros(3, 9), states, None)))
+        examples.append(Example(draft, Evidence(ends, *torch.zeros(3, 9), states, layers=(1,))))
     return examples
 
 
@@ -229,7 +229,10 @@ def two_layers(n, seed):
     noise = [torch.randn(9, 16, generator=generator) for _ in range(n)]
     return [
         dataclasses.replace(
-            one, evidence=dataclasses.replace(one.evidence, states=torch.cat([mine, one.evidence.states], dim=-1))
+            one,
+            evidence=dataclasses.replace(
+                one.evidence, states=torch.cat([mine, one.evidence.states], dim=-1), layers=(3, 5)
+            ),
         )
         for one, mine in zip(planted(n, seed), noise, strict=True)
     ]

@@ -11,7 +11,7 @@ from eval.verifier_metrics import Draft, all_needs, examine
 from parse import Engine
 from parse.local.evidence import token_divergence, token_evidence
 from parse.scheduler import run
-from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Probe, PromptVerifier
+from parse.verifiers import Calibration, Divergence, Evidence, Likelihood, Probe, PromptVerifier, label_scores
 from parse.verifiers.heads import AttentiveHead, HazardHead, token_inputs
 from parse.verifiers.saved import fingerprint, load, save
 from tests.conftest import facts_of, fresh_context, peak_bytes, random_model, verify_prefixes
@@ -25,7 +25,7 @@ def evidence(ended=True, n=6, width=4):
         entropy=torch.ones(m),
         margin=torch.zeros(m),
         states=torch.randn(n, width),
-        suffix_logits=torch.randn(3, 10),
+        layers=(1,),
     )
 
 
@@ -84,12 +84,12 @@ def test_the_engine_reads_the_drafts_distribution_where_the_tokens_are_the_same(
     torch.testing.assert_close(evidence.divergence, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_prompt_weighs_yes_against_no():
-    given = evidence()
-    verifier = PromptVerifier([1], yes_ids=[3, 4], no_ids=[5])
-    yes = torch.softmax(given.suffix_logits, -1)[:, [3, 4]].sum(-1)
-    no = torch.softmax(given.suffix_logits, -1)[:, 5]
-    torch.testing.assert_close(verifier.confidences(given), yes / (yes + no))
+def test_yes_is_weighed_against_no():
+    logits = torch.randn(3, 10)
+    yes = torch.softmax(logits, -1)[:, [3, 4]].sum(-1)
+    no = torch.softmax(logits, -1)[:, 5]
+    scores = label_scores(logits, PromptVerifier([1], yes_ids=[3, 4], no_ids=[5]).labels)
+    torch.testing.assert_close(scores, yes / (yes + no))
 
 
 def test_prompt_asks_in_the_chat_template(tokenizer):

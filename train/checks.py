@@ -133,9 +133,13 @@ def check_disk(recipe: Recipe, stages: Sequence[str]) -> dict[str, int]:
     first = recipe.align.prompts if recipe.aligned else labelled
     prompts = first * ("rollouts" in stages) + labelled * ("relabel" in stages)
     need["rollouts"] = prompts * recipe.engine.max_new_tokens * ROW
-    if "verifier" in stages and recipe.verifier.kind in ("best", "probe"):
-        config = target_config(recipe)
-        width = len(hidden_states(recipe.verifier.probe.layers, config.num_hidden_layers)) * config.hidden_size
+    if "verifier" in stages and recipe.verifier.kind in ("best", "probe", "folded"):
+        config, layers = target_config(recipe), set[int]()
+        if recipe.verifier.kind != "folded":
+            layers |= {*hidden_states(recipe.verifier.probe.layers, config.num_hidden_layers)}
+        if recipe.verifier.kind != "probe":
+            layers.add(config.num_hidden_layers)
+        width = len(layers) * config.hidden_size
         answers = rolled.drafts + rolled.negatives * (rolled.labels in ("auto", "checker"))
         contexts = REPAIRED if recipe.verifier.probe.blocks else 0  # a prompt and the answer so far, each
         tokens = rolled.train * (answers + contexts) * recipe.engine.max_new_tokens

@@ -92,7 +92,7 @@ class EvidenceStore:
     def add(self, key: str, one: Example) -> None:
         """Keep the evidence of a draft. Its line is written after its states, so that a whole line has them."""
         evidence = one.evidence
-        line: Record = {"width": 0, "states": None, "context": None}
+        line: Record = {"width": 0, "states": None, "context": None, "layers": evidence.layers}
         line |= {name: getattr(evidence, name).tolist() for name in FREE}
         if evidence.states is not None:
             line |= {"width": evidence.states.shape[1], "states": self._write(evidence.states)}
@@ -111,7 +111,7 @@ class EvidenceStore:
         path, line = self.records[key]
         free = {name: torch.tensor(line[name], dtype=torch.float32) for name in FREE}  # [M] each
         states, context = (self._view(path, line[name], line["width"]) for name in ("states", "context"))
-        return Evidence(draft.ends, **free, states=states, suffix_logits=None, context_states=context)
+        return Evidence(draft.ends, **free, states=states, context_states=context, layers=tuple(line["layers"]))
 
     def _write(self, states: Tensor) -> Place:
         """Append states [rows, width]."""
@@ -155,4 +155,4 @@ def _key(draft: Draft) -> str:
 
 def _without_tensors(evidence: Evidence) -> Evidence:
     nothing = torch.empty(0)
-    return Evidence(evidence.ends, nothing, nothing, nothing, states=None, suffix_logits=None)
+    return Evidence(evidence.ends, nothing, nothing, nothing)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from eval.verifier_metrics import Example
 from parse.verifiers.heads import TOKEN_EVIDENCE, AttentiveHead, HazardHead
@@ -45,19 +44,15 @@ class ProbeData:
 
     def of_layer(self, layer: int) -> ProbeData:
         """The same with the states of one of the layers alone."""
-        place = self.layers.index(layer)
+        return self.of_layers((layer,))
 
-        def part(states: Tensor | None) -> Tensor | None:
-            """[n, D * layers] to a view, [n, D]."""
-            return None if states is None else states.tensor_split(len(self.layers), dim=-1)[place]
+    def of_layers(self, layers: tuple[int, ...]) -> ProbeData:
+        """The same with the states of some of the layers alone."""
 
-        def alone(one: Example) -> Example:
-            states, context = part(one.evidence.states), part(one.evidence.context_states)
-            return replace(one, evidence=replace(one.evidence, states=states, context_states=context))
+        def some(examples: Sequence[Example]) -> list[Example]:
+            return [replace(one, evidence=one.evidence.of_layers(layers)) for one in examples]
 
-        return replace(
-            self, train_set=[*map(alone, self.train_set)], held_out=[*map(alone, self.held_out)], layers=(layer,)
-        )
+        return replace(self, train_set=some(self.train_set), held_out=some(self.held_out), layers=layers)
 
 
 def choose_layers(data: ProbeData, log: Log = lambda _: None) -> tuple[ProbeData, Fitted[ProbeModule]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from eval.verifier_metrics import (
 )
 from eval.verifier_report import console_table, html_report
 from parse import Engine
-from parse.verifiers import Adapter, Needs, Probe, Verifier
+from parse.verifiers import Adapter, Folded, Needs, Probe, Verifier
 from parse.verifiers.adapter import adapt, suffix_of
 from parse.verifiers.heads import SEGMENT_EVIDENCE, HazardHead
 from parse.verifiers.saved import save, tokenizer_hash
@@ -43,17 +43,19 @@ from recipes.files import write_text
 from recipes.pair import hidden_states, load_engine
 from recipes.progress import progress_bar
 from recipes.run import KEPT, Run
-from recipes.schema import AdapterSection, Recipe
+from recipes.schema import AdapterSection, FoldedSection, Recipe
 from train.calibration import NEVER, prompts_needed, thresholds
 from train.evidence import gather, up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve
-from train.verifier_training import AdapterModule, Log, acceptable, fit
+from train.verifier_training import AdapterModule, FoldedModule, Log, acceptable, fit
 
 HELD_OUT = (1 / 6, 1 / 3)  # of the training prompts, at least and at most, decide on epochs, layers and kinds
 FEWEST = 2  # of them to make up the promised loss, where there are enough
 ENOUGH_RIGHT, FEW_RIGHT = 1.5, 500  # right drafts to learn from for each wrong one, and those that are never too many
+EXAMPLES = 4  # of its verdicts that a verifier keeps
 TIMED = 10  # drafts on which a verdict's cost is measured
 
+TRAINED = {"probe", "folded", "adapter"}
 Scores = dict[str, list[Scored]]  # by split, of all processes
 
 
@@ -61,7 +63,7 @@ def run(recipe: Recipe, run: Run) -> None:
     """Write `verifier/`: verifier.json, head and LoRA; report.json and report.html."""
     with run.stage("verifier") as folder:
         max_accuracy_loss, settings = recipe.verifier.max_accuracy_loss, recipe.engine
-        engine = load_engine(recipe, recipe.draft_folder)
+        engine = load_engine(recipe, recipe.draft_folder, served=False)
         rollouts = load_from_disk(recipe.rollouts_folder)
         assert isinstance(rollouts, Dataset)
         drafts = labelled(rollouts, max_accuracy_loss)
@@ -91,9 +93,9 @@ def run(recipe: Recipe, run: Run) -> None:
                     "horizon": settings.horizon,
                 },
             }
-            save(folder, kinds[name], engine.target, facts)
+            save(folder, kinds[name], engine.target, facts | {"checks": examples_of(scores[name]["test"])})
             for kind, other in best_of_others(name, kinds, scores, max_accuracy_loss).items():
-                more = facts | {"thresholds": limits[other]}
+                more = facts | {"thresholds": limits[other], "checks": examples_of(scores[other]["test"])}
                 save(folder / "others" / kind, kinds[other], engine.target, more)
             report = report_of(name, kinds, scores, costs, recipe) | {"learning_curve": trained.curve}
             write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
@@ -160,13 +162,15 @@ def train_kinds(
         kept: the folder of what is kept for another start.
     """
     section, max_accuracy_loss = recipe.verifier, recipe.verifier.max_accuracy_loss
-    wanted = {"probe", "adapter"} & ({"probe", "adapter"} if section.kind == "best" else {section.kind})
+    wanted = TRAINED & (TRAINED if section.kind == "best" else {section.kind})
     if not wanted:
         return Trained({}, [])
-    layers = hidden_states(section.probe.layers, engine.target.config.num_hidden_layers) if "probe" in wanted else ()
+    depth = engine.target.config.num_hidden_layers
+    layers = hidden_states(section.probe.layers, depth) if "probe" in wanted else ()
     attentive = bool(layers and section.probe.blocks)
-    needs = Needs(token_logprobs=True, layers=layers, context_states=attentive)
-    folder = kept / "evidence" / of_values([layers, attentive])[:12]
+    gathered = tuple(sorted({*layers, *([depth] if "folded" in wanted else [])}))
+    needs = Needs(token_logprobs=True, layers=gathered, context_states=attentive)
+    folder = kept / "evidence" / of_values([gathered, attentive])[:12]
     # where the target errs too, nothing is lost by accepting: such drafts are not learnt from
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
     usable["train"] = enough_of(usable["train"])
@@ -183,13 +187,15 @@ def train_kinds(
     kinds: dict[str, Verifier] = {}
     curve: list[dict[str, float]] = []
     if "probe" in wanted:
-        data = ProbeData(train_set, held_out, layers, section.probe, max_accuracy_loss)
+        data = ProbeData(train_set, held_out, gathered, section.probe, max_accuracy_loss).of_layers(layers)
         if section.probe.layers == "auto":
             data, found = choose_layers(data, log)
         else:
             found = data.fit(log=log)
         kinds["probe"] = Probe(found.module.head.to(engine.target.device), data.layers)
         curve = learning_curve(data, found)
+    if "folded" in wanted:
+        kinds["folded"] = train_folded(engine, train_set, held_out, section.folded, max_accuracy_loss, log)
     if "adapter" in wanted:
         kinds["adapter"] = train_adapter(engine, train_set, held_out, section.adapter, max_accuracy_loss, log)
     return Trained(kinds, curve)
@@ -205,6 +211,25 @@ def enough_of(drafts: list[Draft]) -> list[Draft]:
     enough = max(int(ENOUGH_RIGHT * wrong), FEW_RIGHT)
     left_out = {*random.Random(len(right)).sample(right, max(0, len(right) - enough))}
     return [draft for i, draft in enumerate(drafts) if i not in left_out]
+
+
+def train_folded(
+    engine: Engine,
+    train_set: Sequence[Example],
+    held_out: Sequence[Example],
+    section: FoldedSection,
+    max_accuracy_loss: float,
+    log: Log = lambda _: None,
+) -> Folded:
+    """Fit a linear head on the target's last states, for two tokens after its vocabulary."""
+    depth, rows = engine.target.config.num_hidden_layers, engine.models["target"].vocabulary
+    train_set, held_out = (
+        [replace(one, evidence=one.evidence.of_layers((depth,))) for one in some] for some in (train_set, held_out)
+    )
+    untrained = FoldedModule.of(train_set)
+    make = lambda: FoldedModule(untrained.mean, untrained.deviation)
+    module = fit(make, train_set, held_out, section, max_accuracy_loss, "folded", log).module
+    return Folded(module.head().to(engine.target.device), depth, (rows, rows + 1))
 
 
 def train_adapter(
@@ -231,7 +256,7 @@ def score_all(
     engine: Engine, kinds: dict[str, Verifier], drafts: dict[str, list[Draft]], splits: Sequence[str]
 ) -> dict[str, Scores]:
     """Every kind's confidences in the drafts of all processes that none of them has learnt from."""
-    layers = next((kind.needs.layers for kind in kinds.values() if kind.needs.layers), ())
+    layers = tuple(sorted({layer for kind in kinds.values() for layer in kind.needs.layers}))
     context = any(kind.needs.context_states for kind in kinds.values())
     adapters = {name: kind for name, kind in kinds.items() if kind.needs.adapter is not None}
     others = {name: kind for name, kind in kinds.items() if name not in adapters}
@@ -288,6 +313,22 @@ def best_of_others(
         if kinds[name].kind != kinds[chosen].kind:
             best[kinds[name].kind] = name  # the last one stays
     return best
+
+
+def examples_of(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Some drafts with the confidences in them, by which a server that has the same target is known."""
+    ordered = sorted((one for one in scored if one.confidences), key=lambda one: min(one.confidences))
+    chosen = [*ordered[: EXAMPLES // 2], *ordered[len(ordered) // 2 :][-EXAMPLES // 2 :]]
+    return [
+        {
+            "prompt_ids": one.draft.context_ids,
+            "draft_ids": one.draft.ids,
+            "ended": one.draft.ended,
+            "ends": one.draft.ends,
+            "confidences": one.confidences,
+        }
+        for one in chosen
+    ]
 
 
 def report_of(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,16 @@ from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with
 from eval.verifier_metrics import Example, Scored, measure, valid_cuts
 from parse.layout import pack, row_numbers, stack
 from parse.local.compiled import masks
-from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival, text_inputs, token_inputs
+from parse.verifiers.folded import last_states
+from parse.verifiers.heads import (
+    AttentiveHead,
+    HazardHead,
+    LinearHead,
+    segment_evidence,
+    survival,
+    text_inputs,
+    token_inputs,
+)
 from recipes.progress import progress_bar
 from recipes.schema import Fit
 from train.calibration import empirical
@@ -54,6 +63,44 @@ class ProbeModule(nn.Module):
         """The hazard of each of the batch's segments: [sum K]."""
         hazards = self.head(*inputs)  # [M]
         return hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)
+
+
+class FoldedModule(nn.Module):
+    """What a folded probe trains: a linear head on the last state of each segment, each of its numbers standardised."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.standard = LinearHead(len(mean))
+        self.register_buffer("mean", mean)  # [D], of the states to learn from
+        self.register_buffer("deviation", deviation)  # [D]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> FoldedModule:
+        """An untrained one for the states of the drafts to learn from, of all processes."""
+        states = torch.cat([last_states(one.evidence).float() for one in examples])  # [sum K, D]
+        sums = gather_object([(len(states), states.sum(0).cpu(), states.square().sum(0).cpu())])
+        count, total, squares = (sum(parts) for parts in zip(*sums, strict=True))
+        mean = total / count
+        return cls(mean, (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6))
+
+    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
+        """The last states of the batch's segments, [sum K, D]."""
+        return (torch.cat([last_states(one.evidence) for one in examples]),)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The hazard of each of the batch's segments: [sum K]."""
+        return cast(Tensor, self.standard((states.float() - self.mean) / self.deviation))
+
+    @torch.no_grad()
+    def head(self) -> LinearHead:
+        """The head for states as they are."""
+        head = LinearHead(len(self.mean))
+        head.weight.copy_(self.standard.weight / self.deviation)
+        head.bias.copy_(self.standard.bias - self.mean @ head.weight)
+        return head
 
 
 class AdapterModule(nn.Module):
@@ -118,8 +165,8 @@ class AdapterModule(nn.Module):
         )
 
 
-Module = ProbeModule | AdapterModule
-M = TypeVar("M", ProbeModule, AdapterModule)
+Module = ProbeModule | FoldedModule | AdapterModule
+M = TypeVar("M", ProbeModule, FoldedModule, AdapterModule)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from parse.local.sequence import CachedSequence
 from parse.local.speculation import Crossing, speculate
 from parse.model import OnToken, Proposer, Stop
 from parse.sampling import GREEDY, Sampling, Written
-from parse.verifiers import PROVIDED, Evidence, Needs
+from parse.verifiers import PROVIDED, Evidence, Labels, Needs, label_scores
 
 ROOM = 512  # tokens that a warm-up's buffers hold: more than its passes read, as is most often so
 
@@ -49,6 +49,11 @@ class LocalModel:
         return cls(ModelRunner(model, eos_ids, compiled, width), tokenizer)
 
     @property
+    def name(self) -> str:
+        """Its folder or hub id."""
+        return str(self.runner.model.config.name_or_path)
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
         return self.runner.eos_ids
@@ -72,7 +77,7 @@ class LocalModel:
         """Refuse tokens that the model has no embedding for: its tokenizer was given more, and the model was not."""
         if not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocabulary:
             raise ValueError(
-                f"a prompt holds the token {max(ids)}, and {self.runner.model.config.name_or_path} has "
+                f"a prompt holds the token {max(ids)}, and {self.name} has "
                 f"{self.vocabulary}: its tokenizer has tokens that the model was not given (resize_token_embeddings), "
                 "or belongs to another model"
             )
@@ -114,6 +119,10 @@ class LocalModel:
                 rows += [runner.open(), runner.open()]
                 for group in (rows[:1], rows[:2], rows[1:2], rows[1:]):
                     read(group)
+
+    async def label_score(self, ids: Sequence[int], labels: Labels) -> float:
+        """P(yes) / (P(yes) + P(no)) of the token after a text."""
+        return float(label_scores((await self.logits(ids))[-1], labels))
 
     async def logits(self, ids: Sequence[int], first: int = -1) -> Tensor:
         """The logits after each token of a text from index `first` on, [len(ids) - first, V]."""
@@ -225,15 +234,18 @@ async def packed_evidence(
         compared = torch.cat([before[None], drafted])[: len(log_prob)]  # [M, V]
         divergence = token_divergence(compared, needs.draft_logits, sorted(text.runner.eos_ids | needs.draft_end_ids))
     states = [output.states[layer][w : w + n] for layer in needs.layers]  # [N, D] each
+    judged = suffix_logits if needs.suffix_ids else after[1:-1]  # [K, V]
+    scores = label_scores(judged, needs.labels) if needs.labels else None  # [K]
     evidence = Evidence(
         ends,
         log_prob,
         entropy,
         margin,
         states=torch.cat(states, dim=-1) if states else None,  # [N, D * layers]
-        suffix_logits=suffix_logits if len(suffix_logits) else None,
+        label_scores=scores,
         suffix_states=output.states[-1][layout.last_suffix] if adapted else None,  # [K, D]
         divergence=divergence,
         context_states=context_states,
+        layers=needs.layers,
     )
     return evidence, after[:-1]

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from parse.generation import Generation
+from parse.local.model import LocalModel
 from parse.prompts import encode_prompt
 from parse.round import Round
 from parse.server.formats import ChatFormat, CompletionFormat, Format
@@ -103,7 +104,7 @@ async def models(http: Request) -> dict[str, Any]:
     """The one model."""
     serving = _serving(http)
     facts = {"object": "model", "created": serving.started, "owned_by": "parse"}
-    facts |= {"root": serving.engine.target.config.name_or_path, "max_model_len": serving.context_length}
+    facts |= {"root": serving.engine.models["target"].name, "max_model_len": serving.context_length}
     return {"object": "list", "data": [{"id": serving.name, **facts}]}
 
 
@@ -183,6 +184,8 @@ async def _rated(http: Request, asked: Round, result: Generation, count: int) ->
     """How likely a prompt and its answer are; one text at a time, as each takes memory for all words at all places."""
     serving = _serving(http)
     target = serving.engine.models["target"]
+    if not isinstance(target, LocalModel):
+        raise Refused(400, f"logprobs need the target on this machine, and it is {target.name}", "logprobs")
     stopped = find_stop(text_of(result.token_ids, serving.engine.tokenizer), asked.settings.stop) is not None
     ends = target.eos_ids if result.finish_reason == "stop" and not stopped else ()
     steps = scored(target, [*asked.prompt_ids, *result.token_ids], count, ends)

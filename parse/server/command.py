@@ -86,7 +86,7 @@ def _application(given: dict[str, Any]) -> Any:
     limits = Limits(**{name: given[name] for name in names & given.keys()})
     if given.get("compile"):
         engine.warm_up(limits.at_once)
-    named = Path(str(given.get("run") or engine.target.config.name_or_path))
+    named = Path(str(given.get("run") or engine.models["target"].name.rpartition("#")[2]))
     name = given.get("name") or named.name or named.resolve().name
     as_calibrated = not {"threshold", "policy", "horizon", "handback", "temperature", "method"} & given.keys()
     serving = Serving(engine, name, settings, limits, expected_fraction(verifier) if as_calibrated else None)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+Labels = tuple[tuple[int, ...], tuple[int, ...]]  # tokens that say yes, and those that say no
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Needs:
     token_logprobs: bool = False  # log-probability, entropy and margin of the draft's own tokens
     layers: tuple[int, ...] = ()  # hidden states of the draft's tokens, by index; 0 is the embedding
     context_states: bool = False  # these states of all that stands before the draft as well
-    suffix_ids: tuple[int, ...] = ()  # S tokens that follow each prefix, whose logits are read
+    suffix_ids: tuple[int, ...] = ()  # S tokens that follow each prefix
+    labels: Labels | None = None  # of these the score after each suffix, or after each prefix itself
     adapter: Any = (
         None  # a PEFT model, the target under a LoRA that acts on the suffixes: their states are read instead
     )
@@ -31,7 +35,7 @@ class Needs:
             for name, needed in {
                 "token_logprobs": self.token_logprobs or self.draft_logits is not None,
                 "states": bool(self.layers),
-                "label_scores": bool(self.suffix_ids) and self.adapter is None,
+                "label_scores": self.labels is not None,
                 "adapter": self.adapter is not None,
             }.items()
             if needed
@@ -54,19 +58,38 @@ class Evidence:
     log_prob: Tensor  # [M] float32: the target's log-probability of each token, nats
     entropy: Tensor  # [M] float32: of the target's distribution there, nats
     margin: Tensor  # [M] float32: log-probability of the target's first choice less the token's, nats
-    states: Tensor | None  # [N, D * layers]: the target's hidden states, where the verifier reads them
-    suffix_logits: Tensor | None  # [K, V]: after each suffix copy, where there is a suffix
+    states: Tensor | None = None  # [N, D * layers]: the target's hidden states, where the verifier reads them
+    label_scores: Tensor | None = None  # [K] float32 in [0, 1]: P(yes) / (P(yes) + P(no)), where it asks for labels
     suffix_states: Tensor | None = None  # [K, D]: the target's last hidden states there, where the verifier adapts it
     divergence: Tensor | None = None  # [M] float32: of the draft's distribution from the target's, where it is at hand
     context_states: Tensor | None = (
         None  # [C, D * layers]: of the C tokens before the draft, where the verifier reads them
     )
+    layers: tuple[int, ...] = ()  # which these states are of
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """Token range [start, stop) of each segment within 0..M."""
         stops = [*self.ends[:-1], len(self.log_prob)]
         return list(zip([0, *stops[:-1]], stops, strict=True))
+
+    def of_layers(self, layers: tuple[int, ...]) -> Evidence:
+        """The same with the states of some of its layers alone, as views where those are neighbours."""
+        if layers == self.layers:
+            return self
+        places = [self.layers.index(layer) for layer in layers]
+
+        def some(states: Tensor | None) -> Tensor | None:
+            """[n, D * all layers] to [n, D * layers]."""
+            if states is None:
+                return None
+            width = states.shape[-1] // len(self.layers)
+            first, last = places[0], places[-1] + 1
+            if places == list(range(first, last)):
+                return states[:, first * width : last * width]
+            return torch.cat([states[:, place * width : (place + 1) * width] for place in places], dim=-1)
+
+        return replace(self, states=some(self.states), context_states=some(self.context_states), layers=layers)
 
 
 @dataclass(frozen=True)
@@ -112,3 +135,9 @@ class Verifier(Protocol):
     def confidences(self, evidence: Evidence) -> Tensor:
         """Confidence that each prefix is right: float32 [K] in [0, 1]."""
         ...
+
+
+def label_scores(logits: Tensor, labels: Labels) -> Tensor:
+    """P(yes) / (P(yes) + P(no)) by logits [..., V], each of any of its tokens: float32 [...]."""
+    yes, no = (logits[..., list(ids)].float().logsumexp(-1) for ids in labels)  # [...] each
+    return torch.sigmoid(yes - no)

@@ -63,6 +63,23 @@ class HazardHead(nn.Module):
         return nn.functional.softplus(self.body(joined).squeeze(-1))
 
 
+class LinearHead(nn.Module):
+    """From a state h to the hazard softplus(-(w . h + b)): a segment by itself is right with sigmoid(w . h + b)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.tensor(5.0))  # most are right
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments that make a head of the same shape."""
+        return {"width": len(self.weight)}
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [..., width] to hazards [...], none of them negative."""
+        return nn.functional.softplus(-(states.float() @ self.weight + self.bias))
+
+
 class Attention(nn.Module):
     """A pre-normalised block of causal attention and a small network, over the target's states; it needs no positions.
 

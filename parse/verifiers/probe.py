@@ -36,6 +36,7 @@ class Probe:
 
     def hazards(self, evidence: Evidence) -> Tensor:
         """The hazard of each segment, the sum over its tokens: float32 [K]."""
+        evidence = evidence.of_layers(self.layers)
         inputs = text_inputs([evidence]) if self.attends else token_inputs(evidence)
         tokens = self.head(*inputs)  # [M]
         return torch.stack([tokens[start:stop].sum() for start, stop in evidence.bounds])

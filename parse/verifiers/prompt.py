@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parse.prompts import turn_after_answer
 from parse.text import encode_text
-from parse.verifiers.base import Calibration, Evidence, Needs
+from parse.verifiers.base import Calibration, Evidence, Labels, Needs
 
 QUESTION = "Is the answer above correct so far, as far as it goes? Reply with one word, yes or no."
 
@@ -54,18 +53,18 @@ class PromptVerifier:
 
     @property
     def needs(self) -> Needs:
-        """The logits after the question."""
-        return Needs(suffix_ids=tuple(self.suffix_ids))
+        """The score of yes against no after the question."""
+        return Needs(suffix_ids=tuple(self.suffix_ids), labels=self.labels)
+
+    @property
+    def labels(self) -> Labels:
+        """What says yes, and what says no."""
+        return tuple(self.yes_ids), tuple(self.no_ids)
 
     def confidences(self, evidence: Evidence) -> Tensor:
         """P(yes) against P(no) after each suffix copy: float32 [K]."""
-        assert evidence.suffix_logits is not None
-        return self.weigh(evidence.suffix_logits)
-
-    def weigh(self, logits: Tensor) -> Tensor:
-        """P(yes) against P(no) of logits [..., V]: float32 [...]."""
-        yes, no = (logits[..., ids].float().logsumexp(-1) for ids in (self.yes_ids, self.no_ids))  # [...] each
-        return torch.sigmoid(yes - no)
+        assert evidence.label_scores is not None
+        return evidence.label_scores
 
 
 def _single_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parse.text import eos_ids
 from parse.verifiers.adapter import Adapter, sharing
 from parse.verifiers.base import Calibration, Verifier
-from parse.verifiers.heads import AttentiveHead, HazardHead
+from parse.verifiers.folded import Folded
+from parse.verifiers.heads import AttentiveHead, HazardHead, LinearHead
 from parse.verifiers.likelihood import Likelihood
 from parse.verifiers.probe import Probe
 from parse.verifiers.prompt import PromptVerifier
@@ -46,15 +47,26 @@ def save(folder: Path, verifier: Verifier, target: PreTrainedModel, facts: dict[
         record |= {"rule": verifier.rule, "scope": verifier.scope}
     if isinstance(verifier, Adapter):
         verifier.adapted.save_pretrained(str(folder))
-    if isinstance(verifier, Probe | Adapter):
+    if isinstance(verifier, Folded):
+        record |= {"labels": list(verifier.labels)}
+    if isinstance(verifier, Probe | Folded | Adapter):
         record |= {"head": verifier.head.sizes}
         tensors = {name: value.contiguous().cpu() for name, value in verifier.head.state_dict().items()}
         save_file(tensors, folder / "head.safetensors")
     (folder / "verifier.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load(name: str | Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Verifier:
+def load(
+    name: str | Path,
+    target: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: frozenset[int] | None = None,
+) -> Verifier:
     """Load a saved verifier with its calibration, or make an untrained one: "prompt" or "likelihood".
+
+    Args:
+        target: None where it is on a server, which shows no weights.
+        end_ids: the tokens that end its answers, where it shows none.
 
     Raises:
         FileNotFoundError: if the folder holds no `verifier.json`.
@@ -73,7 +85,9 @@ def load(name: str | Path, target: PreTrainedModel, tokenizer: PreTrainedTokeniz
         )
     try:
         record = json.loads(path.read_text())
-        verifier, facts = _made(record, path.parent, target, tokenizer), record["calibration"]
+        ends = end_ids if target is None else eos_ids(target, cast(Any, tokenizer).eos_token_id)
+        verifier = _made(record, path.parent, target, tokenizer, sorted(ends or ()))
+        facts = record["calibration"]
         settings = facts["handback"], facts.get("horizon"), record["segments"]
         verifier.calibration = Calibration(record["thresholds"], *settings)
         return verifier
@@ -87,10 +101,14 @@ def load(name: str | Path, target: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _made(
-    record: dict[str, Any], folder: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    record: dict[str, Any],
+    folder: Path,
+    target: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
 ) -> Verifier:
     """The verifier that a folder's record describes, for the target that it was made for."""
-    if record["base"] != fingerprint(target):
+    if target is not None and record["base"] != fingerprint(target):
         raise ValueError(
             f"the verifier in {folder} was trained on {record['base_name']!r} (weights {record['base'][:12]}), "
             f"and the target is {target.config.name_or_path!r} (weights {fingerprint(target)[:12]}): "
@@ -101,7 +119,6 @@ def _made(
             f"the verifier in {folder} was trained with another tokenizer or chat template "
             f"({record['tokenizer'][:12]}, the target's is {tokenizer_hash(tokenizer)[:12]}): train it again"
         )
-    ends = sorted(eos_ids(target, tokenizer.eos_token_id))
     if record.get("end_ids", ends) != ends:
         raise ValueError(
             f"the verifier in {folder} was calibrated for answers that end with the tokens {record['end_ids']}, and "
@@ -113,13 +130,24 @@ def _made(
         return PromptVerifier.of(tokenizer, threshold)
     if record["kind"] == "likelihood":
         return Likelihood(record["rule"], record["scope"], threshold)
-    kind = AttentiveHead if "blocks" in record["head"] else HazardHead
-    head: Any = kind(**record["head"])
+    attends, linear = "blocks" in record["head"], record["kind"] == "folded"
+    kind: Any = LinearHead if linear else AttentiveHead if attends else HazardHead
+    head = kind(**record["head"])
     head.load_state_dict(load_file(folder / "head.safetensors"))
-    head = head.to(target.device).eval()
+    head = head.to("cpu" if target is None else target.device).eval()
+    if record["kind"] in ("probe", "adapter") and target is None:
+        raise ValueError(
+            f"the verifier in {folder} is of the kind {record['kind']!r}, which no server can give: use the kind "
+            f"`folded`, such as {folder / 'others' / 'folded'} beside it, or verifier.kind=folded and the stage "
+            "`verifier` again"
+        )
     if record["kind"] == "adapter":
+        assert target is not None
         adapted = PeftModel.from_pretrained(sharing(target), str(folder))
         return Adapter(adapted.eval(), head, record["suffix_ids"], threshold)
+    if record["kind"] == "folded":
+        right, wrong = record["labels"]
+        return Folded(head, record["layers"][0], (right, wrong), threshold=threshold)
     return Probe(head, tuple(record["layers"]), threshold)
 
 

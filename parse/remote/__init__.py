@@ -1,0 +1,1 @@
+"""Models on a vLLM server, as rounds know them."""

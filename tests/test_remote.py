@@ -1,0 +1,181 @@
+"""Models on a server: the same answers as here, through whatever the network does; and what is refused at start."""
+
+import threading
+import time
+
+import pytest
+
+from parse import Engine
+from parse.local.model import LocalModel
+from parse.remote.client import ServerError
+from parse.remote.model import RemoteModel, cached_share
+from parse.scheduler import run
+from parse.text import eos_ids
+from parse.verifiers import Likelihood, PromptVerifier
+from tests.conftest import LISTS
+from tests.vllm_like import VllmLike
+
+FAST = {"patience": 3.0}
+
+
+@pytest.fixture
+def folder(target, tokenizer, tmp_path):
+    """The target's folder."""
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    return tmp_path / "target"
+
+
+@pytest.fixture
+def server(target, tokenizer, folder):
+    made = VllmLike(LocalModel.of(target, tokenizer, eos_ids(target, tokenizer.eos_token_id)), str(folder))
+    yield made
+    made.close()
+
+
+def engines(server, target, draft, tokenizer, verifier=None, **options):
+    """The same engine with its target on a server and here."""
+    verifier = verifier or Likelihood("mean", "segment", 0.05)
+    away = Engine(
+        RemoteModel.connect(f"{server.url}#tiny", {**FAST, **options}), tokenizer, draft, tokenizer, verifier, 4
+    )
+    return away, Engine(target, tokenizer, draft, tokenizer, verifier, 4, compile=False)
+
+
+@pytest.mark.parametrize("verifier", ["likelihood", "prompt"])
+@pytest.mark.parametrize("handback", ["segment", "never"])
+def test_a_target_on_a_server_answers_as_the_same_one_here(server, target, draft, tokenizer, verifier, handback):
+    asked = PromptVerifier(encode(tokenizer, "right ?"), [5, 6], [7], 0.5) if verifier == "prompt" else None
+    away, here = engines(server, target, draft, tokenizer, asked)
+    settings = {"max_new_tokens": 24, "handback": handback}
+    if verifier == "likelihood":
+        settings["threshold"] = 2e-4
+    ours, theirs = here.generate(LISTS, **settings), away.generate(LISTS, **settings)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+        for a, b in zip(one.segments, other.segments, strict=True):
+            assert (a.text, a.source, a.accepted) == (b.text, b.source, b.accepted)
+            assert a.confidence == pytest.approx(b.confidence, abs=1e-4)
+    assert any(one.stats.accepted_tokens for one in ours)
+    assert any(one.stats.target_tokens for one in ours)
+
+
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_both_models_may_be_on_a_server(server, target, tokenizer):
+    model = RemoteModel.connect(f"{server.url}#tiny", FAST)
+    away = Engine(model, tokenizer, model, tokenizer, Likelihood(), 4)
+    assert [one.token_ids for one in away.generate(LISTS, 12, threshold=0.0)] == [
+        one.token_ids for one in Engine(target, tokenizer).generate(LISTS, 12, method="target")
+    ]
+
+
+@pytest.mark.parametrize("failures", [["503"], ["429", "500"], ["cut"], ["drop", "cut", "502", "cut"]])
+def test_what_fails_on_the_way_is_asked_again(server, target, draft, tokenizer, failures):
+    away, here = engines(server, target, draft, tokenizer)
+    ours = [one.token_ids for one in here.generate(LISTS, 16, method="target")]
+    server.failures = list(failures)
+    assert [one.token_ids for one in away.generate(LISTS, 16, method="target")] == ours
+    assert server.failures == []
+
+
+def test_a_server_may_be_killed_and_come_back(server, target, draft, tokenizer, folder):
+    away, here = engines(server, target, draft, tokenizer, patience=30.0)
+    settings = {"max_new_tokens": 40, "threshold": 2e-4}
+    expected = [one.token_ids for one in here.generate(LISTS, **settings)]
+    found = []
+    asking = threading.Thread(target=lambda: found.extend(away.generate(LISTS, **settings)))
+    asking.start()
+    while len(server.seen) < 12:
+        time.sleep(0.01)
+    server.close()
+    time.sleep(0.5)
+    again = VllmLike(server.model, str(folder), server.port)
+    asking.join(60)
+    again.close()
+    assert [one.token_ids for one in found] == expected
+
+
+def test_a_server_that_stays_away_is_named(server, target, draft, tokenizer):
+    away, _ = engines(server, target, draft, tokenizer, patience=0.5)
+    server.close()
+    with pytest.raises(ServerError, match=r"has not answered for 0.5 s .*start the server"):
+        away.generate(LISTS[0], 8, method="target")
+
+
+def test_whoever_stops_listening_frees_the_server(server, target, draft, tokenizer):
+    away, _ = engines(server, target, draft, tokenizer)
+    stream = away.stream("tea", max_new_tokens=200, method="target")
+    next(stream)
+    assert server.going == 1
+    stream.close()
+    limit = time.monotonic() + 10
+    while server.going and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert server.going == 0
+
+
+def test_an_answer_does_not_depend_on_how_many_are_asked(server, target, draft, tokenizer):
+    away, _ = engines(server, target, draft, tokenizer)
+    settings = {"max_new_tokens": 16, "threshold": 2e-4, "temperature": 0.8, "seed": 3}
+    together = away.generate(LISTS, **settings)
+    alone = [away.generate(prompt, **settings)[0] for prompt in LISTS]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+
+
+def test_labels_in_the_vocabulary_are_never_written(server, target, tokenizer):
+    plain = RemoteModel.connect(server.url, FAST)  # one model is served: it needs no name
+    ids = tokenizer.encode("tea")
+    first = run(plain.open(ids).decode([], 1)).ids
+    assert run(plain.without(first).open(ids).decode([], 1)).ids != first
+
+
+def test_texts_that_the_server_would_cut_are_refused(server):
+    model = RemoteModel.connect(server.url, FAST)
+    with pytest.raises(
+        ValueError, match="a text of 256 tokens .* reads 255: start the server with a larger --max-model-len"
+    ):
+        run(model.label_scores([1] * 200, [[1] * 56], ((5,), (6,))))
+    assert len(run(model.label_scores([1] * 200, [[1] * 55], ((5,), (6,))))) == 1
+
+
+def test_what_a_server_cannot_give_is_refused_at_start(server, target, draft, tokenizer, tmp_path):
+    url = f"{server.url}#tiny"
+    with pytest.raises(ValueError, match="serves tiny, not 'other'"):
+        RemoteModel.connect(f"{server.url}#other", FAST)
+    with pytest.raises(ValueError, match=r"unknown options \['retries'\]"):
+        RemoteModel.connect(url, {"retries": 3})
+    with pytest.raises(ValueError, match="lookahead=2 takes both models on this machine"):
+        engines(server, target, draft, tokenizer)[0].generate("tea", 4, threshold=0.1, lookahead=2)
+    from parse.verifiers import Probe
+    from parse.verifiers.heads import HazardHead
+
+    with pytest.raises(ValueError, match="'probe' needs states.*such as `folded`"):
+        engines(server, target, draft, tokenizer, Probe(HazardHead(8, 4), (1,)))
+    server.cache = False
+    with pytest.raises(ValueError, match="start it with --enable-prefix-caching"):
+        RemoteModel.connect(url, FAST)
+    server.cache = True
+    server.routes -= {"/generative_scoring"}
+    with pytest.raises(ValueError, match="needs token_logprobs, and this target gives nothing"):
+        engines(server, target, draft, tokenizer)
+    server.root = str(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="name a folder or a hub id that has it"):
+        RemoteModel.connect(url, FAST)
+
+
+def test_another_tokenizer_is_refused(server, tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["Größe"])
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        RemoteModel.connect(server.url, FAST, other)
+
+
+def test_the_share_of_the_prefix_cache_is_that_of_the_time_between():
+    text = 'vllm:prefix_cache_queries_total{{engine="0"}} {0}\nvllm:prefix_cache_hits_total{{engine="0"}} {1}\n'
+    assert cached_share(text.format(100, 10), text.format(300, 160)) == pytest.approx(0.75)
+    assert cached_share("", "") is None
