@@ -95,7 +95,7 @@ def can_assist(engine: Engine, prompts: Sequence[str | Messages], limit: int) ->
 
     And whether its context holds every prompt with an answer of `limit` tokens.
     """
-    if engine.draft is None or not (engine.same_tokens or _widths_differ(engine)):
+    if engine.draft is None or engine.served or not (engine.same_tokens or _widths_differ(engine)):
         return False
     longest = engine.models["draft"].context_length
     return longest is None or max(len(engine.encode_for_draft(prompt)) for prompt in prompts) + limit <= longest

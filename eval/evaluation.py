@@ -23,6 +23,7 @@ from eval.verifier_metrics import loss_at
 from eval.verifier_report import verifier_parts
 from parse import Engine
 from parse.prompts import opens_thinking
+from parse.remote.model import RemoteModel, cached_share
 from parse.verifiers.base import Calibration
 from recipes import strict
 from recipes.files import write_text
@@ -46,11 +47,15 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         if check.difference:
             print(f"warning: {check.name} {check.difference}; what was trained is not what is served")
     thresholds = _calibration(engine).thresholds
+    before = _metrics(engine)
     found = _compared(recipe, task, engine, thresholds)
+    cached = cached_share(before, _metrics(engine))
     tables = {at_once: _summarized(task, engine, outcomes, promised) for at_once, outcomes in found.items()}
     first = loads_of(recipe)[0]
     outcomes, pair = found[first], None
-    if "draft" in outcomes and task.first_wrong:  # it is known which sentences of an answer are right
+    if (
+        "draft" in outcomes and task.first_wrong and not engine.served
+    ):  # it is known which sentences of an answer are right
         pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
     summary = {
         "name": recipe.name,
@@ -58,6 +63,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "verifier": str(verifier),
         "hardware": hardware(),
         "process_memory_gib": process_memory(),
+        "servers": engine.served,
+        "prefix_cache_share": cached,  # of the target's tokens, where it is on a server
         "max_accuracy_loss": promised,
         "threshold": thresholds[recipe.engine.policy],
         "at_once": first,
@@ -70,6 +77,12 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     _write(recipe, summary, outcomes, report)
     _show(recipe, summary, tables)
     return summary
+
+
+def _metrics(engine: Engine) -> str:
+    """The figures of the target's server; none where it is on this machine."""
+    target = engine.models["target"]
+    return target.metrics() if isinstance(target, RemoteModel) else ""
 
 
 def _report_of(verifier: Path) -> dict[str, Any] | None:
@@ -117,8 +130,8 @@ def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, 
     prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts]
     methods = settings_of(recipe, thresholds, methods_of(recipe, engine, prompts))
     others: dict[str, Engine | TransformersGenerate] = {
-        "generate": TransformersGenerate(engine),
-        "assisted": TransformersGenerate(engine, assisted=True),
+        name: TransformersGenerate(engine, assisted=name == "assisted")
+        for name in methods.keys() & {"generate", "assisted"}
     }
     if "speculation" in methods and recipe.eval.speculation_draft:
         others["speculation"] = _speculating(engine, recipe)
@@ -162,6 +175,9 @@ def _origin(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
     facts += [("Python", machine["python"]), ("process memory", f"{summary['process_memory_gib']:.1f} GiB at most")]
     facts += [(name, version) for name, version in machine["packages"].items() if version]
     facts += [(name, str(getattr(recipe, name))) for name in ("target", "task")]
+    facts += [("on a server", name) for name in summary["servers"]]
+    if (share := summary["prefix_cache_share"]) is not None:
+        facts.append(("its prefix cache held", f"{share:.1%} of the tokens that it was given"))
     facts += list(zip(("draft", "verifier"), map(str, recipe.evaluated), strict=True))
     return {"facts": facts, "recipe": strict.dump(to_dict(recipe))}
 

@@ -48,6 +48,7 @@ WHAT = {
     "parse_prompt": "every prefix in one pass, the target asked in words",
     "parse_likelihood": "every prefix in one pass, judged by its likelihood",
 }
+HERE = {"generate", "assisted", "speculation", "parse_lookahead"}  # what takes both models on this machine
 KINDS = {name: name.removeprefix("parse_") for name in WHAT if name.startswith("parse_") and name != "parse_lookahead"}
 
 
@@ -67,9 +68,11 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
     """The recipe's methods, or all that its models can do.
 
     Raises:
-        RecipeError: for assisted generation that is asked for and that these models cannot do.
+        RecipeError: for what is asked for and cannot be done by these models, or by models on servers.
     """
     named = recipe.eval.methods
+    if engine.served:
+        return _of_served(named, engine.served[0])
     assisted = can_assist(engine, prompts, recipe.engine.max_new_tokens)
     if named is not None:
         if "assisted" in named and not assisted:
@@ -79,6 +82,18 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
             )
         return list(named)
     return [name for name in WHAT if name not in KINDS and (name != "assisted" or assisted)]
+
+
+def _of_served(named: Sequence[str] | None, server: str) -> list[str]:
+    """What can be done where a model is on a server: what is named, or all."""
+    if named is None:
+        return [name for name in WHAT if name not in KINDS and name not in HERE]
+    if wrong := [name for name in named if name in HERE]:
+        raise RecipeError(
+            f"eval.methods has {', '.join(wrong)}, which take both models on this machine, and {server} is on a "
+            "server: leave them out"
+        )
+    return list(named)
 
 
 def loads_of(recipe: Recipe) -> list[int]:

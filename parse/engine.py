@@ -75,6 +75,11 @@ class Engine:
         return model.runner.model if isinstance(model, LocalModel) else None
 
     @property
+    def served(self) -> list[str]:
+        """The models that are on servers."""
+        return [model.name for model in self.models.values() if isinstance(model, RemoteModel)]
+
+    @property
     def verifier(self) -> Verifier | None:
         """What judges drafts."""
         return self.pair.verifier
@@ -422,11 +427,10 @@ class Engine:
                 settings = dataclasses.replace(settings, threshold=own)
         if "draft" not in self.models and (settings.method != "target" or settings.lookahead):
             raise ValueError('this engine has no draft model: give one, or use method="target"')
-        served = [model.name for model in self.models.values() if isinstance(model, RemoteModel)]
-        if settings.lookahead and served:
+        if settings.lookahead and self.served:
             raise ValueError(
-                f"lookahead={settings.lookahead} takes both models on this machine, and {served[0]} is on a server: "
-                "use lookahead=0, and the server's own speculation where it has one"
+                f"lookahead={settings.lookahead} takes both models on this machine, and {self.served[0]} is on a "
+                "server: use lookahead=0, and the server's own speculation where it has one"
             )
         if self.distributed and settings.temperature and settings.seed is None:
             raise ValueError(

@@ -278,7 +278,7 @@ class EngineSection:
     compile: bool | None = True  # in evaluations: forward passes are compiled where that pays, before the first prompt
     target_options: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`, such as {device_map: auto}
     draft_options: dict[str, Any] = field(default_factory=dict)  # the same for the draft
-    target_url: Source | None = None  # a vLLM server that serves the target, http://host:8000/v1#MODEL; what needs its
+    target_url: Url | None = None  # a vLLM server that serves the target, http://host:8000/v1#MODEL; what needs its
     # weights, the stage `verifier`, loads them here all the same
 
 
@@ -422,6 +422,11 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             f"eval.concurrency has {most} requests at once, and eval.prompts is {recipe.eval.prompts}: give at least "
             f"{2 * most} prompts, so that the speed-up is measured more than once"
+        )
+    if recipe.engine.target_url and recipe.engine.lookahead:
+        raise RecipeError(
+            f"engine.lookahead is {recipe.engine.lookahead}, which takes both models on this machine, and "
+            "engine.target_url puts the target on a server: set lookahead to 0"
         )
     if not any(to_dict(recipe.data.shares).values()):
         raise RecipeError("data.shares are all 0, so that no row is in a split: give one of them 1 or more")

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from eval.methods import methods_of
 from parse import Engine
 from parse.local.model import LocalModel
 from parse.remote.client import ServerError
@@ -12,7 +13,9 @@ from parse.remote.model import RemoteModel, cached_share
 from parse.scheduler import run
 from parse.text import eos_ids
 from parse.verifiers import Likelihood, PromptVerifier
-from tests.conftest import LISTS
+from recipes.pair import load_engine
+from recipes.schema import RecipeError, load_recipe
+from tests.conftest import LISTS, QUICK
 from tests.vllm_like import VllmLike
 
 FAST = {"patience": 3.0}
@@ -179,3 +182,29 @@ def test_the_share_of_the_prefix_cache_is_that_of_the_time_between():
     text = 'vllm:prefix_cache_queries_total{{engine="0"}} {0}\nvllm:prefix_cache_hits_total{{engine="0"}} {1}\n'
     assert cached_share(text.format(100, 10), text.format(300, 160)) == pytest.approx(0.75)
     assert cached_share("", "") is None
+
+
+def test_an_evaluation_asks_a_server_for_what_it_can_do(server, target, draft, tokenizer):
+    away, here = engines(server, target, draft, tokenizer)
+    recipe = load_recipe(QUICK)
+    able = ["target", "draft", "cascade", "sequential", "parse"]
+    assert methods_of(recipe, away, LISTS) == able
+    assert {*able, "speculation", "generate"} <= {*methods_of(recipe, here, LISTS)}
+    asked = load_recipe(QUICK, ["eval.methods=[target,generate,parse]"])
+    with pytest.raises(RecipeError, match=r"eval.methods has generate, .* is on a server"):
+        methods_of(asked, away, LISTS)
+    with pytest.raises(RecipeError, match="engine.lookahead is 4"):
+        load_recipe(QUICK, ["engine.target_url=http://localhost:8000/v1#m", "engine.lookahead=4"])
+
+
+def test_the_recipes_target_is_asked_where_it_is_served(server, target, tokenizer, folder):
+    """Its tokenizer and configuration are the recipe's, as the server's folder is on another machine."""
+    server.root = "/elsewhere/target"
+    recipe = load_recipe(QUICK, [f"target={folder}", f"engine.target_url={server.url}#tiny"])
+    engine = load_engine(recipe)
+    assert engine.served == [f"{server.url}#tiny"]
+    assert load_engine(recipe, served=False).served == []
+    expected = Engine(target, tokenizer).generate(LISTS, 12, method="target")
+    assert [one.text for one in engine.generate(LISTS, 12, method="target")] == [one.text for one in expected]
+    with pytest.raises(ValueError, match="this needs the target's weights on this machine"):
+        engine.target  # noqa: B018

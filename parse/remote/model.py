@@ -88,6 +88,10 @@ class RemoteModel:
         forbidden = self.forbidden | (beyond if len(beyond) <= MOST_FORBIDDEN else frozenset())
         return replace(self, eos_ids=self.eos_ids | ends, forbidden=forbidden)
 
+    def metrics(self) -> str:
+        """The server's figures, as Prometheus reads them."""
+        return self.client.ask(self.client.get("/metrics")).text
+
     def check_tokens(self, ids: Sequence[int]) -> None:
         """Refuse tokens that the model has no embedding for."""
         if not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocabulary:
