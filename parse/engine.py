@@ -15,20 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.generation import Generation, Settings, Stats, whole_number
-from parse.local.loading import ATTENTION, Messages, is_distributed, load_model, load_tokenizer, warn_of_unheeded
+from parse.local.loading import ATTENTION, Messages, is_distributed
 from parse.local.model import LocalModel
-from parse.local.runner import check_packing, embeddings
+from parse.models import load_draft, load_target, models_of, verifier_of
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
-from parse.remote.client import is_url
 from parse.remote.model import RemoteModel
-from parse.remote.verdicts import served_verifier
 from parse.round import NoRoom, Pair, Round
 from parse.sampling import Written
 from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
-from parse.text import eos_ids, shared_ends, text_of
+from parse.text import text_of
 from parse.verifiers import Folded, Verifier
-from parse.verifiers.saved import load as load_verifier
 
 
 class Engine:
@@ -46,7 +43,7 @@ class Engine:
     ) -> None:
         check_segmenter(segments)
         self.tokenizer, self.draft_tokenizer = tokenizer, draft_tokenizer or tokenizer
-        self.models = _models(target, tokenizer, draft, self.draft_tokenizer, compile is not False)
+        self.models = models_of(target, tokenizer, draft, self.draft_tokenizer, compile is not False)
         # on two devices the next draft is written while the target judges this one; on one each would wait
         devices = {model.device for model in self.models.values() if isinstance(model, LocalModel)}
         self.pair = Pair(self.models["target"], self.models.get("draft"), verifier, segments, len(devices) > 1)
@@ -91,13 +88,10 @@ class Engine:
 
     def judged_by(self, verifier: str | Path) -> Engine:
         """An engine over the same models with another verifier, named as in `from_pretrained`; they share passes."""
-        other = copy.copy(self)
-        other.pair = dataclasses.replace(self.pair, verifier=self._verifier_of(verifier))
+        other, model = copy.copy(self), self.models["target"]
+        target = model.runner.model if isinstance(model, LocalModel) else model
+        other.pair = dataclasses.replace(self.pair, verifier=verifier_of(verifier, target, self.tokenizer))
         return other
-
-    def _verifier_of(self, name: str | Path) -> Verifier:
-        model = self.models["target"]
-        return _verifier(name, model.runner.model if isinstance(model, LocalModel) else model, self.tokenizer)
 
     @property
     def segments(self) -> Segmenter:
@@ -158,24 +152,12 @@ class Engine:
         """
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is not known: use one of {', '.join(ATTENTION)}")
-        remote = {"target": is_url(target), "draft": is_url(draft)}
-        target_model: PreTrainedModel | RemoteModel
-        if remote["target"]:
-            target_model = RemoteModel.connect(str(target), target_options, tokenizer)
-            tokenizer = target_model.tokenizer
-        else:
-            target_model = load_model(target, device, dtype, ATTENTION[attention], target_options)
-            check_packing(target_model)
-            warn_of_unheeded(target_model)
-            tokenizer = tokenizer or load_tokenizer(target_model, target_options)
-        draft_model: PreTrainedModel | RemoteModel | None = None
-        if remote["draft"]:
-            draft_model = RemoteModel.connect(str(draft), draft_options, draft_tokenizer)
-            draft_tokenizer = draft_model.tokenizer
-        elif draft is not None:
-            draft_model = load_model(draft, device, dtype, options=draft_options)
-            draft_tokenizer = draft_tokenizer or load_tokenizer(draft_model, draft_options)
-        loaded = None if verifier is None else _verifier(verifier, target_model, tokenizer)
+        placed: Any = {"device": device, "dtype": dtype}
+        target_model, tokenizer = load_target(target, tokenizer, target_options, ATTENTION[attention], **placed)
+        draft_model = None
+        if draft is not None:
+            draft_model, draft_tokenizer = load_draft(draft, draft_tokenizer, draft_options, **placed)
+        loaded = None if verifier is None else verifier_of(verifier, target_model, tokenizer)
         if isinstance(target_model, RemoteModel) and isinstance(loaded, Folded):
             target_model = target_model.without(loaded.labels)
         trained_with = loaded.calibration.segments if loaded and loaded.calibration else None
@@ -438,36 +420,3 @@ class Engine:
                 "give all of them the same seed"
             )
         return settings
-
-
-def _models(
-    target: PreTrainedModel | RemoteModel,
-    tokenizer: PreTrainedTokenizerBase,
-    draft: PreTrainedModel | RemoteModel | None,
-    draft_tokenizer: PreTrainedTokenizerBase,
-    compiled: bool,
-) -> dict[str, LocalModel | RemoteModel]:
-    """The models as rounds know them, by role."""
-    ours: LocalModel | RemoteModel
-    if isinstance(target, RemoteModel):
-        ours = target
-    else:
-        ours = LocalModel.of(target, tokenizer, eos_ids(target, cast(Any, tokenizer).eos_token_id), compiled)
-    if draft is None:
-        return {"target": ours}
-    # vocabularies are padded to other sizes: the draft must not say what the target has no embedding for
-    same = draft_tokenizer.get_vocab() == tokenizer.get_vocab()
-    # a base model that drafts for a chat model names other end tokens, and writes the chat model's too
-    shared = shared_ends(ours.eos_ids, tokenizer, draft_tokenizer)
-    if isinstance(draft, RemoteModel):
-        return {"target": ours, "draft": draft.drafting(shared, ours.vocabulary if same else None)}
-    own = eos_ids(draft, cast(Any, draft_tokenizer).eos_token_id) | shared
-    width = ours.vocabulary if same and embeddings(draft) > ours.vocabulary else None
-    return {"target": ours, "draft": LocalModel.of(draft, draft_tokenizer, own, compiled, width)}
-
-
-def _verifier(name: str | Path, target: PreTrainedModel | RemoteModel, tokenizer: PreTrainedTokenizerBase) -> Verifier:
-    """A verifier by its name, for a target here or on a server."""
-    if isinstance(target, RemoteModel):
-        return served_verifier(name, target)
-    return load_verifier(name, target, tokenizer)

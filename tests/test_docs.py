@@ -95,7 +95,7 @@ def test_every_make_target_is_there():
 
 @pytest.mark.parametrize("command", re.findall(r"-m (?:train|eval) (recipes/\S+[^\n`]*)", ALL))
 def test_every_recipe_command_would_run(command):
-    words = command.split("#")[0].split()
+    words = shlex.split(command, comments=True)
     load_recipe(words[0], [w for w in words[1:] if "=" in w])
 
 
