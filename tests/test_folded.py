@@ -88,6 +88,7 @@ def test_only_the_files_of_the_head_are_written_anew(saved, tmp_path):
     changed = {index["model.embed_tokens.weight"], index["lm_head.weight"]}
     for file in {*index.values()}:
         assert os.path.samefile(target / file, tmp_path / "folded" / file) == (file not in changed)
+        assert (target / file).stat().st_mode == (tmp_path / "folded" / file).stat().st_mode
     assert len({*index.values()} - changed) > 2
     assert len(load_file(target / index["lm_head.weight"])["lm_head.weight"]) == len(
         AutoTokenizer.from_pretrained(target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -128,6 +129,7 @@ def _write(source: Path, out: Path, weight: Tensor, labels: list[int]) -> None:
             tensors[bias] = torch.cat([tensors[bias], tensors[bias].new_zeros(2)])
         files |= dict.fromkeys(tensors, file)
         save_file(tensors, out / file, metadata={"format": "pt"})
+        shutil.copymode(source / file, out / file)  # it is written for its owner alone
     if (source / INDEX).is_file():
         total = sum((out / file).stat().st_size for file in {*files.values()})
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
