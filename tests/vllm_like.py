@@ -30,6 +30,7 @@ class VllmLike:
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.routes: set[str] = {"/v1/models", "/tokenize", "/metrics", "/generative_scoring", "/v1/completions"}
         self.going = 0  # streams
+        self.delay = 0.0  # seconds that a token takes longer
         self._lock = threading.Lock()
         app = FastAPI()
         app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST"])
@@ -101,6 +102,7 @@ class VllmLike:
             ids, count = list(body["prompt"]), 0
             sampling = Sampling(body["temperature"], body.get("top_k", 0), body.get("top_p", 1.0), body.get("seed"))
             while count < body["max_tokens"]:
+                await asyncio.sleep(self.delay)
                 logits = (await asyncio.to_thread(self._logits, ids))[-1].clone()
                 for token, bias in body.get("logit_bias", {}).items():
                     logits[int(token)] += bias
