@@ -40,6 +40,11 @@ class Model(Protocol):
         ...
 
     @property
+    def verdict_tokens(self) -> int:
+        """Tokens of its context that a verdict takes beside its suffix."""
+        ...
+
+    @property
     def vocabulary(self) -> int:
         """How many tokens it has an embedding for."""
         ...

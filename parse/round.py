@@ -74,7 +74,9 @@ class Pair:
         Raises:
             NoRoom: where there is room for none.
         """
-        verdict = len(self.verifier.needs.suffix_ids) if self.verifier and settings.method == "parse" else 0
+        verdict = 0
+        if self.verifier and settings.method == "parse":
+            verdict = len(self.verifier.needs.suffix_ids) + self.target.verdict_tokens
         needed = [("target", self.target, prompt, verdict)]
         if settings.method == "draft":  # else the target goes on where the draft's context ends
             assert self.draft is not None

@@ -15,6 +15,7 @@ from threading import RLock
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+MOMENT = 0.02  # seconds after which what was submitted or cancelled meanwhile is looked at, where all wait for calls
 Steps = Coroutine[Any, Any, T]
 
 
@@ -127,8 +128,7 @@ class Scheduler:
     def submit(self, steps: Steps[T], watched: bool = False) -> Task[T]:
         """Queue a coroutine; it begins with the next step that has room for it."""
         task = Task(steps, watched)
-        with self._lock:
-            self._waiting.append(task)
+        self._waiting.append(task)  # which needs no lock, and so waits for nobody's step
         return task
 
     def cancel(self, task: Task[Any]) -> None:
@@ -147,7 +147,7 @@ class Scheduler:
     def step(self) -> None:
         """Admit what there is room for, run one batch for each runner that somebody waits for, and advance the tasks.
 
-        Where all of them wait for calls, the first of these ends before this returns.
+        Where all of them wait for calls, this waits a moment for the first of these.
         """
         with self._lock:
             before, self._stepping = self._stepping, True
@@ -164,7 +164,7 @@ class Scheduler:
         self._admit()
         calls = [task.wanted for task in self._running if isinstance(task.wanted, Future)]
         if calls and len(calls) == len(self._running) and not any(call.done() for call in calls):
-            wait(calls, return_when=FIRST_COMPLETED)
+            wait(calls, MOMENT, FIRST_COMPLETED)
         for task in self._running:
             if isinstance(task.wanted, Future) and task.wanted.done():
                 self._take(task, task.wanted)

@@ -57,6 +57,7 @@ def load(given: dict[str, Any]) -> tuple[Engine, dict[str, Any], str | None]:
     needed["verifier"] = settings.method == "parse"
     parts = {part: find(part, given, recipe) for part, need in needed.items() if need}
     options: dict[str, Any] = {**parts, **{name: without_code(section.get(name)) for name in OPTIONS}}
+    options |= {f"{part}_options": _of_server(part, recipe) for part, name in parts.items() if is_address(name)}
 
     from parse.engine import Engine
 
@@ -120,6 +121,21 @@ def find(part: str, given: dict[str, Any], recipe: dict[str, Any]) -> str:
     return str(name)
 
 
+def is_address(name: str) -> bool:
+    """Whether a model's name is a server's address."""
+    return name.startswith(("http://", "https://"))
+
+
+def _of_server(part: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """How a server is asked for a run's model: the tokenizer is the run's own, wherever the server has its files."""
+    if part != "target" or not recipe:
+        return {}
+    from parse.local.loading import base_of
+
+    target = recipe["target"]
+    return {"tokenizer": str(base_of(target))} if not _missing_model(target) else {}
+
+
 def without_code(options: dict[str, Any] | None) -> dict[str, Any]:
     """Options that a run loads a model with, but for leave to run the model's own code."""
     options = dict(options or {})
@@ -168,7 +184,7 @@ def _missing_model(name: str) -> str | None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
     from transformers.utils.hub import cached_file
 
-    if name.startswith(("http://", "https://")):  # a server, which is asked when the engine is made
+    if is_address(name):  # a server, which is asked when the engine is made
         return None
     if Path(name).is_dir():
         return None if _holds_model(Path(name)) else "this folder holds no config.json"

@@ -75,7 +75,9 @@ def test_both_models_may_be_on_a_server(server, target, tokenizer):
     ]
 
 
-@pytest.mark.parametrize("failures", [["503"], ["429", "500"], ["cut"], ["drop", "cut", "502", "cut"]])
+@pytest.mark.parametrize(
+    "failures", [["503"], ["429", "500"], ["cut"], ["drop", "cut", "502", "cut"], ["abort", "abort"]]
+)
 def test_what_fails_on_the_way_is_asked_again(server, target, draft, tokenizer, failures):
     away, here = engines(server, target, draft, tokenizer)
     ours = [one.token_ids for one in here.generate(LISTS, 16, method="target")]
@@ -91,9 +93,10 @@ def test_a_server_may_be_killed_and_come_back(server, target, draft, tokenizer, 
     found = []
     asking = threading.Thread(target=lambda: found.extend(away.generate(LISTS, **settings)))
     asking.start()
-    while len(server.seen) < 12:
+    while len(server.seen) < 12 and asking.is_alive():
         time.sleep(0.01)
     server.close()
+    assert asking.is_alive()
     time.sleep(0.5)
     again = VllmLike(server.model, str(folder), server.port)
     asking.join(60)
@@ -104,7 +107,7 @@ def test_a_server_may_be_killed_and_come_back(server, target, draft, tokenizer, 
 def test_a_server_that_stays_away_is_named(server, target, draft, tokenizer):
     away, _ = engines(server, target, draft, tokenizer, patience=0.5)
     server.close()
-    with pytest.raises(ServerError, match=r"has not answered for 0.5 s .*start the server"):
+    with pytest.raises(ServerError, match=r"has failed for 0.5 s .*start the server"):
         away.generate(LISTS[0], 8, method="target")
 
 
@@ -127,6 +130,46 @@ def test_an_answer_does_not_depend_on_how_many_are_asked(server, target, draft, 
     together = away.generate(LISTS, **settings)
     alone = [away.generate(prompt, **settings)[0] for prompt in LISTS]
     assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+
+
+@pytest.mark.parametrize("verifier", ["likelihood", "prompt"])
+def test_answers_may_fill_the_servers_context(server, target, draft, tokenizer, verifier):
+    """The server judges one token less than it holds: the engine stops before it."""
+    server.context = 24
+    asked = PromptVerifier(encode(tokenizer, "right ?"), [5, 6], [7], 0.5) if verifier == "prompt" else None
+    away, _ = engines(server, target, draft, tokenizer, asked)
+    found = away.generate(["the fig", "tea"], 200, threshold=0.0)
+    assert all(one.finish_reason in ("stop", "length") for one in found)
+    assert all(one.stats.verify_passes for one in found)
+
+
+def test_a_request_that_hangs_is_asked_again_though_patience_is_shorter(server, target, draft, tokenizer):
+    away, here = engines(server, target, draft, tokenizer, timeout=0.5, patience=0.4)
+    server.failures = ["hang"]
+    expected = here.generate("tea", 6, method="target")[0].token_ids
+    assert len(expected) > 2
+    assert away.generate("tea", 6, method="target")[0].token_ids == expected
+
+
+def test_a_text_that_is_taken_up_again_is_drawn_by_other_numbers(server, target, draft, tokenizer):
+    away, _ = engines(server, target, draft, tokenizer)
+    server.failures = ["cut"]
+    away.generate("tea", 8, method="target", temperature=1.0, seed=1)
+    seeds = [body["seed"] for path, body in server.seen if path == "/v1/completions"]
+    assert len(seeds) == len({*seeds}) == 2
+
+
+def test_nothing_that_is_not_asked_for_comes_from_the_models_generation_config(server, target, draft, tokenizer):
+    away, _ = engines(server, target, draft, tokenizer)
+    away.generate("tea", 2, method="target")
+    body = server.seen[-1][1]
+    assert (body["repetition_penalty"], body["top_k"], body["top_p"], body["min_p"]) == (1.0, 0, 1.0, 0.0)
+
+
+def test_an_address_may_lack_its_version_and_must_be_one(server):
+    assert RemoteModel.connect(server.url.removesuffix("/v1"), FAST).client.url == server.url
+    with pytest.raises(ValueError, match="is no address"):
+        RemoteModel.connect("http://host:80a0/v1", FAST)
 
 
 def test_labels_in_the_vocabulary_are_never_written(server, target, tokenizer):
@@ -163,8 +206,10 @@ def test_what_a_server_cannot_give_is_refused_at_start(server, target, draft, to
         RemoteModel.connect(url, FAST)
     server.cache = True
     server.routes -= {"/generative_scoring"}
-    with pytest.raises(ValueError, match="needs token_logprobs, and this target gives nothing"):
-        engines(server, target, draft, tokenizer)
+    asked = PromptVerifier(encode(tokenizer, "right ?"), [5], [7], 0.5)
+    with pytest.raises(ValueError, match="'prompt' needs label_scores, and this target gives token_logprobs"):
+        engines(server, target, draft, tokenizer, asked)
+    server.routes |= {"/generative_scoring"}
     server.root = str(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="name a folder or a hub id that has it"):
         RemoteModel.connect(url, FAST)

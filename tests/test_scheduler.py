@@ -1,5 +1,6 @@
 """Many requests at once: each answer is what it is alone, whatever runs beside it, comes late or is cancelled."""
 
+import threading
 import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
@@ -262,3 +263,25 @@ def test_passes_and_calls_of_one_request_take_turns():
         assert scheduler.wait(first) == 13
         with pytest.raises(CancelledError):
             scheduler.wait(lost)
+
+
+def test_nobody_waits_while_all_others_wait_for_a_call():
+    """What is submitted meanwhile runs, and what is cancelled meanwhile ends."""
+    scheduler, call = Scheduler(), Future()
+
+    async def asks():
+        return await Call(call)
+
+    async def asks_nothing():
+        return 1
+
+    asking = scheduler.submit(asks())
+    waiting = threading.Thread(target=lambda: pytest.raises(Cancelled, scheduler.wait, asking))
+    waiting.start()
+    while not asking.wanted:
+        time.sleep(0.001)
+    assert scheduler.run(asks_nothing()) == 1
+    scheduler.cancel(asking)
+    waiting.join(5)
+    assert asking.done
+    assert call.cancelled()

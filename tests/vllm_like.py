@@ -26,7 +26,9 @@ class VllmLike:
 
     def __init__(self, model: LocalModel, root: str, port: int = 0, context: int = 256, cache: bool = True) -> None:
         self.model, self.root, self.context, self.cache = model, root, context, cache
-        self.failures: list[str] = []  # of the next requests: a status, "cut" (in the middle), or "drop" (at once)
+        self.failures: list[
+            str
+        ] = []  # of the next requests: a status, "cut", "abort" or "hang" (in the middle), "drop"
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.routes: set[str] = {"/v1/models", "/tokenize", "/metrics", "/generative_scoring", "/v1/completions"}
         self.going = 0  # streams
@@ -71,7 +73,7 @@ class VllmLike:
         if path == "/generative_scoring":
             return await asyncio.to_thread(self._scores, body)
         if body.get("stream"):
-            return StreamingResponse(self._stream(body, failure == "cut"), media_type="text/event-stream")
+            return StreamingResponse(self._stream(body, failure), media_type="text/event-stream")
         return await asyncio.to_thread(self._likelihoods, body)
 
     @torch.inference_mode()
@@ -96,7 +98,7 @@ class VllmLike:
         after = {f"token_id:{token}": float(log_probs[-1][token]) for token in body["logprob_token_ids"]}
         return JSONResponse({"choices": [{"prompt_logprobs": told, "logprobs": {"top_logprobs": [after]}}]})
 
-    async def _stream(self, body: dict[str, Any], cut: bool) -> Any:
+    async def _stream(self, body: dict[str, Any], failure: str) -> Any:
         self.going += 1
         try:
             ids, count = list(body["prompt"]), 0
@@ -113,7 +115,12 @@ class VllmLike:
                 yield f"data: {json.dumps({'choices': [{'token_ids': ids[-1:], 'finish_reason': reason}]})}\n\n"
                 if ends:
                     break
-                if cut and count == 3:
+                if failure == "abort" and count == 3:  # as a server says that is about to stop
+                    yield f"data: {json.dumps({'choices': [{'token_ids': [], 'finish_reason': 'abort'}]})}\n\n"
+                    break
+                if failure == "hang":
+                    await asyncio.sleep(2)
+                if failure == "cut" and count == 3:
                     raise ConnectionError("told to break")
             yield "data: [DONE]\n\n"
         finally:

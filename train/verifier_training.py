@@ -80,11 +80,12 @@ class FoldedModule(nn.Module):
     @classmethod
     def of(cls, examples: Sequence[Example]) -> FoldedModule:
         """An untrained one for the states of the drafts to learn from, of all processes."""
-        states = torch.cat([last_states(one.evidence).float() for one in examples])  # [sum K, D]
+        states = torch.cat([last_states(one.evidence).double() for one in examples])  # [sum K, D]
         sums = gather_object([(len(states), states.sum(0).cpu(), states.square().sum(0).cpu())])
         count, total, squares = (sum(parts) for parts in zip(*sums, strict=True))
         mean = total / count
-        return cls(mean, (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6))
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
+        return cls(mean.float(), deviation.float())
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """The last states of the batch's segments, [sum K, D]."""

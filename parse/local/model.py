@@ -26,6 +26,7 @@ class LocalModel:
     """A model, its tokenizer, and the sequences that it reads at the same time."""
 
     provides: frozenset[str] = PROVIDED
+    verdict_tokens = 0
 
     def __init__(self, runner: ModelRunner, tokenizer: Any = None) -> None:
         self.runner, self.tokenizer = runner, tokenizer

@@ -30,6 +30,10 @@ class ServerError(RuntimeError):
     """A server refused a request, or was not to be reached for long."""
 
 
+class Refused(ServerError):
+    """A server refused a request."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a server is asked; keys of `target_options` and `draft_options` of `Engine.from_pretrained`."""
@@ -67,9 +71,13 @@ class Client:
         Args:
             url: http://host:port/v1#MODEL.
         """
-        base, model = urldefrag(url)
-        self.url, self.model, self.options = base.rstrip("/"), model, options
-        self.root = self.url.removesuffix("/v1")
+        base, self.model = urldefrag(url)
+        try:
+            httpx.URL(base)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{url!r} is no address ({error}): give one like http://host:8000/v1#MODEL") from error
+        self.options, self.root = options, base.rstrip("/").removesuffix("/v1")
+        self.url = f"{self.root}/v1"
         self.loop = asyncio.new_event_loop()
         Thread(target=self.loop.run_forever, name=f"client of {self.root}", daemon=True).start()
         key = os.environ.get(options.key_variable)
@@ -99,7 +107,7 @@ class Client:
         """The content of the reply to a request.
 
         Raises:
-            ServerError: where the server refuses it.
+            Refused: where the server refuses it.
         """
         reply = await self.post(path, body)
         if reply.status_code != 200:
@@ -118,6 +126,8 @@ class Client:
         ids = list(prompt)
         while written < limit:
             body = {**settings, "prompt": ids, "max_tokens": limit - written, "stream": True, "return_token_ids": True}
+            if "seed" in body:  # after a break the next tokens are drawn by other numbers than the first ones
+                body["seed"] = (body["seed"] + written) % 2**31
             try:
                 async for some, finished in self._stream(body):
                     written, waits = written + len(some), self._waits()
@@ -151,7 +161,10 @@ class Client:
                 if "error" in chunk:  # the engine behind the server broke down
                     raise httpx.RemoteProtocolError(str(chunk["error"])[:300])
                 for choice in chunk["choices"]:
-                    yield list(choice.get("token_ids") or []), choice.get("finish_reason") is not None
+                    reason = choice.get("finish_reason")
+                    yield list(choice.get("token_ids") or []), reason in ("stop", "length")
+                    if reason not in (None, "stop", "length"):  # the server is about to stop
+                        raise httpx.RemoteProtocolError(f"the text was left ({reason})")
 
     async def _tried(self, request: Callable[[], Coroutine[Any, Any, httpx.Response]]) -> httpx.Response:
         waits = self._waits()
@@ -166,7 +179,7 @@ class Client:
             await self._wait(waits, broken)
 
     def _waits(self) -> Waits:
-        return Waits(time.monotonic() + self.options.patience)
+        return Waits(self.options.patience)
 
     async def _wait(self, waits: Waits, broken: Exception) -> None:
         """Wait before another try.
@@ -175,27 +188,25 @@ class Client:
             ServerError: where patience has run out.
         """
         seconds = waits.next(broken)
-        if time.monotonic() + seconds > waits.until:
+        if waits.is_over(seconds):
             reason = f"{type(broken).__name__}: {broken}".strip(": ")
             raise ServerError(
-                f"{self.url} has not answered for {self.options.patience:g} s ({reason:.300}): start the server, or "
+                f"{self.url} has failed for {self.options.patience:g} s ({reason:.300}): start the server, or "
                 "mend the address; a longer wait is the option `patience`"
             ) from broken
         await asyncio.sleep(seconds)
 
-    def refusal(self, reply: httpx.Response) -> ServerError:
+    def refusal(self, reply: httpx.Response) -> Refused:
         """What to say of a request that the server refuses."""
         if reply.status_code in (401, 403):
-            return ServerError(
-                f"{self.url} wants another key: set the environment variable {self.options.key_variable}"
-            )
+            return Refused(f"{self.url} wants another key: set the environment variable {self.options.key_variable}")
         try:
             content = reply.json()
             reason = content.get("error", content)
             reason = reason.get("message", reason) if isinstance(reason, dict) else reason
         except ValueError:
             reason = reply.text
-        return ServerError(f"{self.url} refuses a request (status {reply.status_code}): {reason!s:.500}")
+        return Refused(f"{self.url} refuses a request (status {reply.status_code}): {reason!s:.500}")
 
 
 class Stream:
@@ -245,8 +256,14 @@ def _is_busy(reply: httpx.Response) -> bool:
 class Waits:
     """How long to wait before each further try: longer each time, never to the same moment as others."""
 
-    until: float  # by the monotonic clock
+    patience: float  # seconds from the first failure on
     _last: float = 0.0
+    _first: float | None = None  # by the monotonic clock
+
+    def is_over(self, seconds: float) -> bool:
+        """Whether patience ends before so many seconds are over."""
+        self._first = time.monotonic() if self._first is None else self._first
+        return time.monotonic() + seconds > self._first + self.patience
 
     def next(self, broken: Exception) -> float:
         """Seconds, or as many as the server asks for."""

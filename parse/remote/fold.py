@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parse.local.loading import base_of, load_model, load_tokenizer
+from parse.local.loading import PLACING, base_of, load_model, load_tokenizer
 from parse.options import Parser, message_of, quieten
 from parse.sources import find, read_recipe
 
@@ -98,6 +98,12 @@ def _source(target: str, options: dict[str, Any], place: Path) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(target, revision=options.get("revision")))
+    if "quantization_config" in options:
+        raise ValueError(
+            "the run's target is quantised when it is loaded, and a folder of it would not be: fold a target that is "
+            "quantised on the disk"
+        )
+    options = {name: value for name, value in options.items() if name not in PLACING}
     kept = AutoConfig.from_pretrained(base_of(target)).dtype
     model = load_model(target, "cpu", kept if isinstance(kept, torch.dtype) else None, options=options)
     model.save_pretrained(place / "merged")
@@ -198,8 +204,11 @@ def _check(
 
 
 def _link(file: Path, link: Path) -> None:
-    """A hard link, or a symbolic one to another disk."""
+    """A hard link, or a symbolic one to another disk; where that has none, as for what was just merged, a copy."""
     try:
         os.link(file, link)
     except OSError:
-        link.symlink_to(file)
+        if file.stat().st_dev == link.parent.stat().st_dev:
+            shutil.copy2(file, link)
+        else:
+            link.symlink_to(file)

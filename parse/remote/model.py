@@ -18,12 +18,22 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from parse.model import OnToken, Proposer, Stop
-from parse.remote.client import Client, Options, ServerError, Stream
+from parse.remote.client import Client, Options, Stream
 from parse.sampling import GREEDY, Sampling, Written
 from parse.text import encode_text, named_ends
 from parse.verifiers import Evidence, Labels, Needs
 
 PROBE = "Größe: 12 km²\n\tdef f(x): return x ** 2  # “ok” 東京 🙂"  # by which tokenizers are told apart
+PLAIN = {  # what is not said the server takes from the model's generation config
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+NO_ROUTE = (404, 405, 501)
 FORBIDDEN = -100.0  # added to a logit
 MOST_FORBIDDEN = 256  # tokens in one request
 
@@ -39,6 +49,8 @@ class RemoteModel:
     context_length: int
     provides: frozenset[str]
     forbidden: frozenset[int] = frozenset()  # tokens that it never writes: labels in its vocabulary
+
+    verdict_tokens: int = 1  # the one that the server would write
 
     @property
     def name(self) -> str:
@@ -61,8 +73,10 @@ class RemoteModel:
         chosen = Options.of(options)
         client = Client(url, chosen)
         served = _served(client)
-        sources = [source for source in (served["root"], chosen.tokenizer) if source]
-        tokenizer = tokenizer or _tokenizer_of(sources[-1], client)
+        sources = [
+            source for source in (served["root"], chosen.tokenizer, getattr(tokenizer, "name_or_path", "")) if source
+        ]
+        tokenizer = tokenizer or _tokenizer_of(sources[-1 if chosen.tokenizer else 0], client)
         _check_tokenizer(client, tokenizer)
         _check_cache(client)
         configurations = [one for kind in (GenerationConfig, AutoConfig) for one in _configurations(kind, sources)]
@@ -212,12 +226,12 @@ class RemoteSequence:
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         model = self.model
-        settings: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": sorted(model.eos_ids), "temperature": 0.0}
+        settings: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": sorted(model.eos_ids), **PLAIN}
         if model.forbidden:
             settings["logit_bias"] = {str(token): FORBIDDEN for token in sorted(model.forbidden)}
         if not sampling.greedy:
-            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.next_seed()}
-            settings |= {"top_k": sampling.top_k} if sampling.top_k else {}
+            settings |= {"temperature": sampling.temperature, "seed": sampling.next_seed()}
+            settings |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
         return settings
 
 
@@ -278,12 +292,13 @@ def _check_cache(client: Client) -> None:
 
 
 def _provided(client: Client) -> frozenset[str]:
-    """What of `PROVIDED` the server can give: the scores of labels, where it has the route."""
+    """What of `PROVIDED` the server can give: the scores of labels only where it has the route."""
     body = {"query": [0], "items": [[0]], "label_token_ids": [0, 1]}
-    try:
-        client.ask(client.posted("/generative_scoring", body))
-    except ServerError:
-        return frozenset()
+    reply = client.ask(client.post("/generative_scoring", body))
+    if reply.status_code in NO_ROUTE:
+        return frozenset({"token_logprobs"})
+    if reply.status_code != 200:
+        raise client.refusal(reply)
     return frozenset({"label_scores", "token_logprobs"})
 
 

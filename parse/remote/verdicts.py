@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from parse.remote.client import ServerError
+from parse.remote.client import Refused
 from parse.remote.model import RemoteModel
 from parse.sampling import Written
 from parse.scheduler import run
@@ -45,8 +45,9 @@ def _check(verifier: Verifier, checks: list[dict[str, Any]], target: RemoteModel
         )
     try:
         apart = sum(_apart(verifier, check, target) for check in checks) / len(checks)
-    except ServerError as error:  # as of labels that its vocabulary lacks
-        raise ValueError(f"{target.name} cannot be asked for the verdicts of {name} ({error}): {FOLD}") from error
+    except Refused as error:  # as of labels that its vocabulary lacks
+        advice = f": {FOLD}" if isinstance(verifier, Folded) else ""
+        raise ValueError(f"{target.name} cannot be asked for the verdicts of {name} ({error}){advice}") from error
     if apart > APART:
         raise ValueError(
             f"{target.name} is not the target of the verifier in {name}: on {len(checks)} of its examples the "
