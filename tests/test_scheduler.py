@@ -275,8 +275,12 @@ def test_nobody_waits_while_all_others_wait_for_a_call():
     async def asks_nothing():
         return 1
 
+    def waits():
+        with pytest.raises(Cancelled):
+            scheduler.wait(asking)
+
     asking = scheduler.submit(asks())
-    waiting = threading.Thread(target=lambda: pytest.raises(Cancelled, scheduler.wait, asking))
+    waiting = threading.Thread(target=waits)
     waiting.start()
     while not asking.wanted:
         time.sleep(0.001)
