@@ -68,7 +68,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.tensor(5.0))  # most are right
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.tensor([5.0]))  # most are right
 
     @property
     def sizes(self) -> dict[str, int]:
