@@ -302,7 +302,10 @@ def test_two_processes_train_and_calibrate_as_one(topology, some, recipe):
     process = launch(topology, RECIPE, "verifier", *options)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
-    wrapped = {"ddp": {"DistributedDataParallel"}, "fsdp2": {"FSDPProbeModule", "FSDPAdapterModule"}}
+    wrapped = {
+        "ddp": {"DistributedDataParallel"},
+        "fsdp2": {"FSDPProbeModule", "FSDPFoldedModule", "FSDPAdapterModule"},
+    }
     assert set(re.findall(r"prepared: (\w+)\.", output)) == wrapped[topology]
     report = json.loads((folder / "verifier" / "report.json").read_text())
     assert (report["n_prompts"], report["n_prefixes"]) == (alone["n_prompts"], alone["n_prefixes"])
