@@ -53,9 +53,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     tables = {at_once: _summarized(task, engine, outcomes, promised) for at_once, outcomes in found.items()}
     first = loads_of(recipe)[0]
     outcomes, pair = found[first], None
-    if (
-        "draft" in outcomes and task.first_wrong and not engine.served
-    ):  # it is known which sentences of an answer are right
+    # which sentences of an answer are right is known, and the target's states are here
+    if "draft" in outcomes and task.first_wrong and not engine.served:
         pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
     summary = {
         "name": recipe.name,

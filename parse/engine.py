@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.generation import Generation, Settings, Stats, whole_number
-from parse.local.loading import ATTENTION, Messages, is_distributed
+from parse.local.loading import ATTENTION, Messages, is_distributed, warn_of_unheeded
 from parse.local.model import LocalModel
-from parse.models import load_draft, load_target, models_of, verifier_of
+from parse.local.runner import check_packing
+from parse.models import load, models_of, verifier_of
 from parse.prompts import encode_for_draft, encode_prompt, unsuited
 from parse.remote.model import RemoteModel
 from parse.round import NoRoom, Pair, Round
@@ -25,7 +26,7 @@ from parse.sampling import Written
 from parse.scheduler import Scheduler
 from parse.segments import Segmenter, check_segmenter
 from parse.text import text_of
-from parse.verifiers import Folded, Verifier
+from parse.verifiers import Verifier
 
 
 class Engine:
@@ -153,13 +154,14 @@ class Engine:
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is not known: use one of {', '.join(ATTENTION)}")
         placed: Any = {"device": device, "dtype": dtype}
-        target_model, tokenizer = load_target(target, tokenizer, target_options, ATTENTION[attention], **placed)
+        target_model, tokenizer = load(target, tokenizer, target_options, **placed, attention=ATTENTION[attention])
+        if isinstance(target_model, PreTrainedModel):
+            check_packing(target_model)
+            warn_of_unheeded(target_model)
         draft_model = None
         if draft is not None:
-            draft_model, draft_tokenizer = load_draft(draft, draft_tokenizer, draft_options, **placed)
+            draft_model, draft_tokenizer = load(draft, draft_tokenizer, draft_options, **placed)
         loaded = None if verifier is None else verifier_of(verifier, target_model, tokenizer)
-        if isinstance(target_model, RemoteModel) and isinstance(loaded, Folded):
-            target_model = target_model.without(loaded.labels)
         trained_with = loaded.calibration.segments if loaded and loaded.calibration else None
         if segments is not None and trained_with is not None and segments != trained_with:
             raise ValueError(

@@ -9,49 +9,32 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.local.loading import load_model, load_tokenizer, warn_of_unheeded
+from parse.local.loading import load_model, load_tokenizer
 from parse.local.model import LocalModel
-from parse.local.runner import check_packing, embeddings
-from parse.remote.client import is_url
+from parse.local.runner import embeddings
+from parse.remote import is_address
 from parse.remote.model import RemoteModel
 from parse.remote.verdicts import served_verifier
 from parse.text import eos_ids, shared_ends
 from parse.verifiers import Verifier
-from parse.verifiers.saved import load
+from parse.verifiers.saved import load as load_verifier
 
 Loaded = tuple[PreTrainedModel | RemoteModel, PreTrainedTokenizerBase]
 
 
-def load_target(
-    source: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    options: dict[str, Any] | None,
-    attention: str | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-) -> Loaded:
-    """A target and its tokenizer; the arguments are those of `Engine.from_pretrained`."""
-    if is_url(source):
-        served = RemoteModel.connect(str(source), options, tokenizer)
-        return served, served.tokenizer
-    model = load_model(source, device, dtype, attention, options)
-    check_packing(model)
-    warn_of_unheeded(model)
-    return model, tokenizer or load_tokenizer(model, options)
-
-
-def load_draft(
+def load(
     source: str | Path | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     options: dict[str, Any] | None,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
+    attention: str | None = None,
 ) -> Loaded:
-    """A draft and its tokenizer; the arguments are those of `Engine.from_pretrained`."""
-    if is_url(source):
+    """A model and its tokenizer; the arguments are those of `Engine.from_pretrained`."""
+    if is_address(source):
         served = RemoteModel.connect(str(source), options, tokenizer)
         return served, served.tokenizer
-    model = load_model(source, device, dtype, options=options)
+    model = load_model(source, device, dtype, attention, options)
     return model, tokenizer or load_tokenizer(model, options)
 
 
@@ -87,4 +70,4 @@ def verifier_of(
     """A verifier by its name, for a target here or on a server."""
     if isinstance(target, RemoteModel):
         return served_verifier(name, target)
-    return load(name, target, tokenizer)
+    return load_verifier(name, target, tokenizer)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from parse.remote import is_address
+
 if TYPE_CHECKING:
     from parse.engine import Engine
 
@@ -57,7 +59,7 @@ def load(given: dict[str, Any]) -> tuple[Engine, dict[str, Any], str | None]:
     needed["verifier"] = settings.method == "parse"
     parts = {part: find(part, given, recipe) for part, need in needed.items() if need}
     options: dict[str, Any] = {**parts, **{name: without_code(section.get(name)) for name in OPTIONS}}
-    options |= {f"{part}_options": _of_server(part, recipe) for part, name in parts.items() if is_address(name)}
+    options |= {f"{part}_options": _of_server(part, given, recipe) for part, name in parts.items() if is_address(name)}
 
     from parse.engine import Engine
 
@@ -121,18 +123,13 @@ def find(part: str, given: dict[str, Any], recipe: dict[str, Any]) -> str:
     return str(name)
 
 
-def is_address(name: str) -> bool:
-    """Whether a model's name is a server's address."""
-    return name.startswith(("http://", "https://"))
-
-
-def _of_server(part: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def _of_server(part: str, given: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """How a server is asked for a run's model: the tokenizer is the run's own, wherever the server has its files."""
     if part != "target" or not recipe:
         return {}
     from parse.local.loading import base_of
 
-    target = recipe["target"]
+    target = _of_run("target", Path(given["run"]), recipe)
     return {"tokenizer": str(base_of(target))} if not _missing_model(target) else {}
 
 

@@ -52,7 +52,7 @@ def load_engine(
         target = {"target": engine.target_url, "target_options": options, "tokenizer": target_tokenizer(recipe)}
     with whole_weights():
         try:
-            return Engine.from_pretrained(
+            made = Engine.from_pretrained(
                 **target,
                 draft=draft,
                 verifier=verifier,
@@ -62,6 +62,13 @@ def load_engine(
             )
         except (ValueError, FileNotFoundError, ServerError) as error:
             raise RecipeError(str(error)) from error
+    length = made.models["target"].context_length
+    if made.served and length is not None and length <= engine.max_new_tokens:
+        raise RecipeError(
+            f"engine.target_url: {made.models['target'].name} holds {length} tokens, and answers may have "
+            f"{engine.max_new_tokens} (engine.max_new_tokens): start it with a larger --max-model-len"
+        )
+    return made
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from recipes.files import write_text
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 HEAD = """# Recipe reference
 
-Written by `python -m recipes.reference` out of `recipes/schema.py`. One YAML file is one experiment.
-`section.key=value` on the command line overrides the file; an unknown key is an error that names the nearest known one.
+Written by `python -m recipes.reference` out of the schema in `recipes/`. One YAML file is one experiment.
+`section.key=value` on the command line overrides it; an unknown key is an error that names the nearest one.
 """
 
 

@@ -16,7 +16,7 @@ from parse.segments import cut
 from parse.verifiers import Adapter, Needs
 from parse.verifiers.adapter import adapt
 from parse.verifiers.saved import fingerprint, load, save, tokenizer_hash
-from recipes.schema import AdapterSection
+from recipes.verifier_schema import AdapterSection
 from tests.conftest import MODELS, facts_of, fresh_context, random_adapter, random_model
 from train.evidence import gather, up_to_first_invalid
 from train.verifier import train_adapter

@@ -16,7 +16,7 @@ from parse.remote.fold import fold
 from parse.verifiers import Evidence, Folded
 from parse.verifiers.heads import LinearHead, survival
 from parse.verifiers.saved import load, save, tokenizer_hash
-from recipes.schema import FoldedSection
+from recipes.verifier_schema import FoldedSection
 from train.verifier_training import FoldedModule, fit
 
 PROMPT, DRAFT, ENDS = list(range(5, 15)), list(range(20, 32)), [3, 7, 12]

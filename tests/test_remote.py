@@ -1,7 +1,9 @@
 """Models on a server: the same answers as here, through whatever the network does; and what is refused at start."""
 
+import copy
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -176,7 +178,7 @@ def test_labels_in_the_vocabulary_are_never_written(server, target, tokenizer):
     plain = RemoteModel.connect(server.url, FAST)  # one model is served: it needs no name
     ids = tokenizer.encode("tea")
     first = run(plain.open(ids).decode([], 1)).ids
-    assert run(plain.without(first).open(ids).decode([], 1)).ids != first
+    assert run(replace(plain, forbidden=frozenset(first)).open(ids).decode([], 1)).ids != first
 
 
 def test_texts_that_the_server_would_cut_are_refused(server):
@@ -216,7 +218,6 @@ def test_what_a_server_cannot_give_is_refused_at_start(server, target, draft, to
 
 
 def test_another_tokenizer_is_refused(server, tokenizer):
-    import copy
 
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["Größe"])
@@ -252,5 +253,21 @@ def test_the_recipes_target_is_asked_where_it_is_served(server, target, tokenize
     assert load_engine(recipe, served=False).served == []
     expected = Engine(target, tokenizer).generate(LISTS, 12, method="target")
     assert [one.text for one in engine.generate(LISTS, 12, method="target")] == [one.text for one in expected]
+    with pytest.raises(RecipeError, match="holds 256 tokens, and answers may have 300 .*larger --max-model-len"):
+        load_engine(
+            load_recipe(QUICK, [f"target={folder}", f"engine.target_url={server.url}", "engine.max_new_tokens=300"])
+        )
     with pytest.raises(ValueError, match="this needs the target's weights on this machine"):
         engine.target  # noqa: B018
+
+
+def test_labels_of_a_server_whose_folder_is_elsewhere_are_known(server, target, tokenizer, folder):
+    """By its taking two tokens more than the target that was folded has."""
+    rows = len(tokenizer)
+    options = {**FAST, "tokenizer": str(folder)}
+    server.root = "/elsewhere/folded"
+    assert RemoteModel.connect(server.url, options).forbidden == set()
+    wider = copy.deepcopy(target)
+    wider.resize_token_embeddings(rows + 2)
+    server.model = LocalModel.of(wider, tokenizer)
+    assert RemoteModel.connect(server.url, options).forbidden == {rows, rows + 1}

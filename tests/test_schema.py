@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import recipes.schema
+import recipes.verifier_schema
 from eval.checks import check_models
 from eval.methods import WHAT
 from parse.generation import HANDBACKS, POLICIES, Settings
@@ -22,7 +23,12 @@ from recipes.schema import Recipe, RecipeError, load_recipe
 from recipes.strict import DEEPEST, Range, Text
 from tests.conftest import BASE, ROOT
 
-SECTIONS = [cls for _, cls in inspect.getmembers(recipes.schema, dataclasses.is_dataclass) if cls not in (Range, Text)]
+SECTIONS = [
+    cls
+    for module in (recipes.schema, recipes.verifier_schema)
+    for _, cls in inspect.getmembers(module, dataclasses.is_dataclass)
+    if cls not in (Range, Text)
+]
 FIELDS = sorted({field.name for section in SECTIONS for field in dataclasses.fields(section)})
 
 

@@ -17,7 +17,7 @@ from parse.scheduler import run
 from parse.verifiers import Evidence, Needs, Probe
 from parse.verifiers.adapter import suffix_of
 from parse.verifiers.heads import AttentiveHead, HazardHead, segment_evidence, survival
-from recipes.schema import ProbeSection
+from recipes.verifier_schema import ProbeSection
 from tests.conftest import fresh_context, random_adapter, verify_prefixes
 from tests.test_architectures import ARCHITECTURES, WITH_EXPERTS, make
 from train.evidence import up_to_first_invalid

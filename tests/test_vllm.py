@@ -22,7 +22,7 @@ from parse.sampling import Written
 from parse.scheduler import run
 from parse.verifiers import Folded, Needs, PromptVerifier
 from parse.verifiers.saved import save
-from recipes.schema import FoldedSection
+from recipes.verifier_schema import FoldedSection
 from tests.conftest import ROOT, facts_of
 from train.verifier import examples_of
 from train.verifier_training import FoldedModule, fit

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from eval.verifier_metrics import Example
 from parse.verifiers.heads import TOKEN_EVIDENCE, AttentiveHead, HazardHead
-from recipes.schema import ProbeSection
+from recipes.verifier_schema import ProbeSection
 from train.verifier_training import Fitted, Log, ProbeModule, fit
 
 CURVE = (0.25, 0.5)  # of the prompts to learn from, on which it is measured whether more of them would help

@@ -43,7 +43,8 @@ from recipes.files import write_text
 from recipes.pair import hidden_states, load_engine
 from recipes.progress import progress_bar
 from recipes.run import KEPT, Run
-from recipes.schema import AdapterSection, FoldedSection, Recipe
+from recipes.schema import Recipe
+from recipes.verifier_schema import AdapterSection, FoldedSection
 from train.calibration import NEVER, prompts_needed, thresholds
 from train.evidence import gather, up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve

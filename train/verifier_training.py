@@ -34,7 +34,7 @@ from parse.verifiers.heads import (
     token_inputs,
 )
 from recipes.progress import progress_bar
-from recipes.schema import Fit
+from recipes.verifier_schema import Fit
 from train.calibration import empirical
 
 T = TypeVar("T")

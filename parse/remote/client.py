@@ -27,7 +27,7 @@ BUSY = (408, 409, 425, 429)  # statuses, beside those from 500 on, after which a
 
 
 class ServerError(RuntimeError):
-    """A server refused a request, or was not to be reached for long."""
+    """A server refused a request, or could not be reached for long."""
 
 
 class Refused(ServerError):
@@ -41,7 +41,7 @@ class Options:
     tokenizer: str | None = None  # folder or hub id with the model's tokenizer and configuration; None: as the server's
     concurrency: int = 64  # requests at once; more wait
     timeout: float = 600  # seconds without a byte, after which a request is tried again
-    patience: float = 300  # seconds without an answer, through all tries, after which it is given up
+    patience: float = 300  # seconds from the first failure on, through all tries, after which it is given up
     key_variable: str = "VLLM_API_KEY"  # the environment variable that holds the server's key, where it wants one
 
     @classmethod
@@ -55,11 +55,6 @@ class Options:
         if unknown := sorted(set(given or {}) - set(names)):
             raise ValueError(f"unknown options {unknown} of a model on a server: use {', '.join(names)}")
         return cls(**(given or {}))
-
-
-def is_url(source: object) -> bool:
-    """Whether a model's name is a server's address."""
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 class Client:
@@ -122,7 +117,7 @@ class Client:
         Raises:
             ServerError: where the server refuses the request, or is away for too long.
         """
-        written, waits = 0, self._waits()
+        written, waits = 0, _Waits(self.options.patience)
         ids = list(prompt)
         while written < limit:
             body = {**settings, "prompt": ids, "max_tokens": limit - written, "stream": True, "return_token_ids": True}
@@ -130,7 +125,7 @@ class Client:
                 body["seed"] = (body["seed"] + written) % 2**31
             try:
                 async for some, finished in self._stream(body):
-                    written, waits = written + len(some), self._waits()
+                    written, waits = written + len(some), _Waits(self.options.patience)
                     ids += some
                     if some:
                         yield some
@@ -167,7 +162,7 @@ class Client:
                         raise httpx.RemoteProtocolError(f"the text was left ({reason})")
 
     async def _tried(self, request: Callable[[], Coroutine[Any, Any, httpx.Response]]) -> httpx.Response:
-        waits = self._waits()
+        waits = _Waits(self.options.patience)
         while True:
             try:
                 reply = await request()
@@ -178,10 +173,7 @@ class Client:
                 broken = error
             await self._wait(waits, broken)
 
-    def _waits(self) -> Waits:
-        return Waits(self.options.patience)
-
-    async def _wait(self, waits: Waits, broken: Exception) -> None:
+    async def _wait(self, waits: _Waits, broken: Exception) -> None:
         """Wait before another try.
 
         Raises:
@@ -253,7 +245,7 @@ def _is_busy(reply: httpx.Response) -> bool:
 
 
 @dataclass
-class Waits:
+class _Waits:
     """How long to wait before each further try: longer each time, never to the same moment as others."""
 
     patience: float  # seconds from the first failure on

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -24,7 +25,7 @@ from parse.text import encode_text, named_ends
 from parse.verifiers import Evidence, Labels, Needs
 
 PROBE = "Größe: 12 km²\n\tdef f(x): return x ** 2  # “ok” 東京 🙂"  # by which tokenizers are told apart
-PLAIN = {  # what is not said the server takes from the model's generation config
+PLAIN = {  # a setting that a request leaves out comes from the model's generation config
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
@@ -35,7 +36,7 @@ PLAIN = {  # what is not said the server takes from the model's generation confi
 }
 NO_ROUTE = (404, 405, 501)
 FORBIDDEN = -100.0  # added to a logit
-MOST_FORBIDDEN = 256  # tokens in one request
+MOST_FORBIDDEN = 256  # tokens in one request; of a vocabulary padded by more none is forbidden: nothing teaches them
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class RemoteModel:
     context_length: int
     provides: frozenset[str]
     forbidden: frozenset[int] = frozenset()  # tokens that it never writes: labels in its vocabulary
-
     verdict_tokens: int = 1  # the one that the server would write
 
     @property
@@ -83,13 +83,11 @@ class RemoteModel:
         texts = [one.get_text_config() for one in _configurations(AutoConfig, sources)]
         vocabulary = texts[0].vocab_size if texts else len(tokenizer)
         ends = named_ends(configurations, tokenizer.eos_token_id, vocabulary)
-        labels = next((one.folded_labels for one in configurations if hasattr(one, "folded_labels")), ())
+        folded = next((one.folded_labels for one in configurations if hasattr(one, "folded_labels")), None)
+        beyond = [vocabulary, vocabulary + 1]  # labels, where the configuration is of the target before it was folded
+        labels = folded or (beyond if _scores(client, beyond).status_code == 200 else [])
         length = int(served["max_model_len"])
         return cls(client, tokenizer, ends, vocabulary, length, _provided(client), frozenset(labels))
-
-    def without(self, tokens: Iterable[int]) -> RemoteModel:
-        """The same model, which never writes some tokens."""
-        return replace(self, forbidden=self.forbidden.union(tokens))
 
     def drafting(self, ends: frozenset[int], vocabulary: int | None) -> RemoteModel:
         """The same model as a draft.
@@ -291,10 +289,15 @@ def _check_cache(client: Client) -> None:
         raise ValueError(f"{client.url} has no prefix cache: start it with --enable-prefix-caching")
 
 
+def _scores(client: Client, labels: list[int]) -> httpx.Response:
+    """The reply to a question for the scores of two labels."""
+    body = {"query": [0], "items": [[0]], "label_token_ids": labels}
+    return client.ask(client.post("/generative_scoring", body))
+
+
 def _provided(client: Client) -> frozenset[str]:
     """What of `PROVIDED` the server can give: the scores of labels only where it has the route."""
-    body = {"query": [0], "items": [[0]], "label_token_ids": [0, 1]}
-    reply = client.ask(client.post("/generative_scoring", body))
+    reply = _scores(client, [0, 1])
     if reply.status_code in NO_ROUTE:
         return frozenset({"token_logprobs"})
     if reply.status_code != 200:
@@ -303,7 +306,7 @@ def _provided(client: Client) -> frozenset[str]:
 
 
 def cached_share(before: str, after: str) -> float | None:
-    """Of the tokens that were read between two states of a server's /metrics the share that was in its prefix cache."""
+    """The prefix cache's share of the tokens that a server was given between two readings of its /metrics."""
 
     def count(name: str, text: str) -> float:
         return sum(map(float, re.findall(rf"^vllm:prefix_cache_{name}_total\{{[^}}]*\}} (\S+)", text, re.M)))
