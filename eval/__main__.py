@@ -43,7 +43,7 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
     quieten()
     from eval.checks import check_models, check_prompts, check_speculation, verifier_of_kind
     from eval.evaluation import evaluate
-    from eval.methods import KINDS
+    from eval.methods import KINDS, parts_of
     from eval.tasks import content_of_task
     from recipes.run import Run
     from recipes.schema import RecipeError, load_recipe
@@ -52,9 +52,9 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
     check_models(recipe)
     check_speculation(recipe)
     check_prompts(recipe, ["eval"])
-    draft, verifier = recipe.evaluated
-    for part in (draft, verifier / "verifier.json"):
-        if not part.exists():
+    draft, verifier = parts_of(recipe)
+    for part in (draft, verifier and verifier / "verifier.json"):
+        if part and not part.exists():
             raise RecipeError(
                 f"{part} is not there: run `accelerate launch -m train {options.recipe}` first, or name other folders "
                 "as eval.draft and eval.verifier"
@@ -65,8 +65,8 @@ def _main(options: argparse.Namespace, folders: list[Path]) -> int:
     folders.append(recipe.folder)
     with Run(recipe, content_of_task) as run:
         run.check_outputs()
-        if not recipe.eval.verifier and not run.is_done("verifier"):
-            run.say(f"note: the verifier in {run.path('verifier')} was made with another recipe, data or models")
+        if verifier and not recipe.eval.verifier and not run.is_done("verifier"):
+            run.say(f"note: the verifier in {verifier} was made with another recipe, data or models")
         started = time.time()
         summary = evaluate(recipe)
         run.record("eval", time.time() - started, {"methods": summary["methods"]})

@@ -46,7 +46,7 @@ def _summary(folder: Path) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file} cannot be read ({error}): name run folders that `python -m eval` wrote") from error
-    if missing := {"max_accuracy_loss", "methods", "at_once"} - summary.keys():
+    if missing := {"max_accuracy_loss", "methods", "at_once", "concurrency"} - summary.keys():
         raise RecipeError(f"{file} lacks {', '.join(sorted(missing))}: run `python -m eval` on that run again")
     return summary
 
@@ -76,7 +76,7 @@ def comparison(summaries: Summaries) -> str:
     from eval.report import method_pictures, methods_part, sentence
 
     head, rows = side_by_side(summaries)
-    told = {run: sentence(summary["methods"], summary["max_accuracy_loss"]) for run, summary in summaries.items()}
+    told = {run: sentence(summary) for run, summary in summaries.items()}
     parts = [Part("Side by side", head, rows, marked="parse")]
     for run, summary in summaries.items():
         parts.append(methods_part(summary, summary["at_once"], run)._replace(pictures=method_pictures(summary)))

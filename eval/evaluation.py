@@ -14,17 +14,16 @@ from eval.baselines import TransformersGenerate
 from eval.checks import verifier_of_kind
 from eval.judges import Agreement, asked_by
 from eval.measure import summarize
-from eval.methods import KINDS, Outcome, compare, loads_of, methods_of, settings_of
+from eval.methods import KINDS, Outcome, compare, loads_of, methods_of, parts_of, settings_of
 from eval.prompts import prompts_of
 from eval.properties import measure_pair
-from eval.report import console_table, csv_table, html_report, pair_table, requests, sentence
+from eval.report import console_table, csv_table, failures, html_report, pair_table, requests, sentence
 from eval.tasks import Task, load_task
 from eval.verifier_metrics import loss_at
 from eval.verifier_report import verifier_parts
 from parse import Engine
 from parse.prompts import opens_thinking
 from parse.remote.model import RemoteModel, cached_share
-from parse.verifiers.base import Calibration
 from recipes import strict
 from recipes.files import write_text
 from recipes.machine import environment, hardware, process_memory
@@ -38,41 +37,47 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure the run, write what was found into its folder and show it."""
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)
-    draft, verifier = recipe.evaluated
-    report = _report_of(verifier)
+    draft, verifier = parts_of(recipe)
+    report = _report_of(verifier) if verifier else None
     promised = report["max_accuracy_loss"] if report else recipe.verifier.max_accuracy_loss
     task, engine = load_task(recipe.task, to_dict(recipe.data)), _ready(recipe)
     checks = parity.compare(engine, recipe)
     for check in checks:
         if check.difference:
             print(f"warning: {check.name} {check.difference}; what was trained is not what is served")
-    thresholds = _calibration(engine).thresholds
+    calibration = engine.verifier.calibration if engine.verifier else None
+    thresholds = calibration.thresholds if calibration else {}
     before = _metrics(engine)
     found = _compared(recipe, task, engine, thresholds)
     cached = cached_share(before, _metrics(engine))
     tables = {at_once: _summarized(task, engine, outcomes, promised) for at_once, outcomes in found.items()}
     first = loads_of(recipe)[0]
-    outcomes, pair = found[first], None
-    # which sentences of an answer are right is known, and the target's states are here
-    if "draft" in outcomes and task.first_wrong and not engine.served:
-        pair = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
-    summary = {
+    outcomes = found[first]
+    summary: dict[str, Any] = {
         "name": recipe.name,
-        "draft": str(draft),
-        "verifier": str(verifier),
+        "draft": draft and str(draft),
+        "verifier": verifier and str(verifier),
         "hardware": hardware(),
         "process_memory_gib": process_memory(),
         "servers": engine.served,
         "prefix_cache_share": cached,  # of the target's tokens, where it is on a server
+        "judge": _judge(recipe, engine, task),
+        "lookahead": recipe.engine.lookahead,
         "max_accuracy_loss": promised,
-        "threshold": thresholds[recipe.engine.policy],
+        "threshold": thresholds.get(recipe.engine.policy),
         "at_once": first,
         "methods": tables[first],
         "concurrency": [{"at_once": n, "methods": table} for n, table in tables.items() if n != first],
-        "pair": pair,
-        "sweep": _sweep(engine, task, recipe, thresholds, outcomes, report) if "parse" in outcomes else [],
+        "pair": None,
+        "sweep": [],
         "parity": {check.name: check.text for check in checks},
     }
+    _write(recipe, summary, outcomes, report)  # now, so that nothing is lost where what follows fails
+    # which sentences of an answer are right is known, and the target's states are here
+    if "draft" in outcomes and task.first_wrong and not engine.served:
+        summary["pair"] = measure_pair(engine, task, outcomes["target"], outcomes["draft"])
+    if "parse" in outcomes:
+        summary["sweep"] = _sweep(engine, task, recipe, thresholds, outcomes, report)
     _write(recipe, summary, outcomes, report)
     _show(recipe, summary, tables)
     return summary
@@ -108,20 +113,16 @@ def _ready(recipe: Recipe) -> Engine:
         RecipeError: where the verifier is not calibrated for these settings.
     """
     section = recipe.engine
-    engine = load_engine(recipe, *recipe.evaluated, section.compile)
-    try:
-        _calibration(engine).threshold(section.policy, section.handback, section.horizon)
-    except ValueError as error:
-        raise RecipeError(f"engine: {error}") from error
+    engine = load_engine(recipe, *parts_of(recipe), section.compile)
+    if engine.verifier:
+        assert engine.verifier.calibration is not None  # it was saved with one
+        try:
+            engine.verifier.calibration.threshold(section.policy, section.handback, section.horizon, engine.segments)
+        except ValueError as error:
+            raise RecipeError(f"engine: {error}") from error
     if section.compile is not False:
         engine.warm_up(max(loads_of(recipe)))
     return engine
-
-
-def _calibration(engine: Engine) -> Calibration:
-    calibration = engine.need_verifier().calibration
-    assert calibration is not None  # it was saved with one
-    return calibration
 
 
 def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, float]) -> dict[int, Outcomes]:
@@ -148,9 +149,23 @@ def _agreement(recipe: Recipe, engine: Engine, task: Task) -> Agreement | None:
     """Who compares answers, by the threshold of the labels; None where the task checks them itself."""
     if task.checks:
         return None
+    return Agreement(engine, 0, asked_by(recipe, engine), float(_noise(recipe).get("threshold", 0.5)))
+
+
+def _noise(recipe: Recipe) -> dict[str, Any]:
+    """How far labels can be trusted, as the stage `rollouts` measured it; empty where it did not."""
     labels = recipe.rollouts_folder / "labels.json"
-    noise = json.loads(labels.read_text()) if labels.is_file() else {}
-    return Agreement(engine, 0, asked_by(recipe, engine), float(noise.get("threshold", 0.5)))
+    return dict(json.loads(labels.read_text())) if labels.is_file() else {}
+
+
+def _judge(recipe: Recipe, engine: Engine, task: Task) -> dict[str, Any] | None:
+    """Who compares answers with the target's own, and how often wrongly; None where the task checks them itself."""
+    if task.checks:
+        return None
+    server, noise = recipe.rollouts.judge, _noise(recipe)
+    by = f"{server.model or recipe.target} at {server.url}" if server else engine.models["target"].name
+    errors = {key: noise.get(key) for key in ("threshold", "same_called_different", "different_called_same")}
+    return {"by": by, **errors}
 
 
 def _summarized(task: Task, engine: Engine, outcomes: Outcomes, promised: float) -> list[dict[str, Any]]:
@@ -177,7 +192,7 @@ def _origin(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
     facts += [("on a server", name) for name in summary["servers"]]
     if (share := summary["prefix_cache_share"]) is not None:
         facts.append(("its prefix cache held", f"{share:.1%} of the tokens that it was given"))
-    facts += list(zip(("draft", "verifier"), map(str, recipe.evaluated), strict=True))
+    facts += [(name, summary[name]) for name in ("draft", "verifier") if summary[name]]
     return {"facts": facts, "recipe": strict.dump(to_dict(recipe))}
 
 
@@ -188,7 +203,11 @@ def _show(recipe: Recipe, summary: dict[str, Any], tables: dict[int, list[dict[s
     for at_once, table in tables.items():
         title = "" if list(tables) == [1] else f"{requests(at_once)}, {prompts} prompts\n"
         print(f"\n{title}{console_table(table)}")
-    if told := sentence(summary["methods"], summary["max_accuracy_loss"]):
+        for name, prompt, why in failures(table)[:10]:
+            print(f"{name}: the request for prompt {prompt} failed: {why}")
+        if len(failed := failures(table)) > 10:
+            print(f"... and {len(failed) - 10} more requests, named in the report")
+    if told := sentence(summary):
         print(f"\n{told}")
     print(f"\nreport: {recipe.folder / 'eval' / 'report.html'}\n", flush=True)
 

@@ -4,12 +4,13 @@ Accuracy is the share of requests whose finished answer the task calls right. Sp
 over the method's, summed over the same requests. Acceptance counts the target's tokens: `accepted_fraction` is accepted
 draft tokens over all draft tokens, `accepted_per_verification` accepted draft tokens over packed passes (the token that
 the target writes after them, which others count as a bonus, is not one of them), `full_accept_rate` the share of
-requests that the target wrote nothing of. `wholly_rejected_slowdown` is the method's seconds over those of target-alone
-on the requests of which no draft token was kept. `unanswered` are requests that did not fit into a model; they count as
-wrong. False accepts and rejects count verdicts on the cuts of each draft up to and including its first wrong one. A
-request's latency is the time from its start in the engine to its end, beside whatever else runs there, and
-`token_seconds` what follows its first token over the tokens that follow; of these `_p95` is what one request in twenty
-exceeds.
+requests that the target wrote nothing of. `wholly_rejected_slowdown` is the method's latency over that of target-alone
+on the requests of which no draft token was kept. `failures` are requests that failed or could not be checked, by their
+number among the prompts; they count as wrong, and seconds and latencies leave them out. False accepts and rejects count
+verdicts on the cuts of each draft up to and including its first wrong one; a draft after text that is wrong already has
+no right cut, and is left out. A request's latency is the time from its start in the engine to its end, beside whatever
+else runs there, and `token_seconds` what follows its first token over the tokens that follow; of these `_p95` is what
+one request in twenty exceeds.
 """
 
 from __future__ import annotations
@@ -144,10 +145,11 @@ def judgements_of(outcome: Outcome, task: Task, opened: bool = False) -> Iterato
             index += 1
             continue
         end = next((i for i in range(index, len(segments)) if segments[i].source != "draft"), len(segments))
-        draft, prefix, wrong = segments[index:end], kept, False
+        draft, prefix = segments[index:end], kept
+        wrong = checked.first_wrong(outcome.prompt, kept) is not None
         for segment in draft:
             prefix += segment.text
-            right = checked.first_wrong(outcome.prompt, prefix) is None
+            right = not wrong and checked.first_wrong(outcome.prompt, prefix) is None
             if not wrong and segment.confidence is not None:
                 yield Judgement(segment.confidence, segment.accepted, right, min(len(prefix) / length, 1.0))
             wrong = wrong or not right
@@ -179,49 +181,67 @@ def summarize(
     """
     n = len(outcomes)
     right = [outcome.right for outcome in outcomes]
-    seconds = np.array([outcome.seconds for outcome in outcomes])  # [n]
-    baseline = np.array([outcome.seconds for outcome in target])  # [n]
-    turns = np.array([outcome.turn for outcome in outcomes])  # [n]
-    timed = [[one[turns == turn].sum() for turn in np.unique(turns)] for one in (baseline, seconds)]  # [2, turns]
     runs = [outcome.generation.stats for outcome in outcomes]
-    lengths = [len(outcome.generation.token_ids) for outcome in outcomes]
-    latencies = [sum(s.seconds.values()) for s in runs]
-    first = [s.first_token_seconds for s in runs]
     drafted, accepted, passes = (
         sum(getattr(s, key) for s in runs) for key in ("draft_tokens", "accepted_tokens", "verify_passes")
     )
     spent = {key: sum(s.seconds[key] for s in runs) for key in runs[0].seconds}
-    rejected = np.array([s.draft_tokens > 0 and s.accepted_tokens == 0 for s in runs])  # [n]
-    wasted = float(seconds[rejected].sum() / baseline[rejected].sum()) if rejected.any() else None
     return {
         "name": name,
         "n": n,
-        "unanswered": sum(not o.generation.token_ids and o.generation.finish_reason == "length" for o in outcomes),
+        "failures": [{"prompt": i, "error": one.error} for i, one in enumerate(outcomes) if one.error],
         "accuracy": sum(right) / n,
         "accuracy_ci95": wilson(sum(right), n),
         **paired([outcome.right for outcome in target], right, max_accuracy_loss),
-        "speedup": float(speedup(baseline, seconds)),
-        "speedup_ci95": bootstrap(timed, speedup),
-        "seconds_per_request": float(seconds.mean()),
-        "requests_per_second": n / float(seconds.sum()),
-        "tokens_per_second": sum(lengths) / float(seconds.sum()),
-        **percentiles("first_token_seconds", first),
-        **percentiles("latency_seconds", latencies),
-        **percentiles("token_seconds", list(_after_first(latencies, first, lengths))),
+        **_times(outcomes, target),
         "full_accept_rate": sum(s.draft_tokens > 0 and s.target_tokens == 0 for s in runs) / n,
         "accepted_fraction": accepted / drafted if drafted else None,
         "accepted_per_verification": accepted / passes if passes else None,
-        "wholly_rejected_rate": float(rejected.mean()),
-        "wholly_rejected_slowdown": wasted,
         **_verdicts([one for outcome in outcomes for one in judgements_of(outcome, task, opened)]),
-        "model_time_fraction": 1 - spent["other"] / sum(spent.values()),
+        "model_time_fraction": 1 - spent["other"] / max(sum(spent.values()), 1e-9),
         "gpu_memory_gib": max((o.gpu_memory_gib for o in outcomes if o.gpu_memory_gib is not None), default=None),
         "rounds": sum(s.rounds for s in runs) / n,
-        "tokens_per_answer": sum(lengths) / n,
+        "tokens_per_answer": sum(len(outcome.generation.token_ids) for outcome in outcomes) / n,
         "tokens_from_draft": accepted / n,
         "tokens_from_target": sum(s.target_tokens for s in runs) / n,
         "seconds": {key: value / n for key, value in spent.items()},
     }
+
+
+def _times(outcomes: Sequence[Outcome], target: Sequence[Outcome]) -> dict[str, Any]:
+    """What requests took, beside target-alone: of those of which neither failed."""
+    pairs = [(one, alone) for one, alone in zip(outcomes, target, strict=True) if not (one.error or alone.error)]
+    seconds, baseline = (np.array([pair[i].seconds for pair in pairs]) for i in (0, 1))  # [answered] each
+    turns = np.array([one.turn for one, _ in pairs])  # [answered]
+    timed = [[one[turns == turn].sum() for turn in np.unique(turns)] for one in (baseline, seconds)]  # [2, turns]
+    total = float(seconds.sum())
+    lengths = [len(one.generation.token_ids) for one, _ in pairs]
+    latencies = [latency(one) for one, _ in pairs]
+    first = [one.generation.stats.first_token_seconds for one, _ in pairs]
+    rejected = [pair for pair in pairs if _wholly_rejected(pair[0])]
+    mine, theirs = (sum(latency(pair[i]) for pair in rejected) for i in (0, 1))
+    return {
+        "speedup": float(speedup(baseline, seconds)) if pairs else 0.0,
+        "speedup_ci95": bootstrap(timed, speedup) if pairs else (0.0, 0.0),
+        "seconds_per_request": total / len(pairs) if pairs else None,
+        "requests_per_second": len(pairs) / total if pairs else 0.0,
+        "tokens_per_second": sum(lengths) / total if pairs else 0.0,
+        **percentiles("first_token_seconds", first),
+        **percentiles("latency_seconds", latencies),
+        **percentiles("token_seconds", list(_after_first(latencies, first, lengths))),
+        "wholly_rejected_rate": len(rejected) / len(outcomes),
+        "wholly_rejected_slowdown": mine / theirs if theirs else None,
+    }
+
+
+def latency(outcome: Outcome) -> float:
+    """Seconds from the request's start in the engine to its end."""
+    return sum(outcome.generation.stats.seconds.values())
+
+
+def _wholly_rejected(outcome: Outcome) -> bool:
+    stats = outcome.generation.stats
+    return stats.draft_tokens > 0 and not stats.accepted_tokens
 
 
 def _after_first(latencies: Iterable[float], first: Iterable[float], lengths: Iterable[int]) -> Iterator[float]:

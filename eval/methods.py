@@ -10,6 +10,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +22,7 @@ from eval.tasks import Task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
 from parse import Engine, Generation
+from parse.generation import Stats
 from parse.prompts import opens_thinking
 from parse.scheduler import run_together
 from recipes.machine import gpu_memory
@@ -49,6 +51,8 @@ WHAT = {
     "parse_likelihood": "every prefix in one pass, judged by its likelihood",
 }
 HERE = {"generate", "assisted", "speculation", "parse_lookahead"}  # what takes both models on this machine
+ALONE = {"target", "generate"}  # what takes no draft
+UNJUDGED = ALONE | {"assisted", "speculation", "draft"}  # what takes no verifier
 KINDS = {name: name.removeprefix("parse_") for name in WHAT if name.startswith("parse_") and name != "parse_lookahead"}
 
 
@@ -61,6 +65,7 @@ class Outcome:
     right: bool
     seconds: float  # wall time of the whole request; of several at once, their time over their number
     turn: int = 0  # in which it was timed, alone or with others
+    error: str | None = None  # why the request failed, or could not be checked; then it counts as wrong
     gpu_memory_gib: float | None = None  # the most that was allocated in that turn; None without a GPU
 
 
@@ -81,7 +86,15 @@ def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> lis
                 "vocabulary of the same size, or its context does not hold prompts with answers; leave the method out"
             )
         return list(named)
-    return [name for name in WHAT if name not in KINDS and (name != "assisted" or assisted)]
+    left_out = {*KINDS, *([] if assisted else ["assisted"]), *(["parse_lookahead"] if recipe.engine.lookahead else [])}
+    return [name for name in WHAT if name not in left_out]
+
+
+def parts_of(recipe: Recipe) -> tuple[Path | None, Path | None]:
+    """The folders of the draft and of the verifier, None for what none of the recipe's methods takes."""
+    draft, verifier = recipe.evaluated
+    names = recipe.eval.methods or WHAT.keys()
+    return (draft if {*names} - ALONE else None), (verifier if {*names} - UNJUDGED else None)
 
 
 def _of_served(named: Sequence[str] | None, server: str) -> list[str]:
@@ -145,6 +158,7 @@ def compare(
     """Answer every prompt with every method, interleaved; the first `warmup` prompts run twice.
 
     Where the task cannot check answers, those are right that are called the same as the target's, asked afterwards.
+    A request that fails ends nothing: it is kept with its `error`.
 
     Args:
         agreement: who compares them; None: the target.
@@ -167,13 +181,25 @@ def compare(
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 gpu_memory()  # from here on
                 started = perf_counter()
-                generations = runs[name].generate(some, batch_size=at_once, **methods[name])
+                generations = _answers(runs[name], some, at_once, methods[name])
                 seconds = (perf_counter() - started) / len(some)
                 memory = gpu_memory().get("gpu_memory_gib")
                 for prompt, generation in zip(some, generations, strict=True):
-                    outcomes[name].append(Outcome(prompt, generation, False, seconds, turn, memory))
+                    outcomes[name].append(Outcome(prompt, generation, False, seconds, turn, generation.error, memory))
                 bar.update(len(some))
     return {name: _judged(engine, task, some, outcomes.get("target", []), agreement) for name, some in outcomes.items()}
+
+
+def _answers(
+    run: Engine | TransformersGenerate, some: Sequence[Prompt], at_once: int, settings: dict[str, Any]
+) -> list[Generation]:
+    """A method's answers. Where a request fails among others, each is asked once more, alone."""
+    try:
+        return run.generate(some, batch_size=at_once, **settings)
+    except Exception as error:
+        if len(some) == 1:
+            return [Generation("", [], "length", [], Stats(), f"{type(error).__name__}: {error}")]
+    return [answer for prompt in some for answer in _answers(run, [prompt], 1, settings)]
 
 
 def _evenly(prompts: Sequence[Prompt], count: int) -> list[Sequence[Prompt]]:
@@ -191,10 +217,13 @@ def _judged(
         own = {key_of(outcome.prompt): outcome.generation.text for outcome in target}
         judge = replace(agreement or Agreement(engine, limit=0, asked=AskedTarget(engine)), references=own)
 
-    async def is_right(outcome: Outcome) -> bool:
+    async def judged(outcome: Outcome) -> Outcome:
         if outcome.generation.finish_reason != "stop":
-            return False
-        return await judge.is_right(outcome.prompt, outcome.generation.text)
+            return outcome
+        try:
+            return replace(outcome, right=await judge.is_right(outcome.prompt, outcome.generation.text))
+        except Exception as error:
+            return replace(outcome, error=f"not checked, {type(error).__name__}: {error}")
 
-    right = dict(run_together(map(is_right, some), JUDGED_AT_ONCE))
-    return [replace(outcome, right=right[i]) for i, outcome in enumerate(some)]
+    found = dict(run_together(map(judged, some), JUDGED_AT_ONCE))
+    return [found[i] for i in range(len(some))]

@@ -81,7 +81,7 @@ def save_examples(folder: Path, prompts: Sequence[Any], answers: Sequence[str], 
 
 def compare(engine: Engine, recipe: Recipe) -> list[Check]:
     """Every comparison that the run's folder, or the evaluated draft's, has the records for."""
-    return [*_of_target(engine, recipe), *_of_draft(engine, recipe)]
+    return [*_of_target(engine, recipe), *(_of_draft(engine, recipe) if "draft" in engine.models else ())]
 
 
 def _of_target(engine: Engine, recipe: Recipe) -> list[Check]:

@@ -3,7 +3,7 @@
 Seconds of forward passes are measured on the recipe's own pair, or follow from a machine's published bandwidth and
 arithmetic. The rest is the algorithm: with `right`, the share of a draft's segments that are accepted where those
 before them were, the expected seconds of an answer are a sum over where the first rejected segment may stand. What the
-engine does between passes is left out: it is the gap that a run shows.
+engine does between passes is left out: it is a part of the gap that a run shows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +45,13 @@ CUTS = (0.5, 1, 2)  # of the segments' length
 SUFFIXES = (0, 2, 8)  # tokens
 DRAFTS = (16, 64, 256)  # tokens of the passes that are measured
 STEPS, REPEATS = 24, 5
+PHASES = {
+    "draft": "drafting",
+    "verify": "verifying",
+    "target": "the target's own words",
+    "other": "between passes",
+    "total": "PARSE",
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,15 @@ class Costs:
 
     steps: Mapping[int, float]  # of a decoding step, by the requests at once
     passes: Mapping[int, float]  # of a pass over a prompt or a draft, by its tokens
+    repairs: Mapping[int, float] | None = None  # of a step in which the target writes within PARSE, if by lookahead
 
     def step(self, requests: int) -> float:
         """Seconds of a token for one of so many requests."""
         return interpolate(self.steps, requests) / requests
+
+    def repair(self, requests: int) -> float:
+        """Seconds of a token that the target writes within PARSE, for one of so many requests."""
+        return interpolate(self.repairs, requests) / requests if self.repairs else self.step(requests)
 
     def read(self, tokens: float, requests: int = 1) -> float:
         """Seconds of a pass over so many tokens for one of so many requests."""
@@ -75,6 +88,7 @@ class Workload:
     segment: float = 25  # between two cuts
     right: float = 0.95  # share of a draft's segments that are accepted, where those before them were
     suffix: int = 0  # tokens of a verdict's suffix
+    handback: str = "segment"  # or "never": after the first rejected segment the target writes to the end
 
 
 @dataclass(frozen=True)
@@ -84,15 +98,16 @@ class Phases:
     draft: float = 0.0
     verify: float = 0.0
     target: float = 0.0
+    other: float = 0.0  # between passes: measured, not predicted
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.draft + self.verify + self.target
+        return self.draft + self.verify + self.target + self.other
 
     def plus(self, other: Phases, weight: float = 1.0) -> Phases:
         """The sum with another, so many times."""
-        names = ("draft", "verify", "target")
+        names = ("draft", "verify", "target", "other")
         return Phases(*(getattr(self, name) + weight * getattr(other, name) for name in names))
 
 
@@ -102,14 +117,14 @@ def target_alone(work: Workload, target: Costs, requests: int = 1) -> Phases:
 
 
 def parse(work: Workload, target: Costs, draft: Costs, horizon: int | None = None, requests: int = 1) -> Phases:
-    """PARSE with `handback: segment`: after a rejected segment the target writes it, and the draft drafts again.
+    """PARSE: after a rejected segment the target writes it, and the draft drafts again.
 
     Args:
         horizon: segments that the draft writes at a time; None for all that are left.
         requests: at once.
     """
     count = max(round(work.answer / work.segment), 1)
-    repair = Phases(target=work.segment * target.step(requests))
+    repair = Phases(target=work.segment * target.repair(requests))
     expected = [Phases()]  # by how many segments are left
     for left in range(1, count + 1):
         first = left == count
@@ -121,8 +136,11 @@ def parse(work: Workload, target: Costs, draft: Costs, horizon: int | None = Non
             draft=draft.read(unread, requests) + tokens * draft.step(requests), verify=target.read(passed, requests)
         )
         for accepted in range(written):
-            chance = work.right**accepted * (1 - work.right)
-            spent = spent.plus(repair.plus(expected[left - accepted - 1]), chance)
+            chance, rejected = work.right**accepted * (1 - work.right), left - accepted  # segments from there on
+            rest = (
+                repair.plus(expected[rejected - 1]) if work.handback == "segment" else Phases().plus(repair, rejected)
+            )
+            spent = spent.plus(rest, chance)
         expected.append(spent.plus(expected[left - written], work.right**written))
     return expected[count]
 
@@ -193,10 +211,26 @@ def _seconds(work: Callable[[], object]) -> float:
     return perf_counter() - started
 
 
-def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> tuple[Workload, Phases] | None:
-    """What a run's evaluation was asked, how good its draft was, and PARSE's seconds; None where there is none."""
+@dataclass(frozen=True)
+class Observed:
+    """What an evaluation found of PARSE, at its first number of requests at once."""
+
+    work: Workload
+    horizon: int | None  # segments
+    requests: int
+    seconds: Phases  # of an answer
+    alone: float  # of the target's own answer
+
+    @property
+    def speedup(self) -> float:
+        """The target's seconds in the engine over PARSE's."""
+        return self.alone / self.seconds.total
+
+
+def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> Observed | None:
+    """What a run's evaluation was asked, how good its draft was, and what it took; None where there is none."""
     folder = recipe.folder / "eval"
-    if not (folder / "transcripts.jsonl").is_file():
+    if not all((folder / name).is_file() for name in ("transcripts.jsonl", "summary.json")):
         return None
     rows = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()]
     by_method = {name: [row for row in rows if row["method"] == name] for name in ("target", "parse")}
@@ -210,16 +244,20 @@ def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> tuple[Wo
         before = [True, *(segment["source"] == "target" or segment["accepted"] for segment in row["segments"])]
         firsts = [b and not segment["accepted"] for b, segment in zip(before, row["segments"], strict=False)]
         judged, accepted, rejected = judged + len(kept), accepted + sum(kept), rejected + sum(firsts)
-    seconds = {
-        key: sum(row["stats"]["seconds"][key] for row in ours) / len(ours) for key in ("draft", "verify", "target")
-    }
+    alone, seconds = (
+        {key: sum(row["stats"]["seconds"][key] for row in some) / len(some) for key in row["stats"]["seconds"]}
+        for some in by_method.values()
+    )
     work = Workload(
         prompt=sum(len(encode(row["prompt"])) for row in ours) / len(ours),
         answer=sum(len(row["token_ids"]) for row in by_method["target"]) / len(ours),
         segment=drafted / max(judged, 1),
         right=accepted / max(accepted + rejected, 1),
+        handback=recipe.engine.handback,
     )
-    return work, Phases(**seconds)
+    asked, summary = recipe.engine.horizon, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    horizon = 1 if asked == "segment" else max(round(asked / work.segment), 1) if isinstance(asked, int) else None
+    return Observed(work, horizon, summary["at_once"], Phases(**seconds), sum(alone.values()))
 
 
 def tables(work: Workload, costs: Mapping[str, Costs], loads: Sequence[int] = LOADS) -> Iterator[Table]:
@@ -265,16 +303,19 @@ def advice(work: Workload, costs: Mapping[str, Costs]) -> list[str]:
     return lines
 
 
-def explained(work: Workload, costs: Mapping[str, Costs], seconds: Phases) -> Table:
-    """What was predicted of a run beside what was measured, by phase."""
-    predicted = parse(work, costs["target"], costs["draft"])
+def explained(run: Observed, costs: Mapping[str, Costs]) -> Table:
+    """What is predicted of a run beside what was measured: seconds an answer by phase, and the speed-up."""
+    ideal = parse(run.work, costs["target"], costs["draft"], run.horizon, run.requests)
+    pairs = {name: (getattr(ideal, name), getattr(run.seconds, name)) for name in PHASES}
     rows = [
-        [name, f"{ideal:.4f}", f"{real:.4f}", f"{real - ideal:+.4f}"]
-        for name, ideal, real in (
-            (name, getattr(predicted, name), getattr(seconds, name)) for name in ("draft", "verify", "target", "total")
-        )
+        [words, f"{predicted:.4f}", f"{measured:.4f}", f"{measured - predicted:+.4f}"]
+        for words, (predicted, measured) in zip(PHASES.values(), pairs.values(), strict=True)
     ]
-    return Table("The run's seconds an answer in models", ["phase", "predicted", "measured", "gap"], rows)
+    alone = target_alone(run.work, costs["target"], run.requests).total
+    rows.append(["target alone", f"{alone:.4f}", f"{run.alone:.4f}", f"{run.alone - alone:+.4f}"])
+    gains = alone / ideal.total, run.speedup
+    rows.append(["speed-up", *map(_times, gains), f"{gains[1] / gains[0] - 1:+.1%}"])
+    return Table("The run's seconds an answer", ["phase", "predicted", "measured", "gap"], rows)
 
 
 def _times(value: float) -> str:
@@ -324,9 +365,9 @@ def _main(options: argparse.Namespace) -> int:
         if not options.target or not options.draft or options.recipe:
             raise RecipeError("--hardware goes with --target and --draft, the models' parameters, and without a recipe")
         costs = {role: published(options.hardware, parameters(getattr(options, role))) for role in ("target", "draft")}
-        work, seconds, origin = Workload(), None, f"predicted from the data sheet of {options.hardware}, not measured"
+        work, run, origin = Workload(), None, f"predicted from the data sheet of {options.hardware}, not measured"
     elif options.recipe:
-        costs, work, seconds = _of_recipe(options)
+        costs, work, run = _of_recipe(options)
         origin = "forward passes measured on this machine; the speed-ups are predicted from them"
     else:
         raise RecipeError("name a recipe, or give --hardware, --target and --draft")
@@ -338,25 +379,20 @@ def _main(options: argparse.Namespace) -> int:
     )
     for table in tables(work, costs):
         print(f"{text_table(table)}\n")
-    if seconds is not None:
-        print(f"{text_table(explained(work, costs, seconds))}\n")
+    if run is not None:
+        print(f"{text_table(explained(run, costs))}\n")
     print("\n".join(advice(work, costs)))
     return 0
 
 
-def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload, Phases | None]:
+def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload, Observed | None]:
     """The costs of the recipe's pair, and what its run was asked and took, where there is one."""
     from eval.prompts import prompts_of
     from eval.tasks import load_task
-    from recipes.pair import load_engine
     from recipes.schema import load_recipe, to_dict
 
     recipe = load_recipe(options.recipe, options.overrides)
-    draft, _ = recipe.evaluated
-    source = draft if draft.exists() else recipe.draft
-    if not isinstance(source, str | Path):
-        raise RecipeError(f"{draft} is not there, and the recipe's draft is a new one: run the stage `distill` first")
-    engine = load_engine(recipe, Path(source), compile=recipe.engine.compile)
+    engine = _engine_of(recipe)
     if recipe.engine.compile is not False:
         engine.warm_up(max(LOADS))
     task = load_task(recipe.task, to_dict(recipe.data))
@@ -364,5 +400,40 @@ def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload,
     loads = [count for count in LOADS if count <= len(prompts)]
     ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
     costs = {role: measured(engine, role, ids[role], loads) for role in ("target", "draft")}
-    work, seconds = observed(recipe, engine.encode) or (Workload(prompt=len(ids["target"][0])), None)
-    return costs, work, seconds
+    if recipe.engine.lookahead:
+        repairs = {count: _repairing(engine, prompts[:count], recipe.engine.lookahead) for count in loads}
+        costs["target"] = replace(costs["target"], repairs=repairs)
+    run = observed(recipe, engine.encode)
+    work = run.work if run else Workload(prompt=len(ids["target"][0]), handback=recipe.engine.handback)
+    return costs, work, run
+
+
+def _engine_of(recipe: Recipe) -> Engine:
+    """The recipe's pair: a draft that is not trained yet takes as long as one that is."""
+    from recipes.pair import first_draft, load_engine
+
+    trained, _ = recipe.evaluated
+    source = trained if trained.exists() else recipe.draft
+    if isinstance(source, str | Path):
+        return load_engine(recipe, Path(source), compile=recipe.engine.compile)
+    with tempfile.TemporaryDirectory() as folder:
+        draft, tokenizer = first_draft(recipe)
+        draft.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return load_engine(recipe, Path(folder), compile=recipe.engine.compile)
+
+
+def _repairing(engine: Engine, prompts: Sequence[Any], lookahead: int) -> float:
+    """Seconds of a step in which the target writes a token of each answer, the draft proposing so many at a time."""
+
+    def writing(limit: int) -> tuple[float, int]:
+        started = perf_counter()
+        settings: dict[str, Any] = {"method": "target", "lookahead": lookahead, "batch_size": len(prompts)}
+        answers = engine.generate(prompts, limit, **settings)
+        return perf_counter() - started, sum(len(answer.token_ids) for answer in answers)
+
+    found = []
+    for _ in range(REPEATS):
+        (first, few), (last, many) = writing(1), writing(1 + 2 * STEPS)
+        found.append((last - first) * len(prompts) / max(many - few, 1))
+    return median(found)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from eval import plots
-from eval.measure import PERCENTILES
+from eval.measure import PERCENTILES, latency
 from eval.methods import WHAT, Outcome
 from eval.page import Part, page
 from eval.plots import Picture
 from eval.verifier_report import verifier_parts
+from parse.prompts import as_messages
 
 SHOWN = 12  # transcripts of each kind
 KINDS = {
@@ -27,14 +28,18 @@ VERDICTS = {
     "refuted": "worse by more than the promised {points}",
     "open": "{n} prompts cannot tell whether it is worse by more than the promised {points}",
 }
+COUNTED = (
+    "Accepted tokens per pass are the draft's alone: the token that the target writes after them, elsewhere called a "
+    "bonus, is not counted."
+)
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # a title, and how a row shows it
 METHODS: tuple[Column, ...] = (
     ("method", lambda row: row["name"]),
     ("right (95%)", lambda row: f"{row['accuracy']:.1%} ({_interval(row['accuracy_ci95'], '.1%')})"),
     ("against target, points (95%)", lambda row: _difference(row)),
     ("speed-up (95%)", lambda row: f"{row['speedup']:.2f}x ({_interval(row['speedup_ci95'], '.2f')})"),
-    ("s/request", lambda row: f"{row['seconds_per_request']:.3f}"),
-    ("first token, s", lambda row: f"{row['first_token_seconds']:.3f}"),
+    ("s/request", lambda row: _number(row["seconds_per_request"], 3)),
+    ("first token, s", lambda row: _number(row["first_token_seconds"], 3)),
     ("tokens from draft, target", lambda row: f"{row['tokens_from_draft']:.0f}, {row['tokens_from_target']:.0f}"),
 )
 DETAILS: tuple[Column, ...] = (
@@ -53,7 +58,7 @@ DETAILS: tuple[Column, ...] = (
     ("time over target's, when all is rejected", lambda row: _number(row["wholly_rejected_slowdown"])),
     ("false accepts", lambda row: _percent(row["false_accept_rate"])),
     ("false rejects", lambda row: _percent(row["false_reject_rate"])),
-    ("unanswered", lambda row: str(row["unanswered"])),
+    ("failed", lambda row: str(len(row["failures"]))),
     ("GPU memory, GiB", lambda row: _number(row["gpu_memory_gib"])),
     ("time in models", lambda row: f"{row['model_time_fraction']:.1%}"),
 )
@@ -70,7 +75,8 @@ def console_table(rows: Sequence[dict[str, Any]]) -> str:
         slow, fast = row["speedup_ci95"]
         lines.append(
             f"{row['name']:16s}{row['accuracy']:9.1%} {f'{low:.1%}-{high:.1%}':>15s}{row['speedup']:9.2f}x "
-            f"{f'{slow:.2f}-{fast:.2f}':>14s}{row['seconds_per_request']:11.3f}{row['first_token_seconds']:12.3f}s"
+            f"{f'{slow:.2f}-{fast:.2f}':>14s}{_number(row['seconds_per_request'], 3):>11s}"
+            f"{_number(row['first_token_seconds'], 3):>12s}s"
             f"{_percent(row['accepted_fraction']):>10s}{row['accuracy_difference'] * 100:+9.1f}pt"
         )
     return "\n".join(lines)
@@ -108,18 +114,44 @@ def pair_rows(pair: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def sentence(rows: Sequence[dict[str, Any]], max_accuracy_loss: float) -> str:
-    """What happened, in plain words; empty where PARSE was not among the methods."""
+def sentence(summary: Mapping[str, Any]) -> str:
+    """What happened, in plain words; empty where PARSE was not among the methods.
+
+    Args:
+        summary: what `eval/summary.json` holds.
+    """
+    rows, most = summary["methods"], summary["max_accuracy_loss"]
     parse, target = row_of(rows, "parse"), row_of(rows, "target")
     if not parse or not target:
         return ""
-    points = f"{100 * max_accuracy_loss:g} point{'s' if max_accuracy_loss != 0.01 else ''}"
+    points = f"{100 * most:g} point{'s' if most != 0.01 else ''}"
     verdict = VERDICTS[parse["non_inferiority"]].format(points=points, n=parse["n"])
+    loads = {one["at_once"]: row_of(one["methods"], "parse") for one in summary["concurrency"]}
+    more = ", ".join(f"{row['speedup']:.1f} times with {requests(n)}" for n, row in loads.items() if row)
     return (
-        f"PARSE answered {parse['speedup']:.1f} times as fast as the target alone; {parse['accuracy']:.1%} of its "
-        f"answers were right, and {target['accuracy']:.1%} of the target's: {verdict} "
+        f"PARSE answered {parse['speedup']:.1f} times as fast as the target alone{f' ({more})' if more else ''}; "
+        f"{_rights(parse['accuracy'], target['accuracy'], summary.get('judge'))}: {verdict} "
         f"(95% interval of the difference: {_points(parse['accuracy_difference_ci95'])} points)."
     )
+
+
+def _rights(parse: float, target: float, judge: Mapping[str, Any] | None) -> str:
+    """How many answers were right, or, where somebody compares them with the target's own, how many say the same."""
+    if not judge:
+        return f"{parse:.1%} of its answers were right, and {target:.1%} of the target's"
+    missed, confused = judge["same_called_different"], judge["different_called_same"]
+    errors = ""
+    if missed is not None and confused is not None:
+        errors = f", who calls {missed:.0%} of equal answers different and {confused:.0%} of different ones the same"
+    return (
+        f"{parse:.1%} of its answers say the same as the target's own, as {judge['by']} judges{errors}; "
+        f"{target:.1%} of the target's came to an end"
+    )
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Method, prompt and reason of the requests that failed."""
+    return [[row["name"], str(one["prompt"]), one["error"]] for row in rows for one in row.get("failures", ())]
 
 
 def csv_table(summary: dict[str, Any]) -> str:
@@ -158,7 +190,7 @@ def html_report(
         origin: how it was made, see `page`.
     """
     rows = summary["methods"]
-    sentences = [sentence(rows, summary["max_accuracy_loss"]), _sample(rows, summary["at_once"])]
+    sentences = [sentence(summary), _sample(rows, summary["at_once"])]
     parts = [*_method_parts(summary), *verifier_parts(verifier), *_pair_part(summary["pair"])]
     parts.append(_parity_part(summary["parity"]))
     transcripts, filters = _transcripts(outcomes.get("parse", []), outcomes.get("target", []))
@@ -188,7 +220,10 @@ def _method_parts(summary: dict[str, Any]) -> list[Part]:
         pictures = method_pictures(summary) if at_once == summary["at_once"] else []
         more = [[show(row) for _, show in DETAILS] for row in rows]
         parts.append(methods_part(summary, at_once, title)._replace(pictures=pictures))
-        parts.append(Part(f"{title}: details", [name for name, _ in DETAILS], more, "", "parse", folded=True))
+        parts.append(Part(f"{title}: details", [name for name, _ in DETAILS], more, COUNTED, "parse", folded=True))
+        if failed := failures(rows):
+            text = f"They count as wrong; the first {SHOWN} of {len(failed)}."
+            parts.append(Part(f"{title}: requests that failed", ["method", "prompt", "why"], failed[:SHOWN], text))
     return parts
 
 
@@ -197,6 +232,8 @@ def methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     rows = tables_of(summary)[at_once]
     text = f"{rows[0]['n']} prompts on {summary['hardware']}, {requests(at_once)}. Seconds are end to end"
     text += "." if at_once == 1 else "; a request's are those of a block of requests, divided by their number."
+    if lookahead := summary.get("lookahead"):
+        text += f" While the target writes within PARSE, the draft proposes {lookahead} tokens at a time (lookahead)."
     terms = {row["name"]: WHAT[row["name"]] for row in rows}
     body = [[show(row) for _, show in METHODS] for row in rows]
     return Part(title, [name for name, _ in METHODS], body, text, "parse", terms)
@@ -234,7 +271,7 @@ def _transcripts(parse: Sequence[Outcome], target: Sequence[Outcome]) -> tuple[l
         "false-accept": [i for i, one in enumerate(parse) if not one.right and _drafted(one) and i in right_alone],
         "rejected": [i for i, one in enumerate(parse) if any(not s.accepted for s in one.generation.segments)],
         "wrong": [i for i, one in enumerate(parse) if not one.right],
-        "slow": sorted(range(len(parse)), key=lambda i: -parse[i].seconds)[:SHOWN],
+        "slow": sorted(range(len(parse)), key=lambda i: -latency(parse[i]))[:SHOWN],
     }
     shown = sorted({i for indices in members.values() for i in indices[:SHOWN]})
     filters = {}
@@ -254,8 +291,14 @@ def _transcript(outcome: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
         }
         for segment in outcome.generation.segments
     ]
-    title = f"{'Right' if outcome.right else 'Wrong'}, {outcome.seconds:.2f} s"
-    return {"kinds": kinds, "title": title, "prompt": str(outcome.prompt), "pieces": pieces}
+    title = f"{'Right' if outcome.right else 'Wrong'}, {latency(outcome):.2f} s"
+    if outcome.error:
+        title += f"; {outcome.error}"
+    words = "\n\n".join(
+        turn["content"] if turn["role"] == "user" else f"{turn['role']}: {turn['content']}"
+        for turn in as_messages(outcome.prompt)
+    )
+    return {"kinds": kinds, "title": title, "prompt": words, "pieces": pieces}
 
 
 def _drafted(outcome: Outcome) -> bool:
@@ -287,8 +330,8 @@ def _percentiles(row: Mapping[str, Any], key: str, scale: float = 1) -> str:
     return "-" if None in values else ", ".join(f"{scale * value:.3g}" for value in values)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _percent(value: float | None) -> str:

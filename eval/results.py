@@ -1,8 +1,8 @@
 """python -m eval.results [RUN ...]: keep the figures of runs, and write docs/results.md out of all that are kept.
 
 Of a run its evaluation, the verifier's report and the labels' noise are kept, with commit, machine and date, as one
-JSON file in docs/results/. The benchmark of a GPU leaves a file there by itself. Tables that a document shows between
-`<!-- NAME -->` and `<!-- end -->` are written anew too.
+JSON file in docs/results/. The benchmarks leave their files there by themselves. What a document shows between
+`<!-- NAME -->` or `<!-- NAME: sentence -->` and `<!-- end -->` is written anew too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from eval.bench.tables import Table, gpu_tables, markdown_table
-from eval.report import requests
+from eval.report import requests, sentence
 from eval.verifier_report import COLUMNS, kind_cells
 from recipes.files import write_text
 
@@ -32,10 +34,14 @@ NAMES = {
     "speculation": "lossless speculation",
     "parse_lookahead": "PARSE + lookahead",
     "parse_probe": "PARSE by a probe",
+    "parse_folded": "PARSE by a folded probe",
     "parse_adapter": "PARSE by an adapter",
     "parse_prompt": "PARSE, the target asked",
     "parse_likelihood": "PARSE by likelihood",
 }
+
+
+SECONDS = ("seconds_per_request", "first_token_seconds", "first_token_seconds_p95", "latency_seconds_p95")
 
 
 def keep(run: Path, folder: Path) -> Path:
@@ -48,9 +54,11 @@ def keep(run: Path, folder: Path) -> Path:
     made = record["stages"]["eval"]
     content = {key: made[key] for key in ("finished", "git_commit", "packages", "hardware")}
     seconds = {stage: one["seconds"] for stage, one in record["stages"].items()}
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     content |= {"name": summary["name"], "seconds": seconds, "summary": summary}
+    content["lookahead"] = recipe["engine"]["lookahead"]
     for key, path in {
-        "verifier": ROOT / summary["verifier"] / "report.json",  # the run's own, or one that is shipped
+        "verifier": ROOT / (summary["verifier"] or "none") / "report.json",  # the run's own, or one that is shipped
         "labels": run / "rollouts" / "labels.json",
     }.items():
         content[key] = json.loads(path.read_text()) if path.is_file() else None
@@ -65,26 +73,36 @@ def keep(run: Path, folder: Path) -> Path:
 def document(folder: Path) -> str:
     """The document, of what lies in the folder."""
     head = ["# Results", "", "Written by `make results`; the figures are in `docs/results/`.", ""]
-    return "\n".join([*head, *_runs(folder), *_gpu(folder)])
+    return "\n".join([*head, *_runs(folder), *_benchmarks(folder), *_gpu(folder)])
 
 
 def _runs(folder: Path) -> Iterator[str]:
     for file in sorted(folder.glob("run-*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        yield f"## {record['name']}"
-        yield ""
-        packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if version)
-        yield f"{record['finished']}, commit {str(record['git_commit'])[:12]}, {record['hardware']}, {packages}."
-        yield ""
-        for table in run_tables(record):
-            yield markdown_table(table)
+        yield from _section(record["name"], record, run_tables(record))
+
+
+def _benchmarks(folder: Path) -> Iterator[str]:
+    for file in sorted(folder.glob("bench-*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        yield from _section(record["title"], record, [Table(**table) for table in record["tables"]])
+
+
+def _section(title: str, record: dict[str, Any], tables: Iterable[Table]) -> Iterator[str]:
+    """Tables under a title, and what they were made with."""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if version)
+    yield f"## {title}"
+    yield ""
+    yield f"{record['finished']}, commit {str(record['git_commit'])[:12]}, {record['hardware']}, {packages}."
+    yield ""
+    yield from map(markdown_table, tables)
 
 
 def run_tables(record: dict[str, Any]) -> Iterator[Table]:
     """The tables of a run: the methods by the requests at once, the verifiers, and the learning curve."""
     summary, verifier = record["summary"], record["verifier"]
     for part in (summary, *summary["concurrency"]):
-        yield methods_table(part["methods"], part["at_once"])
+        yield methods_table(part["methods"], part["at_once"], record.get("lookahead", 0))
     if verifier:
         head = ["verifier", *(title for _, title, _ in COLUMNS)]
         rows = [
@@ -105,9 +123,13 @@ def run_tables(record: dict[str, Any]) -> Iterator[Table]:
             yield Table("The probe by the prompts that it learns from", ["prompts", "acceptable", "loss, nats"], rows)
 
 
-def methods_table(rows: list[dict[str, Any]], at_once: int) -> Table:
-    """The methods on the same prompts, so many requests at once."""
-    head = ["method", "accuracy (95%)", "against target", "speed-up (95%)", "s/request", "first token", "its p95"]
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} s"
+
+
+def methods_table(rows: list[dict[str, Any]], at_once: int, lookahead: int = 0) -> Table:
+    """The methods on the same prompts, so many requests at once; see `engine.lookahead` of a recipe."""
+    head = ["method", "accuracy (95%)", "against target", "speed-up (95%)", "a request", "first token", "its p95"]
     head += ["latency p95", "tokens from draft, target"]
     cells = []
     for row in rows:
@@ -118,18 +140,16 @@ def methods_table(rows: list[dict[str, Any]], at_once: int) -> Table:
                 f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})",
                 f"{row['accuracy_difference'] * 100:+.1f} pt",
                 f"{row['speedup']:.2f}x ({slow:.2f} to {fast:.2f})",
-                f"{row['seconds_per_request']:.3f}",
-                f"{row['first_token_seconds']:.3f} s",
-                f"{row['first_token_seconds_p95']:.3f} s",
-                f"{row['latency_seconds_p95']:.3f} s",
+                *(_seconds(row[key]) for key in SECONDS),
                 f"{row['tokens_from_draft']:.0f}, {row['tokens_from_target']:.0f}",
             ]
         )
-    return Table(f"{rows[0]['n']} test prompts, {requests(at_once)}", head, cells)
+    ahead = f", PARSE with a lookahead of {lookahead}" if lookahead else ""
+    return Table(f"{rows[0]['n']} test prompts, {requests(at_once)}{ahead}", head, cells)
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """A document with the first table of each run that it names between `<!-- NAME -->` and `<!-- end -->`."""
+    """A document with the first table, or the sentence, of each run that it names; see the module's docstring."""
 
     def written(found: re.Match[str]) -> str:
         file = folder / f"run-{found['name']}.json"
@@ -137,10 +157,14 @@ def with_tables(text: str, folder: Path) -> str:
             return found[0]
         record = json.loads(file.read_text(encoding="utf-8"))
         part = record["summary"]
-        table = markdown_table(methods_table(part["methods"], part["at_once"]))
-        return f"<!-- {found['name']} -->\n{table}\n<!-- end -->"
+        if found["sentence"]:
+            shown = f"> {sentence(part)}" if "max_accuracy_loss" in part else ""  # an old file lacks it
+        else:
+            shown = markdown_table(methods_table(part["methods"], part["at_once"], record.get("lookahead", 0)))
+        return f"<!-- {found['name']}{found['sentence']} -->\n{shown}\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
+    pattern = r"<!-- (?P<name>[\w-]+)(?P<sentence>: sentence|) -->\n.*?<!-- end -->"
+    return re.sub(pattern, written, text, flags=re.DOTALL)
 
 
 def _gpu(folder: Path) -> Iterator[str]:

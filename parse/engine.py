@@ -228,7 +228,7 @@ class Engine:
 
         Returns:
             one `Generation` for each prompt. In a list, a prompt that leaves no room for an answer gets an empty one
-            with the finish reason "length", and a warning.
+            with the finish reason "length", an `error` that says why, and a warning.
 
         Raises:
             ValueError: for a prompt or a setting that is not allowed, before anything is answered.
@@ -265,7 +265,7 @@ class Engine:
                 answers[index] = self._start(*ids, settings)
             except NoRoom as error:
                 warnings.warn(f"prompt {index} of the list is not answered: {error}", stacklevel=3)
-                finished[index] = Generation("", [], "length", [], Stats())
+                finished[index] = Generation("", [], "length", [], Stats(), str(error))
         self._warm_up_first(min(at_once, len(answers)))
         places = list(answers)
         for place, result in self.scheduler.completed((answer.answer() for answer in answers.values()), at_once):
@@ -407,7 +407,7 @@ class Engine:
             if settings.threshold is None:
                 own, calibration = verifier.threshold, verifier.calibration
                 if calibration:
-                    own = calibration.threshold(settings.policy, settings.handback, settings.horizon)
+                    own = calibration.threshold(settings.policy, settings.handback, settings.horizon, self.segments)
                 settings = dataclasses.replace(settings, threshold=own)
         if "draft" not in self.models and (settings.method != "target" or settings.lookahead):
             raise ValueError('this engine has no draft model: give one, or use method="target"')

@@ -48,6 +48,7 @@ class Generation:
     finish_reason: str  # "stop" or "length"
     segments: list[Segment]
     stats: Stats
+    error: str | None = None  # why there is none, of a prompt that could not be answered among others
 
 
 @dataclass(frozen=True)

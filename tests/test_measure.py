@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +116,58 @@ def test_verdicts_count_to_each_drafts_first_wrong_cut():
     assert [one.place for one in found] == pytest.approx(places)
 
 
+def test_verdicts_after_wrong_text_are_left_out():
+    """What was wrong before a draft began is no fault of its verdicts, and no cut after it can be right."""
+    accepted, repaired = [Segment(BAD, "draft", 0.9, True)], [Segment(BAD, "target", None, True)]
+    drafted = [Segment(" " + END, "draft", 0.8, True)]
+    repair = [Segment(" " + TEA, "target", None, True)]
+    assert [one[:3] for one in judgements_of(outcome(accepted + repair + drafted), TASKS["ledger"])] == [
+        (0.9, True, False)
+    ]
+    assert list(judgements_of(outcome(repaired + drafted), TASKS["ledger"])) == []
+
+
+def test_failed_requests_count_as_wrong_and_not_as_fast():
+    """Two of four failed, one of them with the target: of the seconds those count where neither did."""
+    target = [outcome([Segment(FIG, "target", None, True)], 2.0, True, 0, 0, 10)] * 4
+    failed = replace(
+        outcome([], 0.001, right=False), generation=Generation("", [], "length", [], Stats()), error="ValueError: full"
+    )
+    mine = [failed, outcome([Segment(FIG, "draft", 0.9, True)]), failed, outcome([Segment(FIG, "draft", 0.9, True)])]
+    row = summarize("parse", mine, [*target[:3], failed], TASKS["ledger"])
+    assert row["failures"] == [{"prompt": i, "error": "ValueError: full"} for i in (0, 2)]
+    assert row["accuracy"] == 0.5
+    assert (row["speedup"], row["seconds_per_request"], row["latency_seconds_p50"]) == (2, 1, pytest.approx(1))
+    nothing = summarize("parse", [failed] * 4, target, TASKS["ledger"])
+    assert (nothing["speedup"], nothing["speedup_ci95"], nothing["seconds_per_request"]) == (0, (0, 0), None)
+    assert "-" in console_table([nothing])
+    json.dumps(nothing)
+
+
+def test_a_request_that_fails_ends_nothing():
+    """The others of its block are answered, and it is asked once more, alone; so with a checker that raises."""
+    engine = Engine.from_pretrained(MODELS / "ledger-target", compile=False)
+    prompts = draw_prompts(TASKS["ledger"], "test", 4, seed=3)
+    generate, sizes = engine.generate, []
+
+    def failing(some, **options):
+        sizes.append(len(some))
+        if prompts[1] in some:
+            raise OSError("gone")
+        return generate(some, **options)
+
+    engine.generate = failing
+    methods = {"target": {"method": "target", "max_new_tokens": 200}}
+    found = compare(engine, TASKS["ledger"], prompts, methods, 0, at_once=4)["target"]
+    assert sizes == [4, 1, 1, 1, 1]
+    assert [one.error for one in found] == [None, "OSError: gone", None, None]
+    assert [one.right for one in found] == [True, False, True, True]
+    engine.generate = generate
+    task = SimpleNamespace(checks=True, stop=(), check=lambda prompt, answer: 1 / (prompt != prompts[2]))
+    found = compare(engine, task, prompts, methods, 0)["target"]
+    assert [one.error for one in found] == [None, None, "not checked, ZeroDivisionError: division by zero", None]
+
+
 def test_a_summary_has_the_public_keys_and_its_definitions():
     target = [outcome([Segment(f"{FIG} {TEA} {END}", "target", None, True)], 2.0, True, 0, 0, 10)] * 4
     mine = [
@@ -123,6 +176,7 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
         outcome([Segment(BAD, "draft", 0.9, True)], right=False),
         outcome([Segment(FIG, "draft", 0.9, True)], written=0),
     ]
+    target[0].generation.stats.seconds["target"] += 1  # of all four, which are one
     row = summarize("parse", mine, target, TASKS["ledger"])
     public = "name accuracy accuracy_ci95 speedup speedup_ci95 seconds_per_request tokens_per_second n".split()
     public += "first_token_seconds full_accept_rate accepted_fraction false_accept_rate".split()
@@ -143,6 +197,7 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
     assert row["wholly_rejected_rate"] == 0.25
     assert row["wholly_rejected_slowdown"] == 0.5  # it was fast, and wrong
     assert row["false_accept_places"] == [0] * 9 + [1]
+    assert row["failures"] == []
     assert row["non_inferiority"] == "open"
     json.dumps(row)
     table = console_table([row])

@@ -54,15 +54,33 @@ def page() -> str:
 
 def test_the_first_sentence_says_what_happened():
     (target, _, parse), most = figures()[0]["methods"], 0.01
-    said = sentence([target, parse], most)
+    asked = {"max_accuracy_loss": most, "concurrency": []}
+    said = sentence(asked | {"methods": [target, parse]})
     assert said.startswith(
         "PARSE answered 2.0 times as fast as the target alone; 66.7% of its answers were right, and "
     )
     assert "100.0% of the target's: worse by more than the promised 1 point (95% interval of the difference: -6" in said
-    same = sentence([target, parse | {"non_inferiority": "open"}], 0.02)
+    same = sentence({**asked, "max_accuracy_loss": 0.02, "methods": [target, parse | {"non_inferiority": "open"}]})
     assert "12 prompts cannot tell whether it is worse by more than the promised 2 points" in same
-    assert "not worse by more than" in sentence([target, parse | {"non_inferiority": "shown"}], most)
-    assert sentence([target], most) == ""
+    shown = sentence(asked | {"methods": [target, parse | {"non_inferiority": "shown"}]})
+    assert "not worse by more than" in shown
+    assert sentence(asked | {"methods": [target]}) == ""
+    loads = {"concurrency": [{"at_once": 8, "methods": [target, parse | {"speedup": 1.25}]}]}
+    assert sentence(asked | {"methods": [target, parse]} | loads).startswith(
+        "PARSE answered 2.0 times as fast as the target alone (1.2 times with 8 requests at once); "
+    )
+
+
+def test_agreement_is_not_called_right():
+    """Where answers are compared with the target's own, those of the target are right by construction."""
+    (target, _, parse) = figures()[0]["methods"]
+    judge = {"by": "me", "same_called_different": 0.25, "different_called_same": 0.5}
+    summary = {"max_accuracy_loss": 0.01, "concurrency": [], "methods": [target, parse], "judge": judge}
+    said = sentence(summary)
+    assert "66.7% of its answers say the same as the target's own, as me judges, who calls 25% of equal answers" in said
+    assert "different and 50% of different ones the same; 100.0% of the target's came to an end: worse by" in said
+    judge |= {"same_called_different": None, "different_called_same": None}
+    assert "as me judges; 100.0%" in sentence(summary)
 
 
 def test_the_page_is_one_file_that_escapes_what_models_write():
@@ -125,7 +143,7 @@ def test_runs_are_compared_side_by_side(tmp_path, capsys):
     assert "name run folders that `python -m eval` wrote" in capsys.readouterr().err
     (folders[0] / "eval" / "summary.json").write_text("{}")
     assert evaluate(["compare", str(folders[0])]) == 2
-    assert "lacks at_once, max_accuracy_loss, methods" in capsys.readouterr().err
+    assert "lacks at_once, concurrency, max_accuracy_loss, methods" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

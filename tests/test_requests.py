@@ -201,6 +201,7 @@ def test_a_prompt_at_the_context_limit(target, draft, tokenizer):
     with pytest.warns(UserWarning, match=f"prompt 1 of the list is not answered: {message}"):
         results = engine.generate(["the fig", words, "tea"], 8)
     assert (results[1].text, results[1].finish_reason, results[1].segments) == ("", "length", [])
+    assert "the context of the target holds 512" in results[1].error
     assert [results[0], results[2]] != [results[1]] * 2
     for prompt, one in zip(["the fig", "tea"], (results[0], results[2]), strict=True):
         assert one.token_ids == engine.generate(prompt, 8)[0].token_ids  # the others are not lost
@@ -231,7 +232,7 @@ def test_the_target_goes_on_where_the_drafts_context_ends(draft, tokenizer):
 def test_generations_are_plain_data(target, draft, tokenizer):
     engine = Engine(target, tokenizer, draft, tokenizer, Likelihood())
     record = dataclasses.asdict(engine.generate(PROMPT, 8)[0])
-    assert set(record) == {"text", "token_ids", "finish_reason", "segments", "stats"}
+    assert set(record) == {"text", "token_ids", "finish_reason", "segments", "stats", "error"}
     assert set(record["stats"]) >= {
         "draft_tokens",
         "accepted_tokens",

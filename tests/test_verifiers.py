@@ -262,4 +262,8 @@ def test_a_damaged_verifier_is_named(saved, target, tokenizer, damage):
 
 def test_calibrations_are_plain_data():
     calibration = Calibration({"first_fail": 0.5}, "segment", None, "line")
-    assert calibration.threshold("first_fail", "segment", None) == 0.5
+    assert calibration.threshold("first_fail", "segment", None, "line") == 0.5
+    with pytest.raises(
+        ValueError, match=r"^horizon=8 and segments='sentence', and .* calibrated for horizon=None and segm"
+    ):
+        calibration.threshold("first_fail", "segment", 8, "sentence")

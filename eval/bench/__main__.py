@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from recipes.machine import hardware
+from eval.bench.tables import Table, text_table
+from recipes.files import write_text
+from recipes.machine import environment
 from recipes.progress import quieten
 
 
@@ -22,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     server = commands.add_parser("server", help="requests a second through the server, over those of the engine")
     server.add_argument("--clients", nargs="+", type=int, default=[8, 32])
     server.add_argument("--repeats", type=int, default=5)
+    for command in (engine, server):
+        command.add_argument("--out", type=Path, help="a folder for a JSON file, such as docs/results")
     gpu = commands.add_parser("gpu", help="all that only a GPU can show, in nine minutes")
     gpu.add_argument("--out", type=Path, required=True, help="the folder for the JSON file")
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, on any device: to see that all runs")
@@ -33,23 +41,30 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what == "gpu":
         return _gpu(options)
     if options.what == "server":
-        return _server(options)
+        from eval.bench import server as bench
+
+        rows = bench.measure(options.clients, options.repeats)
+        _tell("The server", [bench.table(rows)], rows, options.out)
+        return 0
     from eval.bench.engine import measure, tables
 
     rows = measure(options.models, options.batches, options.repeats)
-    print(f"\n{hardware()}\n\n{tables(rows)}\n")
-    print(json.dumps({"hardware": hardware(), "rows": rows}))
+    _tell("The engine", list(tables(rows)), rows, options.out)
     return 0
 
 
-def _server(options: argparse.Namespace) -> int:
-    from eval.bench.server import measure, table
-    from eval.bench.tables import text_table
-
-    rows = measure(options.clients, options.repeats)
-    print(f"\n{hardware()}\n\n{text_table(table(rows))}\n")
-    print(json.dumps({"hardware": hardware(), "rows": rows}))
-    return 0
+def _tell(title: str, tables: Sequence[Table], rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Print the tables and one JSON object; with a folder, leave all in a file there for docs/results.md."""
+    made = environment()
+    print(f"\n{made['hardware']}\n")
+    for table in tables:
+        print(f"{text_table(table)}\n")
+    if out:
+        record = {"title": title, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **made}
+        record |= {"tables": [asdict(table) for table in tables], "rows": rows}
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / f"bench-{title.split()[-1]}.json", json.dumps(record, indent=1) + "\n")
+    print(json.dumps({"hardware": made["hardware"], "rows": rows}))
 
 
 def _gpu(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.bench.fakes import MODELS_LABEL, Scripted, ScriptedEngine, endless, stopwatch, take_turns, two_devices
 from eval.bench.models import load_pair, load_smollm2
+from eval.bench.tables import Table
 from parse import Engine
 from parse.layout import pack
 from parse.local.runner import ModelRunner, Pass
@@ -229,38 +230,78 @@ def ahead_ratios(engine: Engine, repeats: int) -> Iterator[dict[str, Any]]:
             yield {"horizon": horizon, "kept": kept, "waiting_over_ahead": ratio}
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text: passes, decoding loops, whole answers, and where the time of those went."""
-    head = ("model", "batch", "N", "K", "S", "/prefill", "/equal", "sequential/", "evidence/")
-    lines = ["the packed pass", "".join(f"{word:>12s}" for word in head)]
-    for row in rows:
-        if "verify_over_prefill" in row:
-            ratios = [row[f"{key}"] for key in PASS_RATIOS]
-            lines.append(
-                f"{row['model']:>12s}"
-                + "".join(f"{row[key]:12d}" for key in ("batch", "N", "K", "S"))
-                + "".join(f"{ratio:11.2f}x" for ratio in ratios)
-            )
-    lines += ["", "decoding: generate's time over ours"]
-    lines += [
-        f"{row['model']:>12s}{row['role']:>12s}{row['batch']:12d}{row['decode_over_generate']:11.2f}x"
-        for row in rows
-        if "decode_over_generate" in row
-    ]
-    lines += ["", "whole answers: wall time over ideal, and its parts"]
-    for row in rows:
-        if "profile" in row:
-            parts = ", ".join(f"{label} {share:.1%}" for label, share in row["profile"].items())
-            lines.append(f"{row['model']:>12s}{row['batch']:12d}{row['wall_over_ideal']:11.2f}x   {parts}")
-    lines += ["", "a horizon: the first token's time, and the whole answer's, over those without one"]
-    lines += [
-        f"{row['model']:>12s}{row['horizon']:12d}{row['first_token_over_whole']:11.2f}x{row['seconds_over_whole']:11.2f}x"
-        for row in rows
-        if "seconds_over_whole" in row
-    ]
-    if ahead := [row for row in rows if "waiting_over_ahead" in row]:
-        lines += ["", "drafting ahead, on two devices of a core each: the answer's time without it, over that with it"]
-    lines += [
-        f"{row['model']:>12s}{row['horizon']:12d}{row['kept']:>12s}{row['waiting_over_ahead']:11.2f}x" for row in ahead
-    ]
-    return "\n".join(lines)
+def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """The rows as tables: passes, decoding loops, whole answers and where their time went, horizons, drafting ahead."""
+    for title, mark, columns in TABLES:
+        if some := [row for row in rows if mark in row]:
+            cells = [[write(row[key]) for _, key, write in columns] for row in some]
+            yield Table(title, [head for head, _, _ in columns], cells)
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def _shares(profile: dict[str, float]) -> str:
+    return ", ".join(f"{label} {share:.1%}" for label, share in profile.items())
+
+
+Columns = tuple[tuple[str, str, Callable[[Any], str]], ...]  # of each what stands above it, the key, how it is written
+TABLES: tuple[tuple[str, str, Columns], ...] = (  # title, a key that its rows have and others have not, columns
+    (
+        "A packed pass of N draft tokens, K cuts and S suffix tokens",
+        "verify_over_prefill",
+        (
+            ("model", "model", str),
+            ("texts", "batch", str),
+            ("N", "N", str),
+            ("K", "K", str),
+            ("S", "S", str),
+            ("/ prefill", "verify_over_prefill", _times),
+            ("/ equal prefill", "verify_over_equal_prefill", _times),
+            ("K passes /", "sequential_over_verify", _times),
+            ("evidence /", "evidence_over_verify", _times),
+        ),
+    ),
+    (
+        "Decoding: seconds of transformers' generate over ours",
+        "decode_over_generate",
+        (
+            ("model", "model", str),
+            ("role", "role", str),
+            ("texts", "batch", str),
+            ("generate / ours", "decode_over_generate", _times),
+        ),
+    ),
+    (
+        "Whole answers: wall time over the ideal, and its parts",
+        "profile",
+        (
+            ("model", "model", str),
+            ("texts", "batch", str),
+            ("wall time / ideal", "wall_over_ideal", _times),
+            ("models' share", "model_time_fraction", "{:.1%}".format),
+            ("parts", "profile", _shares),
+        ),
+    ),
+    (
+        "A horizon: seconds to the first token and of the whole answer, over those without one",
+        "seconds_over_whole",
+        (
+            ("model", "model", str),
+            ("horizon", "horizon", str),
+            ("first token", "first_token_over_whole", _times),
+            ("answer", "seconds_over_whole", _times),
+        ),
+    ),
+    (
+        "Drafting ahead, on two devices of a core each: the answer's seconds without it over those with it",
+        "waiting_over_ahead",
+        (
+            ("model", "model", str),
+            ("horizon", "horizon", str),
+            ("draft kept", "kept", str),
+            ("without / with", "waiting_over_ahead", _times),
+        ),
+    ),
+)

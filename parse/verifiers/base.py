@@ -101,20 +101,21 @@ class Calibration:
     horizon: int | str | None
     segments: str | int
 
-    def threshold(self, policy: str, handback: str, horizon: int | str | None) -> float:
-        """The threshold for these settings of the engine.
+    def threshold(self, policy: str, handback: str, horizon: int | str | None, segments: str | int) -> float:
+        """The threshold for these settings of the engine, and its segmenter.
 
         Raises:
             ValueError: where it was calibrated for others.
         """
         # "whole" lets the target write to the end whatever the handback
-        asked = {"horizon": horizon} if policy == "whole" else {"handback": handback, "horizon": horizon}
+        asked: dict[str, Any] = {} if policy == "whole" else {"handback": handback}
+        asked |= {"horizon": horizon, "segments": segments}
         if wrong := [name for name, value in asked.items() if getattr(self, name) != value]:
             given = " and ".join(f"{name}={asked[name]!r}" for name in wrong)
             known = " and ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
             raise ValueError(
                 f"{given}, and the verifier's threshold was calibrated for {known}: use that, calibrate it for yours "
-                "(set it in the recipe's section `engine` and run the stage `verifier`), or give a threshold of your "
+                "(set it in the recipe and run the stage `verifier`), or give a threshold of your "
                 "own, which promises nothing"
             )
         return self.thresholds[policy]
