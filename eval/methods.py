@@ -45,7 +45,7 @@ WHAT = {
     "parse": "every prefix of the draft in one pass",
     "parse_lookahead": "the same, and the draft proposes a few tokens at a time while the target writes",
     "parse_probe": "every prefix in one pass, judged by a probe of the target's states",
-    "parse_folded": "every prefix in one pass, judged by two rows of the target's LM head",
+    "parse_folded": "every prefix in one pass, judged by more rows of the target's LM head",
     "parse_adapter": "every prefix in one pass, judged by an adapter",
     "parse_prompt": "every prefix in one pass, the target asked in words",
     "parse_likelihood": "every prefix in one pass, judged by its likelihood",

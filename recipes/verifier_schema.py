@@ -53,12 +53,17 @@ class AdapterSection(HeadFit):
 
 
 @dataclass(frozen=True)
-class FoldedSection(Fit):
-    """The linear probe on the last hidden state, which a server can hold in two rows of the LM head."""
+class FoldedSection(HeadFit):
+    """The probe that a server can give: rows of the LM head, and a small head over their rises."""
 
-    epochs: Count = 60
-    learning_rate: Rate = 1e-3
+    epochs: Count = 100
+    learning_rate: Rate = 3e-3
     weight_decay: Annotated[float, Range(0, 100)] = 0.01
+    patience: Count = 15
+    hidden: Annotated[int, Range(1, 10**5)] = 16
+    dropout: Annotated[float, Range(0, 0.99)] = 0.1
+    rows: Annotated[int, Range(1, 18)] = 4  # of the LM head; a server tells the likeliest 20 tokens
+    tries: Count = 5  # of which the best on held-out prompts is kept
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The folded probe: what it learns, and that two rows of the LM head tell what it tells."""
+"""The folded probe: what it learns, and that rows of the LM head tell what it tells."""
 
 import json
 import os
@@ -12,13 +12,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from eval.verifier_metrics import Draft, Example, Scored, measure
 from parse import Engine
 from parse.__main__ import main
+from parse.local.model import LocalModel
 from parse.remote.fold import fold
-from parse.verifiers import Evidence, Folded
-from parse.verifiers.heads import LinearHead, survival
+from parse.sampling import Written
+from parse.scheduler import run
+from parse.verifiers import Evidence, Folded, Likelihood, Needs
+from parse.verifiers.heads import RiseHead, survival
 from parse.verifiers.saved import load, save, tokenizer_hash
 from recipes.verifier_schema import FoldedSection
-from train.verifier_training import FoldedModule, fit
+from tests.vllm_like import VllmLike
+from train.verifier_training import MAY_RISE, TOO_HIGH, FoldedModule, fit
 
+ROWS = 3
 PROMPT, DRAFT, ENDS = list(range(5, 15)), list(range(20, 32)), [3, 7, 12]
 KINDS = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2},
@@ -51,30 +56,57 @@ def saved(tokenizer, tmp_path):
         target, verifier = tmp_path / "target", tmp_path / "verifier"
         model.save_pretrained(target, **options)
         tokenizer.save_pretrained(target)
-        head = LinearHead(32)
-        torch.nn.init.normal_(head.weight, std=0.5)
-        torch.nn.init.constant_(head.bias, 0.7)
-        depth, rows = model.config.num_hidden_layers, len(tokenizer)
+        head = RiseHead(32, ROWS)
+        torch.nn.init.normal_(head.rows, std=1.2)
+        torch.nn.init.normal_(head.body[0].weight, std=0.3)
+        torch.nn.init.constant_(head.body[-1].bias, -2.0)
+        depth, labels = model.config.num_hidden_layers, labels_of(tokenizer)
         calibration = {"handback": "segment", "horizon": None}
         facts = {"tokenizer": tokenizer_hash(tokenizer), "end_ids": [2], "segments": "sentence", "thresholds": {}}
         loaded = AutoModelForCausalLM.from_pretrained(target)
-        save(verifier, Folded(head, depth, (rows, rows + 1)), loaded, facts | {"calibration": calibration})
+        save(verifier, Folded(head, depth, labels), loaded, facts | {"calibration": calibration})
         return target, verifier
 
     return make
 
 
+def labels_of(tokenizer):
+    return tuple(range(len(tokenizer), len(tokenizer) + ROWS))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_rows_of_the_head_tell_what_the_probe_tells(kind, saved, tokenizer, tmp_path):
+def test_rows_of_the_head_tell_what_the_probe_tells(kind, saved, tokenizer, tmp_path):
+    """Through a server of vLLM's interface, whose target has the rows."""
     target, verifier = saved(kind)
     fold(str(target), verifier, tmp_path / "folded")
-    ours = Engine.from_pretrained(target, verifier=verifier)
+    ours = Engine.from_pretrained(target, verifier=verifier, compile=False)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
-    assert theirs.config.folded_labels == [len(tokenizer), len(tokenizer) + 1]
-    served = Engine(theirs, AutoTokenizer.from_pretrained(tmp_path / "folded"))
+    assert theirs.config.folded_labels == list(labels_of(tokenizer))
     told = ours.verify(PROMPT, DRAFT, ENDS)
-    assert torch.allclose(told, served.verify(PROMPT, DRAFT, ENDS, replace(ours.verifier, served=True)), atol=1e-5)
-    assert 0 < told.min() < told.max() < 1
+    record = json.loads((verifier / "verifier.json").read_text())
+    check = {"prompt_ids": PROMPT, "draft_ids": DRAFT, "ended": False, "ends": ENDS, "confidences": told.tolist()}
+    (verifier / "verifier.json").write_text(json.dumps(record | {"checks": [check]}))
+    server = VllmLike(LocalModel.of(theirs, tokenizer, frozenset([2])), str(tmp_path / "folded"))
+    try:
+        served = Engine.from_pretrained(f"{server.url}#tiny", target, verifier)
+        assert served.models["target"].provides == {"label_scores", "rises"}
+        assert torch.allclose(told, served.verify(PROMPT, DRAFT, ENDS), atol=1e-4)
+        assert 0 < told.min() < told.max() < 1
+        for ended in (False, True):
+            given = [], Written(DRAFT, ended), ENDS
+            mine, rises = (
+                run(one.models["target"].open(PROMPT).verify(*given, one.verifier.needs)) for one in (ours, served)
+            )
+            assert 0.05 < float((rises.rises > 0).float().mean()) < 0.95
+            assert torch.allclose(mine.margin, rises.margin, atol=1e-4)
+            assert torch.allclose(ours.verifier.confidences(mine), served.verifier.confidences(rises), atol=1e-4)
+        assert served.generate("tea", 12, method="target")[0].token_ids == (
+            ours.generate("tea", 12, method="target")[0].token_ids
+        )  # rows are not written
+        with pytest.raises(ValueError, match="'likelihood' needs token_logprobs"):
+            served.verifier = Likelihood()
+    finally:
+        server.close()
     ids = torch.tensor([PROMPT])
     plain = AutoModelForCausalLM.from_pretrained(target)(ids).logits
     assert torch.allclose(theirs(ids).logits[..., : plain.shape[-1]], plain, atol=1e-5)  # all else is as it was
@@ -143,36 +175,54 @@ def test_a_head_that_cannot_hold_the_rows_is_refused(damage, message, saved, tmp
 def test_a_folded_probe_is_loaded_as_it_was_saved(saved, tokenizer):
     target, folder = saved()
     verifier = load(folder, AutoModelForCausalLM.from_pretrained(target), tokenizer)
-    assert verifier.labels == (len(tokenizer), len(tokenizer) + 1)
-    assert verifier.needs.layers == (3,)
-    assert replace(verifier, served=True).needs.labels == ((len(tokenizer),), (len(tokenizer) + 1,))
+    assert verifier.labels == labels_of(tokenizer)
+    assert verifier.needs == Needs(token_logprobs=True, layers=(3,))
+    assert replace(verifier, served=True).needs == Needs(rows=labels_of(tokenizer))
 
 
 def planted(count, seed):
-    """Drafts of three segments; the state at a segment's end tells by one of its numbers whether it went wrong."""
+    """Drafts of three segments; one token of a wrong one has a state that is high in one number, and a high margin."""
     random, examples = torch.Generator().manual_seed(seed), []
     for number in range(count):
         wrong = number % 4 if number % 4 < 3 else None
-        states = torch.randn(6, 8, generator=random) * torch.arange(1, 9) + 5  # [N, D]
+        states = torch.randn(6, 8, generator=random) * torch.arange(1, 9)  # [N, D]
+        margin = torch.rand(7, generator=random) * 3  # [M]
+        states[:, 2] = torch.where(torch.rand(6, generator=random) < 0.3, 9.0, -3.0)
         for k, end in enumerate((2, 4, 6)):
-            states[end - 1, 2] = -20.0 if k == wrong else 20.0
+            high = states[end - 2 : end, 2] > 0
+            margin[end - 2 : end][high] = 0.1  # of no importance
+            if k == wrong:
+                states[end - 1, 2], margin[end - 1] = 9.0, 2.5
         valid = [wrong is None or k < wrong for k in range(3)]
         draft = Draft([1], [1] * 6, [2, 4, 6], True, valid, True, number, 0)
-        nothing = torch.zeros(7)
-        examples.append(Example(draft, Evidence([2, 4, 6], nothing, nothing, nothing, states=states, layers=(3,))))
+        top = 5 + states[:, 0] / 4  # [N]
+        evidence = Evidence([2, 4, 6], -margin, margin, margin, states=states, layers=(3,), top=top)
+        examples.append(Example(draft, evidence))
     return examples
 
 
 def test_what_a_folded_probe_learns():
-    train_set, held_out = planted(40, 1), planted(12, 2)
-    untrained = FoldedModule.of(train_set)
-    make = lambda: FoldedModule(untrained.mean, untrained.deviation)
-    section = FoldedSection(epochs=40, learning_rate=0.05)
+    """That a row rises says nothing by itself, nor does a margin: both together do."""
+    torch.manual_seed(0)
+    train_set, held_out = planted(120, 1), planted(40, 2)
+    starts = FoldedModule.starts(train_set)
+    make = lambda: FoldedModule(*starts, ROWS, 16, 0.0)
+    section = FoldedSection(epochs=60, learning_rate=0.02)
     module = fit(make, train_set, held_out, section, 0.01, "folded").module
     with torch.no_grad():
-        folded = Folded(module.head(), 3, (9, 10))
+        folded = Folded(module.folded(), 3, (9, 10, 11))
         scored = [Scored(one.draft, folded.confidences(one.evidence).tolist()) for one in held_out]
-        assert measure(scored, 0.5)["auc"] == 1.0
+        assert measure(scored, 0.5)["auc"] > 0.97
         for one in held_out:  # the head for states as they are tells what the trained module tells
             told = survival(module(*module.collate([one])))
             assert torch.allclose(folded.confidences(one.evidence), told, atol=1e-4)
+
+
+def test_a_row_that_would_be_written_costs():
+    """A server forbids a token by a hundred at most, so no row may rise so far."""
+    module = FoldedModule(torch.zeros(4), torch.ones(4), 2, 4, 0.0)
+    with torch.no_grad():
+        module.directions[:] = 20.0
+    inputs = torch.zeros(3, dtype=torch.long), torch.ones(3, 4), torch.zeros(3), torch.zeros(3, 2)
+    rising = module.train()(*inputs) - module.eval()(*inputs)
+    assert rising[0].item() == pytest.approx(TOO_HIGH * (80 - MAY_RISE) ** 2)

@@ -94,8 +94,10 @@ class VllmLike:
         ids = body["prompt"]
         log_probs = self._logits(ids).log_softmax(-1)  # [L, V]
         told: list[Any] = [None]
-        told += [{str(token): {"logprob": float(row[token])}} for token, row in zip(ids[1:], log_probs, strict=False)]
-        after = {f"token_id:{token}": float(log_probs[-1][token]) for token in body["logprob_token_ids"]}
+        for token, row in zip(ids[1:], log_probs, strict=False):
+            likeliest = {token, *row.topk(body["prompt_logprobs"]).indices.tolist()}
+            told.append({str(one): {"logprob": float(row[one])} for one in likeliest})
+        after = {f"token_id:{token}": float(log_probs[-1][token]) for token in body.get("logprob_token_ids", [])}
         return JSONResponse({"choices": [{"prompt_logprobs": told, "logprobs": {"top_logprobs": [after]}}]})
 
     async def _stream(self, body: dict[str, Any], failure: str) -> Any:

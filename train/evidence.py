@@ -29,7 +29,7 @@ from recipes.digests import of_values
 from recipes.progress import progress_bar
 
 BYTES = 2  # a number of a state
-FREE = ("log_prob", "entropy", "margin")  # of each token, nats
+FREE = ("log_prob", "entropy", "margin", "top")  # of each token, nats; the last one a logit
 
 Place = tuple[int, int]  # first row and number of rows in a file of states
 Record = dict[str, Any]  # what the index holds of a draft
@@ -109,7 +109,7 @@ class EvidenceStore:
     def evidence(self, key: str, draft: Draft) -> Evidence:
         """What is kept of a draft; states are float16 views of a file."""
         path, line = self.records[key]
-        free = {name: torch.tensor(line[name], dtype=torch.float32) for name in FREE}  # [M] each
+        free = {name: torch.tensor(line[name], dtype=torch.float32) for name in FREE}  # [M] each, top [N]
         states, context = (self._view(path, line[name], line["width"]) for name in ("states", "context"))
         return Evidence(draft.ends, **free, states=states, context_states=context, layers=tuple(line["layers"]))
 

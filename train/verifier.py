@@ -46,7 +46,7 @@ from recipes.run import KEPT, Run
 from recipes.schema import Recipe
 from recipes.verifier_schema import AdapterSection, FoldedSection
 from train.calibration import NEVER, prompts_needed, thresholds
-from train.evidence import gather, up_to_first_invalid
+from train.evidence import FREE, gather, up_to_first_invalid
 from train.probes import ProbeData, choose_layers, learning_curve
 from train.verifier_training import AdapterModule, FoldedModule, Log, acceptable, fit
 
@@ -171,7 +171,7 @@ def train_kinds(
     attentive = bool(layers and section.probe.blocks)
     gathered = tuple(sorted({*layers, *([depth] if "folded" in wanted else [])}))
     needs = Needs(token_logprobs=True, layers=gathered, context_states=attentive)
-    folder = kept / "evidence" / of_values([gathered, attentive])[:12]
+    folder = kept / "evidence" / of_values([gathered, attentive, FREE])[:12]
     # where the target errs too, nothing is lost by accepting: such drafts are not learnt from
     usable = {split: [draft for draft in drafts[split] if draft.target_right] for split in ("train", "held_out")}
     usable["train"] = enough_of(usable["train"])
@@ -222,15 +222,23 @@ def train_folded(
     max_accuracy_loss: float,
     log: Log = lambda _: None,
 ) -> Folded:
-    """Fit a linear head on the target's last states, for two tokens after its vocabulary."""
-    depth, rows = engine.target.config.num_hidden_layers, engine.models["target"].vocabulary
+    """Fit rows for tokens after the target's vocabulary, and a head over their rises: the best of several tries.
+
+    So small a head finds its way from some beginnings and not from others, and learns in seconds. The loss on held-out
+    drafts decides, as what may be accepted of them jumps with single drafts.
+    """
+    depth, first = engine.target.config.num_hidden_layers, engine.models["target"].vocabulary
     train_set, held_out = (
         [replace(one, evidence=one.evidence.of_layers((depth,))) for one in some] for some in (train_set, held_out)
     )
-    untrained = FoldedModule.of(train_set)
-    make = lambda: FoldedModule(untrained.mean, untrained.deviation)
-    module = fit(make, train_set, held_out, section, max_accuracy_loss, "folded", log).module
-    return Folded(module.head().to(engine.target.device), depth, (rows, rows + 1))
+    starts = FoldedModule.starts(train_set)
+    make = lambda: FoldedModule(*starts, section.rows, section.hidden, section.dropout)
+    tries = [
+        fit(make, train_set, held_out, section, max_accuracy_loss, "folded", log, f"folded, {n + 1} of {section.tries}")
+        for n in range(section.tries)
+    ]
+    best = min(tries, key=lambda one: one.loss)
+    return Folded(best.module.folded().to(engine.target.device), depth, tuple(range(first, first + section.rows)))
 
 
 def train_adapter(

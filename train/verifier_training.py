@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with_warmup
@@ -23,11 +23,11 @@ from transformers import DynamicCache, PreTrainedModel, get_cosine_schedule_with
 from eval.verifier_metrics import Example, Scored, measure, valid_cuts
 from parse.layout import pack, row_numbers, stack
 from parse.local.compiled import masks
-from parse.verifiers.folded import last_states
+from parse.verifiers.folded import rise_inputs
 from parse.verifiers.heads import (
     AttentiveHead,
     HazardHead,
-    LinearHead,
+    RiseHead,
     segment_evidence,
     survival,
     text_inputs,
@@ -41,6 +41,9 @@ T = TypeVar("T")
 Log = Callable[[dict[str, float]], None]
 WARM_UP = 0.1  # of the steps
 LIKE_LENGTH = 8  # tokens
+START, LEAK = 0.3, 0.05  # of a folded probe's rows: how far apart they begin, and what is learnt where none rises
+MAY_RISE, TOO_HIGH = 30.0, 0.01  # how far a row may rise before it costs, and what the square of more costs
+FITTED, RIDGE = 20_000, 1e-3  # tokens by which its rows begin; of their products' mean, added to the diagonal
 
 
 class ProbeModule(nn.Module):
@@ -66,42 +69,70 @@ class ProbeModule(nn.Module):
 
 
 class FoldedModule(nn.Module):
-    """What a folded probe trains: a linear head on the last state of each segment, each of its numbers standardised."""
+    """What a folded probe trains: rows of the LM head, and the head over their rises.
 
-    mean: Tensor
-    deviation: Tensor
+    Rows begin where they would rise over about half of the tokens: at what best says the highest real logit, each in a
+    direction of its own. States are scaled, so that all of their numbers learn alike; they are not centred, as an LM
+    head has no bias for that.
+    """
 
-    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+    base: Tensor
+    scale: Tensor
+
+    def __init__(self, base: Tensor, scale: Tensor, rows: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.standard = LinearHead(len(mean))
-        self.register_buffer("mean", mean)  # [D], of the states to learn from
-        self.register_buffer("deviation", deviation)  # [D]
+        self.head = RiseHead(len(base), rows, hidden, dropout)
+        self.head.rows.requires_grad_(False)  # they are made of these:
+        self.directions = nn.Parameter(torch.randn(rows, len(base)) * START / len(base) ** 0.5)
+        self.register_buffer("base", base)  # [D]: base . h is about the highest real logit
+        self.register_buffer("scale", scale)  # [D]: of the states' numbers
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> FoldedModule:
-        """An untrained one for the states of the drafts to learn from, of all processes."""
-        states = torch.cat([last_states(one.evidence).double() for one in examples])  # [sum K, D]
-        sums = gather_object([(len(states), states.sum(0).cpu(), states.square().sum(0).cpu())])
-        count, total, squares = (sum(parts) for parts in zip(*sums, strict=True))
-        mean = total / count
-        deviation = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
-        return cls(mean.float(), deviation.float())
+    def starts(cls, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """`base` and `scale`, float32 [D] each, by the main process's share of the drafts to learn from."""
+        states = torch.cat([cast(Tensor, one.evidence.states) for one in examples])  # [sum N, D]
+        top = torch.cat([cast(Tensor, one.evidence.top) for one in examples])  # [sum N]
+        chosen = torch.randperm(len(states))[:FITTED]
+        known, wanted = states[chosen].float(), top[chosen].float()  # [n, D], [n]
+        products = known.T @ known / len(known)  # [D, D]
+        ridge = RIDGE * products.diagonal().mean() * torch.eye(len(products))  # [D, D]
+        base = torch.linalg.solve(products + ridge, known.T @ wanted / len(known))  # [D]
+        found = [(base, products.diagonal().sqrt().clamp(min=1e-6))]
+        broadcast_object_list(found)
+        return found[0]
+
+    def rows(self) -> Tensor:
+        """The rows as they stand, [R, D]."""
+        return self.base + self.directions / self.scale
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
-        """The last states of the batch's segments, [sum K, D]."""
-        return (torch.cat([last_states(one.evidence) for one in examples]),)
+        """The segment of each of the batch's M tokens, int64 [M]; their states [M, D], highest logits and evidence."""
+        lengths = [stop - start for one in examples for start, stop in one.evidence.bounds]
+        segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        states, evidence = zip(
+            *(rise_inputs(cast(Tensor, one.evidence.states), one.evidence) for one in examples), strict=True
+        )
+        tops = [cast(Tensor, one.evidence.top) for one in examples]  # [N] each
+        top = torch.cat(
+            [torch.cat([t, t[len(t) - 1 :].expand(len(s) - len(t))]) for t, s in zip(tops, states, strict=True)]
+        )
+        return segments, torch.cat(states), top, torch.cat(evidence)
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, segments: Tensor, states: Tensor, top: Tensor, evidence: Tensor) -> Tensor:
         """The hazard of each of the batch's segments: [sum K]."""
-        return cast(Tensor, self.standard((states.float() - self.mean) / self.deviation))
+        over = states.float() @ self.rows().T - top[:, None]  # [M, R]
+        rises = nn.functional.leaky_relu(over, LEAK) if self.training else over.clamp(min=0)
+        hazards = self.head(rises, evidence)  # [M]
+        total = hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)  # [sum K]
+        if self.training:  # a row that rises higher than it may be forbidden would be written
+            total = total + TOO_HIGH * (over - MAY_RISE).clamp(min=0).square().mean()
+        return total
 
     @torch.no_grad()
-    def head(self) -> LinearHead:
-        """The head for states as they are."""
-        head = LinearHead(len(self.mean))
-        head.weight.copy_(self.standard.weight / self.deviation)
-        head.bias.copy_(self.standard.bias - self.mean @ head.weight)
-        return head
+    def folded(self) -> RiseHead:
+        """The head with its rows."""
+        self.head.rows.copy_(self.rows())
+        return self.head
 
 
 class AdapterModule(nn.Module):

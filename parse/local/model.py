@@ -25,7 +25,7 @@ ROOM = 512  # tokens that a warm-up's buffers hold: more than its passes read, a
 class LocalModel:
     """A model, its tokenizer, and the sequences that it reads at the same time."""
 
-    provides: frozenset[str] = PROVIDED
+    provides: frozenset[str] = PROVIDED - {"rises"}
     verdict_tokens = 0
 
     def __init__(self, runner: ModelRunner, tokenizer: Any = None) -> None:
@@ -227,9 +227,10 @@ async def packed_evidence(
     text.has_read([*draft.ids, *layout.ids[w + n :]])
     text.rollback(length + n, after[-1])
     end_ids = sorted(text.runner.eos_ids) if draft.ended else []
-    log_prob = entropy = margin = torch.empty(0, device=device)
+    log_prob = entropy = margin = top = torch.empty(0, device=device)
     if whole:
         log_prob, entropy, margin = token_evidence(before, drafted, integers(draft.ids).to(device), end_ids)
+        top = drafted.amax(-1).float()  # [N]
     divergence = None
     if needs.draft_logits is not None:
         compared = torch.cat([before[None], drafted])[: len(log_prob)]  # [M, V]
@@ -244,6 +245,7 @@ async def packed_evidence(
         margin,
         states=torch.cat(states, dim=-1) if states else None,  # [N, D * layers]
         label_scores=scores,
+        top=top,
         suffix_states=output.states[-1][layout.last_suffix] if adapted else None,  # [K, D]
         divergence=divergence,
         context_states=context_states,

@@ -1,4 +1,4 @@
-"""python -m parse fold RUN OUT: the run's target with its folded verifier in two rows of the LM head, to be served.
+"""python -m parse fold RUN OUT: the run's target with its folded verifier's rows in its LM head, to be served.
 
 Only the files that hold the head, and the embedding where both are one weight, are written anew; all others are links
 to the target's own. A server needs nothing else: see `parse.verifiers.folded`.
@@ -68,12 +68,12 @@ def fold(target: str, verifier: Path, out: Path, options: dict[str, Any] | None 
     if out.exists():
         raise ValueError(f"{out} is there already: name another folder, or remove it")
     record = json.loads((verifier / "verifier.json").read_text())
-    weight = load_file(verifier / "head.safetensors")["weight"]  # [D]
+    rows = load_file(verifier / "head.safetensors")["rows"]  # [R, D]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         source, made = _source(target, options or {}, Path(place)), Path(place) / "made"
         made.mkdir()
-        _write(source, made, weight, record["labels"])
+        _write(source, made, rows, record["labels"])
         made.chmod(0o755)
         made.rename(out)
 
@@ -111,7 +111,7 @@ def _source(target: str, options: dict[str, Any], place: Path) -> Path:
     return place / "merged"
 
 
-def _write(source: Path, out: Path, weight: Tensor, labels: list[int]) -> None:
+def _write(source: Path, out: Path, rows: Tensor, labels: list[int]) -> None:
     content = json.loads((source / "config.json").read_text())
     embedding, head, tied = _names(source)
     files = _weight_map(source)
@@ -126,13 +126,12 @@ def _write(source: Path, out: Path, weight: Tensor, labels: list[int]) -> None:
             known = tensors[embedding]  # [V, D]
             if tied:  # the head gets a weight of its own
                 tensors[head] = known.clone()
-            tensors[embedding] = torch.cat([known, known.new_zeros(2, known.shape[1])])
+            tensors[embedding] = torch.cat([known, known.new_zeros(len(rows), known.shape[1])])
         if head in tensors:
-            rows = torch.stack([weight / 2, -weight / 2])  # [2, D]
             tensors[head] = torch.cat([tensors[head], rows.to(tensors[head].dtype)])
         bias = head.removesuffix("weight") + "bias"
         if bias in tensors:
-            tensors[bias] = torch.cat([tensors[bias], tensors[bias].new_zeros(2)])
+            tensors[bias] = torch.cat([tensors[bias], tensors[bias].new_zeros(len(rows))])
         files |= dict.fromkeys(tensors, file)
         save_file(tensors, out / file, metadata={"format": "pt"})
         shutil.copymode(source / file, out / file)  # it is written for its owner alone
@@ -143,7 +142,7 @@ def _write(source: Path, out: Path, weight: Tensor, labels: list[int]) -> None:
     for section in (content, content.get("text_config")):
         if isinstance(section, dict):
             section |= {"tie_word_embeddings": False}
-            section |= {"vocab_size": labels[1] + 1} if section is not content or "vocab_size" in section else {}
+            section |= {"vocab_size": labels[-1] + 1} if section is not content or "vocab_size" in section else {}
     content["folded_labels"] = labels
     (out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -178,7 +177,7 @@ def _check(
     tied: bool,
     labels: list[int],
 ) -> None:
-    """Refuse a target whose head cannot hold two more rows."""
+    """Refuse a target whose head cannot hold more rows."""
     lacking = [name for name in ([embedding] if tied else [embedding, head]) if name not in files]
     if lacking:
         like = sorted(name for name in files if name.startswith(head.removesuffix("weight")))
@@ -196,10 +195,10 @@ def _check(
             "verifier tells: use the kind `prompt`"
         )
     with safe_open(source / files[embedding], "pt") as file:
-        rows = file.get_slice(embedding).get_shape()[0]
-    if labels != [rows, rows + 1]:
+        vocabulary = file.get_slice(embedding).get_shape()[0]
+    if labels != list(range(vocabulary, vocabulary + len(labels))):
         raise ValueError(
-            f"{source} has {rows} tokens, and the verifier's labels are {labels}: it was made for another target"
+            f"{source} has {vocabulary} tokens, and the verifier's labels are {labels}: it was made for another target"
         )
 
 

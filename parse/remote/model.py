@@ -1,8 +1,9 @@
 """A model on a vLLM server, as rounds know it; see `parse.model`.
 
 The server keeps nothing for us between two requests but its prefix cache: every request sends all token ids, and what
-it has read before costs it nothing. K prefixes are judged by one request that asks for the probability of two label
-tokens after each; see `parse.verifiers.folded` for a trained verifier that answers so.
+it has read before costs it nothing. A draft is judged by one request: for the probability of two label
+tokens after each of K prefixes, or for the likeliest tokens after each of its tokens, among them those of a folded
+verifier; see `parse.verifiers.folded`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import httpx
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from parse.model import OnToken, Proposer, Stop
@@ -36,6 +38,7 @@ PLAIN = {  # a setting that a request leaves out comes from the model's generati
 }
 NO_ROUTE = (404, 405, 501)
 FORBIDDEN = -100.0  # added to a logit
+MOST_LABELS = 18  # of a folded verifier: a server tells the likeliest 20 tokens
 MOST_FORBIDDEN = 256  # tokens in one request; of a vocabulary padded by more none is forbidden: nothing teaches them
 
 
@@ -50,7 +53,7 @@ class RemoteModel:
     context_length: int
     provides: frozenset[str]
     forbidden: frozenset[int] = frozenset()  # tokens that it never writes: labels in its vocabulary
-    verdict_tokens: int = 1  # the one that the server would write
+    verdict_tokens: int = 2  # the end that stands for what comes next, and the one that the server would write
 
     @property
     def name(self) -> str:
@@ -84,10 +87,10 @@ class RemoteModel:
         vocabulary = texts[0].vocab_size if texts else len(tokenizer)
         ends = named_ends(configurations, tokenizer.eos_token_id, vocabulary)
         folded = next((one.folded_labels for one in configurations if hasattr(one, "folded_labels")), None)
-        beyond = [vocabulary, vocabulary + 1]  # labels, where the configuration is of the target before it was folded
-        labels = folded or (beyond if _scores(client, beyond).status_code == 200 else [])
+        labels = folded or _beyond(client, vocabulary)
+        vocabulary = labels[0] if labels else vocabulary
         length = int(served["max_model_len"])
-        return cls(client, tokenizer, ends, vocabulary, length, _provided(client), frozenset(labels))
+        return cls(client, tokenizer, ends, vocabulary, length, _provided(client, labels), frozenset(labels))
 
     def drafting(self, ends: frozenset[int], vocabulary: int | None) -> RemoteModel:
         """The same model as a draft.
@@ -153,6 +156,26 @@ class RemoteModel:
             found.append(math.log(sum(math.exp(after[f"token_id:{token}"]) for token in ends)))
         return found
 
+    async def rises(self, query: list[int], draft: Written, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The rises of R rows after each of a draft's N tokens, [N, R], and the margins of its tokens, [M]; float32.
+
+        The server tells the R + 1 likeliest tokens in every place, and so each row that rises over all real ones, and
+        the likeliest of those. The end stands after the draft, so that there is a place after its last token.
+        """
+        self._check_length(len(query) + len(draft.ids) + 1)
+        ids = [*query, *draft.ids, min(self.eos_ids, default=0)]
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": len(rows) + 1}
+        reply = (await self.client.call(self.client.posted("/v1/completions", body)))["choices"][0]
+        rises, margins = list[list[float]](), list[float]()
+        for place, told in enumerate(reply["prompt_logprobs"][len(query) :]):
+            found = {int(token): float(one["logprob"]) for token, one in told.items()}
+            top = max(value for token, value in found.items() if token not in rows)
+            rises.append([max(found.get(row, top) - top, 0.0) for row in rows])
+            wanted = draft.ids[place : place + 1] or self.eos_ids
+            margins.append(top - max(found[token] for token in wanted if token in found))
+        count = len(draft.ids) + draft.ended
+        return torch.tensor(rises[1:]).view(-1, len(rows)), torch.tensor(margins[:count])
+
     def _check_length(self, tokens: int) -> None:
         if tokens >= self.context_length:
             raise ValueError(
@@ -202,19 +225,22 @@ class RemoteSequence:
         return Written(written, ended=False)
 
     async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
-        """The label scores after K prefixes of a draft, or how likely its tokens are: entropy and margin are not told.
+        """The label scores after K prefixes of a draft, the rises of rows, or how likely the draft's tokens are.
 
-        The scores take a request for each label that says yes, the likelihoods one that reads all anew: the server
-        keeps no such figures in its cache.
+        The scores take a request for each label that says yes, the others one that reads all anew: the server keeps no
+        such figures in its cache. Entropy is not told, and margins only beside rises.
         """
         query, nothing = [*self.prompt_ids, *ids], torch.empty(0)
-        log_prob, scores = nothing, None
+        log_prob, margin, scores, rises = nothing, nothing, None, None
         if needs.token_logprobs:
             log_prob = torch.tensor(await self.model.log_probs(query, draft))
         if needs.labels:
             items = [[*draft.ids[:end], *needs.suffix_ids] for end in ends]
             scores = torch.tensor(await self.model.label_scores(query, items, needs.labels))
-        return Evidence(ends, log_prob, nothing, nothing, label_scores=scores)
+        if needs.rows:
+            rises, margin = await self.model.rises(query, draft, needs.rows)
+            log_prob = -margin  # at most that
+        return Evidence(ends, log_prob, nothing, margin, label_scores=scores, rises=rises)
 
     def close(self) -> None:
         """Let the server stop what it writes for this sequence."""
@@ -295,14 +321,25 @@ def _scores(client: Client, labels: list[int]) -> httpx.Response:
     return client.ask(client.post("/generative_scoring", body))
 
 
-def _provided(client: Client) -> frozenset[str]:
-    """What of `PROVIDED` the server can give: the scores of labels only where it has the route."""
-    reply = _scores(client, [0, 1])
+def _beyond(client: Client, vocabulary: int) -> list[int]:
+    """The labels of a served target whose configuration here is that of the target before it was folded."""
+    label = vocabulary
+    while label < vocabulary + MOST_LABELS and _scores(client, [0, label]).status_code == 200:
+        label += 1
+    return [*range(vocabulary, label)]
+
+
+def _provided(client: Client, labels: Sequence[int]) -> frozenset[str]:
+    """What of `PROVIDED` the server can give: the scores of labels only where it has the route.
+
+    A folded verifier's rows take what is probable from the real tokens: how likely those are it then cannot tell.
+    """
+    reply, others = _scores(client, [0, 1]), {"rises"} if labels else {"token_logprobs"}
     if reply.status_code in NO_ROUTE:
-        return frozenset({"token_logprobs"})
+        return frozenset(others)
     if reply.status_code != 200:
         raise client.refusal(reply)
-    return frozenset({"label_scores", "token_logprobs"})
+    return frozenset({"label_scores", *others})
 
 
 def cached_share(before: str, after: str) -> float | None:

@@ -31,6 +31,13 @@ def served_verifier(name: str | Path, target: RemoteModel) -> Verifier:
     """
     verifier = load(name, None, target.tokenizer, target.eos_ids)
     if isinstance(verifier, Folded):
+        if "rises" not in target.provides:
+            raise ValueError(f"{target.name} has no rows of a folded verifier, as {name} needs: {FOLD}")
+        if not {*verifier.labels} <= target.forbidden:
+            raise ValueError(
+                f"{target.name} has {len(target.forbidden)} rows of a folded verifier, and {name} has "
+                f"{len(verifier.labels)}: {FOLD}"
+            )
         verifier = replace(verifier, served=True)
     if verifier.calibration is not None:
         _check(verifier, json.loads((Path(name) / "verifier.json").read_text()).get("checks", []), target, str(name))
@@ -45,9 +52,8 @@ def _check(verifier: Verifier, checks: list[dict[str, Any]], target: RemoteModel
         )
     try:
         apart = sum(_apart(verifier, check, target) for check in checks) / len(checks)
-    except Refused as error:  # as of labels that its vocabulary lacks
-        advice = f": {FOLD}" if isinstance(verifier, Folded) else ""
-        raise ValueError(f"{target.name} cannot be asked for the verdicts of {name} ({error}){advice}") from error
+    except Refused as error:
+        raise ValueError(f"{target.name} cannot be asked for the verdicts of {name} ({error})") from error
     if apart > APART:
         raise ValueError(
             f"{target.name} is not the target of the verifier in {name}: on {len(checks)} of its examples the "

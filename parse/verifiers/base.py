@@ -21,6 +21,7 @@ class Needs:
     context_states: bool = False  # these states of all that stands before the draft as well
     suffix_ids: tuple[int, ...] = ()  # S tokens that follow each prefix
     labels: Labels | None = None  # of these the score after each suffix, or after each prefix itself
+    rows: tuple[int, ...] = ()  # tokens after the vocabulary whose rises are told, and the margins of the draft's own
     adapter: Any = (
         None  # a PEFT model, the target under a LoRA that acts on the suffixes: their states are read instead
     )
@@ -36,13 +37,14 @@ class Needs:
                 "token_logprobs": self.token_logprobs or self.draft_logits is not None,
                 "states": bool(self.layers),
                 "label_scores": self.labels is not None,
+                "rises": bool(self.rows),
                 "adapter": self.adapter is not None,
             }.items()
             if needed
         )
 
 
-PROVIDED = frozenset({"token_logprobs", "states", "label_scores", "adapter"})  # what models may provide
+PROVIDED = frozenset({"token_logprobs", "states", "label_scores", "rises", "adapter"})  # what models may provide
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Evidence:
     states: Tensor | None = None  # [N, D * layers]: the target's hidden states, where the verifier reads them
     label_scores: Tensor | None = None  # [K] float32 in [0, 1]: P(yes) / (P(yes) + P(no)), where it asks for labels
     suffix_states: Tensor | None = None  # [K, D]: the target's last hidden states there, where the verifier adapts it
+    top: Tensor | None = None  # [N] float32: the target's highest logit after each token, beside the log-probabilities
+    rises: Tensor | None = None  # [N, R] float32: of rows that were folded into it, see `parse.verifiers.folded`
     divergence: Tensor | None = None  # [M] float32: of the draft's distribution from the target's, where it is at hand
     context_states: Tensor | None = (
         None  # [C, D * layers]: of the C tokens before the draft, where the verifier reads them

@@ -13,6 +13,8 @@ from parse.verifiers.base import Evidence
 TOKEN_EVIDENCE = 4  # log-probability, entropy, margin, and whether it is the end-of-sequence token
 INNER, HEAD_WIDTH = 192, 48  # of a probe's attention: its width, and that of each of its heads
 LARGEST = 65504.0  # of float16, in which states are kept to learn from: heads never see larger numbers
+RISE_EVIDENCE = 2  # margin, and whether it is the end-of-sequence token
+RISE, HIGHEST = 4.0, 40.0  # of a row's rise what counts as one, and as the most
 SEGMENT_EVIDENCE = 13  # of the three their lowest, mean and highest so far and in the segment where they tell; the end
 
 
@@ -63,21 +65,38 @@ class HazardHead(nn.Module):
         return nn.functional.softplus(self.body(joined).squeeze(-1))
 
 
-class LinearHead(nn.Module):
-    """From a state h to the hazard softplus(-(w . h + b)): a segment by itself is right with sigmoid(w . h + b)."""
+class RiseHead(nn.Module):
+    """From the rises of R rows over all real tokens, see `parse.verifiers.folded`, and free evidence to the hazard."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, rows: int, hidden: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.tensor([5.0]))  # most are right
+        self.rows = nn.Parameter(torch.zeros(rows, width))
+        self.dropout = nn.Dropout(dropout)  # of the rises
+        self.body = nn.Sequential(nn.Linear(rows + RISE_EVIDENCE, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        nn.init.constant_(cast(nn.Linear, self.body[-1]).bias, -5.0)  # most are right
 
     @property
     def sizes(self) -> dict[str, int]:
         """The arguments that make a head of the same shape."""
-        return {"width": len(self.weight)}
+        return {
+            "width": self.rows.shape[1],
+            "rows": len(self.rows),
+            "hidden": cast(nn.Linear, self.body[0]).out_features,
+        }
 
-    def forward(self, states: Tensor) -> Tensor:
-        """States [..., width] to hazards [...], none of them negative."""
-        return nn.functional.softplus(-(states.float() @ self.weight + self.bias))
+    def rises(self, states: Tensor, top: Tensor) -> Tensor:
+        """By how much each row's logit exceeds the highest real one, 0 where it does not: float32 [N, R].
+
+        Args:
+            states: [N, D], the last ones, as the LM head reads them.
+            top: [N], the highest logit after each.
+        """
+        return (states.float() @ self.rows.T - top[:, None]).clamp(min=0)
+
+    def forward(self, rises: Tensor, evidence: Tensor) -> Tensor:
+        """Rises [M, R] and evidence [M, 2] to hazards [M], none of them negative."""
+        known = self.dropout(rises.clamp(max=HIGHEST) / RISE)  # [M, R]
+        return nn.functional.softplus(self.body(torch.cat([known, evidence], dim=-1)).squeeze(-1))
 
 
 class Attention(nn.Module):

@@ -21,7 +21,7 @@ from parse.text import eos_ids
 from parse.verifiers.adapter import Adapter, sharing
 from parse.verifiers.base import Calibration, Verifier
 from parse.verifiers.folded import Folded
-from parse.verifiers.heads import AttentiveHead, HazardHead, LinearHead
+from parse.verifiers.heads import AttentiveHead, HazardHead, RiseHead
 from parse.verifiers.likelihood import Likelihood
 from parse.verifiers.probe import Probe
 from parse.verifiers.prompt import PromptVerifier
@@ -130,8 +130,8 @@ def _made(
         return PromptVerifier.of(tokenizer, threshold)
     if record["kind"] == "likelihood":
         return Likelihood(record["rule"], record["scope"], threshold)
-    attends, linear = "blocks" in record["head"], record["kind"] == "folded"
-    kind: Any = LinearHead if linear else AttentiveHead if attends else HazardHead
+    attends, folded = "blocks" in record["head"], record["kind"] == "folded"
+    kind: Any = RiseHead if folded else AttentiveHead if attends else HazardHead
     head = kind(**record["head"])
     head.load_state_dict(load_file(folder / "head.safetensors"))
     head = head.to("cpu" if target is None else target.device).eval()
@@ -145,9 +145,8 @@ def _made(
         assert target is not None
         adapted = PeftModel.from_pretrained(sharing(target), str(folder))
         return Adapter(adapted.eval(), head, record["suffix_ids"], threshold)
-    if record["kind"] == "folded":
-        right, wrong = record["labels"]
-        return Folded(head, record["layers"][0], (right, wrong), threshold=threshold)
+    if folded:
+        return Folded(head, record["layers"][0], tuple(record["labels"]), threshold=threshold)
     return Probe(head, tuple(record["layers"]), threshold)
 
 
