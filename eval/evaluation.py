@@ -138,10 +138,12 @@ def _compared(recipe: Recipe, task: Task, engine: Engine, thresholds: dict[str, 
     for name in methods.keys() & KINDS.keys():
         others[name] = engine.judged_by(verifier_of_kind(recipe, KINDS[name]))
     found, agreement = {}, _agreement(recipe, engine, task)
-    for at_once in loads_of(recipe):
+    for at_once in (loads := loads_of(recipe)):
+        # transformers allows assisted generation one request at a time, which is in the first table
+        some = {name: how for name, how in methods.items() if at_once == loads[0] or name != "assisted"}
         what = "methods" if at_once == 1 else f"methods, {at_once} at once"
         warmup = max(recipe.eval.warmup, at_once if at_once > 1 else 0)
-        found[at_once] = compare(engine, task, prompts, methods, warmup, what, agreement, at_once, others)
+        found[at_once] = compare(engine, task, prompts, some, warmup, what, agreement, at_once, others)
     return found
 
 

@@ -60,10 +60,10 @@ class FoldedSection(HeadFit):
     learning_rate: Rate = 3e-3
     weight_decay: Annotated[float, Range(0, 100)] = 0.01
     patience: Count = 15
-    hidden: Annotated[int, Range(1, 10**5)] = 16
+    hidden: Annotated[int, Range(1, 10**5)] = 32
     dropout: Annotated[float, Range(0, 0.99)] = 0.1
-    rows: Annotated[int, Range(1, 18)] = 4  # of the LM head; a server tells the likeliest 20 tokens
-    tries: Count = 5  # of which the best on held-out prompts is kept
+    rows: Annotated[int, Range(1, 18)] = 16  # of the LM head; a server tells the likeliest 20 tokens
+    tries: Count = 3  # of which the best on held-out prompts is kept
 
 
 @dataclass(frozen=True)

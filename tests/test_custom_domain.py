@@ -27,6 +27,7 @@ def test_a_domain_of_ones_own_from_prompts_to_evaluation(tmp_path, capsys):
     assert write_rows(["restaurants", str(task), "--rows", "60"]) == 0
     few = ["answers.prompts=6", "rollouts.train=4", "rollouts.calibration=3", "rollouts.test=2", "rollouts.recheck=1"]
     few += ["distill.trainer={max_steps: 2, per_device_train_batch_size: 2}", "verifier.probe.epochs=2"]
+    few += ["verifier.folded.tries=1", "verifier.folded.epochs=2"]
     few += ["rollouts.drafts=2", "rollouts.negatives=1"]
     few += ["eval.prompts=1", "eval.warmup=0", "eval.sweep_prompts=0", "engine.compile=false"]
     words = [RECIPE, f"task={task}", f"runs={tmp_path}", *few]

@@ -170,6 +170,8 @@ def test_a_task_of_the_harness_from_answers_to_evaluation(folder, tmp_path, caps
         "verifier.kind=probe",
         "verifier.max_accuracy_loss=0.05",
         "verifier.probe.epochs=4",
+        "verifier.folded.tries=1",
+        "verifier.folded.epochs=4",
         "eval.prompts=8",
         "eval.warmup=0",
         "eval.sweep_prompts=0",

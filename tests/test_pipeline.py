@@ -40,6 +40,8 @@ SMALL = [
     "rollouts.recheck=10",
     "align.prompts=60",
     "verifier.adapter.epochs=1",
+    "verifier.folded.tries=1",
+    "verifier.folded.epochs=20",
     "eval.prompts=8",
     "eval.sweep_prompts=2",
     "eval.warmup=1",
@@ -380,9 +382,10 @@ def test_the_prediction_stands_beside_the_run(words, capsys):
     assert evaluate(["plan", RECIPE, *words]) == 0
     printed = capsys.readouterr().out
     assert "forward passes measured on this machine" in printed
-    predicted, measured = map(float, re.search(r"total +([\d.]+) +([\d.]+)", printed).groups())
-    assert predicted > 0
-    assert measured > 0
+    for name in ("drafting", "verifying", "PARSE", "target alone"):
+        assert all(float(seconds) > 0 for seconds in re.search(rf"{name} +([\d.]+) +([\d.]+)", printed).groups())
+    assert float(re.search(r"between passes +([\d.]+) +([\d.]+)", printed)[1]) == 0  # it is the gap
+    assert re.search(r"speed-up +[\d.]+x +[\d.]+x +[+-][\d.]+%", printed)
 
 
 def test_a_verifiers_report_that_is_none_is_refused_before_anything_is_measured(words, recipe, tmp_path, capsys):
@@ -397,10 +400,15 @@ def test_every_kind_of_verifier_can_be_evaluated(words, recipe, tmp_path, capsys
     folder = recipe.folder / "verifier"
     chosen = json.loads((folder / "verifier.json").read_text())["kind"]
     assert {path.name for path in (folder / "others").iterdir()} == {*VERIFIERS} - {chosen}
-    methods = ["target", "parse", *(f"parse_{kind}" for kind in VERIFIERS)]
-    few = ["eval.prompts=3", "eval.sweep_prompts=0", "eval.concurrency=[1]", f"eval.methods=[{','.join(methods)}]"]
+    methods = ["target", "assisted", "parse", *(f"parse_{kind}" for kind in VERIFIERS)]
+    few = ["eval.prompts=3", "eval.sweep_prompts=0", "eval.concurrency=[1,2]", f"eval.methods=[{','.join(methods)}]"]
     assert evaluate([RECIPE, *words, *few]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]}
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["name"]: row for row in summary["methods"]}
+    (loaded,) = summary["concurrency"]
+    assert loaded["at_once"] == 2
+    assert [row["name"] for row in loaded["methods"]] == [name for name in methods if name != "assisted"]
+    assert all(row["tokens_per_answer"] == rows[row["name"]]["tokens_per_answer"] for row in loaded["methods"])
     assert list(rows) == methods
     same = ("tokens_from_draft", "tokens_from_target", "accuracy", "rounds")
     assert [rows[f"parse_{chosen}"][key] for key in same] == [rows["parse"][key] for key in same]
@@ -412,6 +420,15 @@ def test_every_kind_of_verifier_can_be_evaluated(words, recipe, tmp_path, capsys
 def test_an_evaluation_without_a_run_says_what_to_do(tmp_path, capsys):
     assert evaluate([RECIPE, f"runs={tmp_path}"]) == 2
     assert "accelerate launch -m train recipes/quickstart.yaml" in capsys.readouterr().err
+
+
+def test_a_method_loads_the_models_that_it_takes(tmp_path, capsys):
+    """Without a run there is no draft and no verifier, and the target by itself needs none."""
+    few = ["eval.prompts=3", "eval.concurrency=[1]", "eval.methods=[target,generate]", "engine.compile=false"]
+    assert evaluate([RECIPE, f"runs={tmp_path}", *few]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["accuracy"] for row in summary["methods"]] == [1, 1]
+    assert (summary["draft"], summary["verifier"], summary["threshold"]) == (None, None, None)
 
 
 def test_an_evaluation_beside_a_training_in_the_same_folder_is_refused(words, recipe, capsys):

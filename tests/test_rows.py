@@ -329,3 +329,28 @@ def test_a_data_set_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="task 'nobody/nothing' cannot be read from the hub"):
         load_task("nobody/nothing", SETTINGS)
+
+
+def test_the_questions_of_mt_bench_are_read_as_they_are(tmp_path):
+    """Of a row's turns the first is asked; references, which only some have, are left out."""
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["Write a post about Hawaii.", "Rewrite it."]},
+        {
+            "question_id": 121,
+            "category": "coding",
+            "turns": ["Count the words.", "In parallel."],
+            "reference": ["x", "y"],
+        },
+    ]
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_rows(str(file), SETTINGS)
+    assert sorted(prompt for some in task.by_split.values() for prompt in some) == [
+        "Count the words.",
+        "Write a post about Hawaii.",
+    ]
+    assert not task.checks
+    for turns in ([], "Write.", [3]):
+        file.write_text(json.dumps({"turns": turns}) + "\n")
+        with pytest.raises(ValueError, match="row 1: `(turns` must be a list of the user's texts|prompt`)"):
+            load_rows(str(file), SETTINGS)

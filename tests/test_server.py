@@ -7,7 +7,13 @@ import openai
 import pytest
 import torch
 
+from parse import Engine
+from parse.local.model import LocalModel
+from parse.remote.model import RemoteModel
+from parse.text import eos_ids
+from parse.verifiers import Likelihood
 from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
+from tests.vllm_like import VllmLike
 
 
 @pytest.fixture
@@ -265,3 +271,56 @@ def test_many_clients_get_the_answers_that_they_get_alone(running):
     for thread in threads:
         thread.join(60)
     assert found == expected
+
+
+def test_a_target_on_a_server_is_served_too(target, draft, tokenizer, tmp_path):
+    """As the engine answers; what takes its weights is refused before anything is written."""
+    target.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    away = VllmLike(LocalModel.of(target, tokenizer, eos_ids(target, tokenizer.eos_token_id)), str(tmp_path))
+    engine = Engine(RemoteModel.connect(away.url), tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), 4)
+    one = Running(engine)
+    try:
+        expected = engine.generate(PROMPT, 30)[0]
+        answer = one.client.chat.completions.create(**CHAT)
+        assert answer.choices[0].message.content == expected.text
+        assert {piece["source"] for piece in answer.choices[0].parse["segments"]} == {"draft", "target"}
+        chunks = one.events("/v1/chat/completions", CHAT)
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected.text
+        seen = len(away.seen)
+        refused = one.post("/v1/completions", TEXT | {"logprobs": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+        assert len(away.seen) == seen
+    finally:
+        one.close()
+        away.close()
+
+
+def test_switches_are_heeded_where_little_or_nothing_is_written(running):
+    """A single token is the target's unless the request says otherwise; a text that is only rated takes no switches."""
+    one = TEXT | {"max_tokens": 1}
+    ask = lambda body: running.post("/v1/completions", body).json()["choices"][0]["parse"]["draft_tokens"]
+    assert (ask(one), ask(one | {"parse": {"method": "parse"}})) == (0, 1)
+    rated = TEXT | {"max_tokens": 0, "echo": True, "logprobs": 1}
+    assert running.post("/v1/completions", rated).status_code == 200
+    refused = running.post("/v1/completions", rated | {"parse": {"threshold": 0.5}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "parse")
+
+
+def test_each_choice_counts_with_its_own_time(running):
+    """Not with that of the slowest of its request."""
+    times, finished = [], running.serving.metrics.finished
+    running.serving.metrics.finished = lambda answer, seconds, *rest: (
+        times.append(seconds) or finished(answer, seconds, *rest)
+    )
+    body = TEXT | {"prompt": [PROMPT, PROMPT + " the"], "max_tokens": 40, "parse": {"method": "target"}, "stop": "7"}
+    assert running.post("/v1/completions", body).status_code == 200
+    assert len(times) == 2
+    assert times[0] != times[1]
+
+
+def test_a_server_whose_worker_has_ended_says_so(target, draft, tokenizer):
+    one = Running(tiny(target, draft, tokenizer))
+    one.serving.worker.close()
+    assert one.post("/v1/chat/completions", CHAT).status_code == 503
+    one.close()

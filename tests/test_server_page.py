@@ -72,6 +72,7 @@ def test_an_answer_is_shown_with_where_it_is_from(view, running):
 def test_the_target_alone_stands_beside_it_and_settings_count(view, running):
     view.locator("#compare").check()
     view.locator("#calibrated").uncheck()
+    view.locator("#horizon").fill("8")
     view.locator("#threshold").fill("0")
     ask(view, answers=2)
     draft, target = (running.engine.generate(PROMPT, 40, method=method)[0].text for method in ("draft", "target"))

@@ -81,7 +81,7 @@ class FoldedModule(nn.Module):
 
     def __init__(self, base: Tensor, scale: Tensor, rows: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.head = RiseHead(len(base), rows, hidden, dropout)
+        self.head, self.dropout = RiseHead(len(base), rows, hidden), nn.Dropout(dropout)  # of the states
         self.head.rows.requires_grad_(False)  # they are made of these:
         self.directions = nn.Parameter(torch.randn(rows, len(base)) * START / len(base) ** 0.5)
         self.register_buffer("base", base)  # [D]: base . h is about the highest real logit
@@ -101,10 +101,6 @@ class FoldedModule(nn.Module):
         broadcast_object_list(found)
         return found[0]
 
-    def rows(self) -> Tensor:
-        """The rows as they stand, [R, D]."""
-        return self.base + self.directions / self.scale
-
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """The segment of each of the batch's M tokens, int64 [M]; their states [M, D], highest logits and evidence."""
         lengths = [stop - start for one in examples for start, stop in one.evidence.bounds]
@@ -120,7 +116,8 @@ class FoldedModule(nn.Module):
 
     def forward(self, segments: Tensor, states: Tensor, top: Tensor, evidence: Tensor) -> Tensor:
         """The hazard of each of the batch's segments: [sum K]."""
-        over = states.float() @ self.rows().T - top[:, None]  # [M, R]
+        known = states.float()  # [M, D]
+        over = self.dropout(known / self.scale) @ self.directions.T + (known @ self.base - top)[:, None]  # [M, R]
         rises = nn.functional.leaky_relu(over, LEAK) if self.training else over.clamp(min=0)
         hazards = self.head(rises, evidence)  # [M]
         total = hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)  # [sum K]
@@ -131,7 +128,7 @@ class FoldedModule(nn.Module):
     @torch.no_grad()
     def folded(self) -> RiseHead:
         """The head with its rows."""
-        self.head.rows.copy_(self.rows())
+        self.head.rows.copy_(self.base + self.directions / self.scale)
         return self.head
 
 

@@ -4,6 +4,9 @@ A row holds `prompt` (text) or `messages` (turns that end with the user's), and 
 right answer, or a list of which any is right) and `split`. Without a split of its own a row belongs to one by the hash
 of its words, so the same words, however they are spaced or capitalised, are never in two. If any prompt is a
 conversation, all are: a column of a data set holds one type.
+
+The questions of MT-Bench and Spec-Bench are read as they are: of a row's `turns`, which are the user's alone, the first
+is asked, as the second follows an answer; their references, which some have and for two turns, are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from eval.tasks.task import Prompt, Task
 from eval.tasks.user_checker import load_checker
 from parse.prompts import as_messages, checked_text, checked_turn, shown
 
-FIELDS = ("prompt", "messages", "system", "reference", "split")
+FIELDS = ("prompt", "messages", "turns", "system", "reference", "split")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -191,7 +194,7 @@ def _hub_rows(source: str, settings: Mapping[str, Any]) -> Iterable[Mapping[str,
             f"{type(error).__name__}: {error}"
         ) from error
     names = [settings["fields"].get(name, name) for name in FIELDS]
-    if not {*names[:2]} & {*rows.column_names}:
+    if not {*names[:3]} & {*rows.column_names}:
         raise ValueError(
             f"{source} has the columns {', '.join(rows.column_names)}, and neither `{names[0]}` nor `{names[1]}`: say "
             "which holds the prompts, as data.fields={prompt: NAME}"
@@ -215,6 +218,11 @@ class _Row:
 def _read(row: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> _Row:
     names = {name: settings["fields"].get(name, name) for name in FIELDS}
     fields = {name: row[theirs] for name, theirs in names.items() if row.get(theirs) is not None}
+    if "turns" in fields and not {"prompt", "messages"} & fields.keys():
+        turns = fields["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"{where}: `{names['turns']}` must be a list of the user's texts, and is {shown(turns)}")
+        fields = {name: fields[name] for name in fields.keys() & {"system", "split"}} | {"prompt": turns[0]}
     if ("messages" in fields) == ("prompt" in fields):
         raise ValueError(
             f"{where} must hold `{names['prompt']}` or `{names['messages']}`, one of them; it holds "

@@ -53,7 +53,7 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
         await asyncio.to_thread(serving.close)
 
     async def authorised(http: Request) -> None:  # not async, it would wait for a thread of a pool
-        if api_key is not None and not hmac.compare_digest(_key_of(http).encode(), api_key.encode()):
+        if api_key is not None and not hmac.compare_digest(_key_of(http), api_key.encode()):
             message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
             raise Refused(401, message, code="invalid_api_key")
 
@@ -114,11 +114,14 @@ async def tokenize(http: Request) -> dict[str, Any]:
     asked: Tokenize = read(Tokenize, await body_of(http))
     serving.check_model(asked.model)
     tokenizer = serving.engine.tokenizer
-    try:
+
+    def encoded() -> list[int]:
         if asked.messages:
-            ids = encode_prompt([one.turn() for one in asked.messages], tokenizer)
-        else:
-            ids = list(tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens))
+            return encode_prompt([one.turn() for one in asked.messages], tokenizer)
+        return list(tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens))
+
+    try:
+        ids = await asyncio.to_thread(encoded)  # a long text takes a while, and others stream meanwhile
     except ValueError as error:
         raise Refused(400, str(error)) from error
     return {"tokens": ids, "count": len(ids), "max_model_len": serving.context_length}
@@ -130,7 +133,7 @@ async def detokenize(http: Request) -> dict[str, Any]:
     asked: Detokenize = read(Detokenize, await body_of(http))
     serving.check_model(asked.model)
     serving.check_tokens(asked.tokens, "tokens")
-    return {"prompt": text_of(asked.tokens, serving.engine.tokenizer)}
+    return {"prompt": await asyncio.to_thread(text_of, asked.tokens, serving.engine.tokenizer)}
 
 
 async def chat(http: Request) -> Response:
@@ -162,8 +165,14 @@ async def completions(http: Request) -> Response:
         raise Refused(400, "logprobs and echo are not streamed: leave out stream", "stream")
     if not limit and not (asked.echo and rates):
         raise Refused(400, "max_tokens is 0: ask for a token, or for echo with logprobs", "max_tokens")
+    target = serving.engine.models["target"]
+    if rates and not isinstance(target, LocalModel):
+        raise Refused(400, f"logprobs need the target on this machine, and it is {target.name}", "logprobs")
+    switches = asked.parse.model_fields_set
+    if not limit and switches:
+        raise Refused(400, "nothing is written, so the target alone is asked: leave out parse", "parse")
     changed: dict[str, Any] = {"max_tokens": limit or 1}
-    if limit <= 1:  # a text is rated, or a token asked for: there is nothing to draft
+    if limit <= 1 and not switches:  # a text is rated, or a token asked for: there is nothing to draft
         changed["parse"] = Switches(method="target")
     rounds = await serving.rounds(asked.model_copy(update=changed), asked.prompts, raw=True)
     form = CompletionFormat(serving.name, asked, [each.prompt_ids for each in rounds], serving.engine.tokenizer)
@@ -184,8 +193,7 @@ async def _rated(http: Request, asked: Round, result: Generation, count: int) ->
     """How likely a prompt and its answer are; one text at a time, as each takes memory for all words at all places."""
     serving = _serving(http)
     target = serving.engine.models["target"]
-    if not isinstance(target, LocalModel):
-        raise Refused(400, f"logprobs need the target on this machine, and it is {target.name}", "logprobs")
+    assert isinstance(target, LocalModel)  # as was checked
     stopped = find_stop(text_of(result.token_ids, serving.engine.tokenizer), asked.settings.stop) is not None
     ends = target.eos_ids if result.finish_reason == "stop" and not stopped else ()
     steps = scored(target, [*asked.prompt_ids, *result.token_ids], count, ends)
@@ -208,15 +216,16 @@ ROUTES = (
 )
 
 
-def _key_of(http: Request) -> str:
+def _key_of(http: Request) -> bytes:
     """The key that a client sends: a bearer token, or a browser's password."""
     kind, _, given = http.headers.get("authorization", "").partition(" ")
+    key = given.encode("latin-1")  # as the header was decoded
     if kind.lower() != "basic":
-        return given
+        return key
     try:
-        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+        return base64.b64decode(key, validate=True).partition(b":")[2]
     except ValueError:
-        return ""
+        return b""
 
 
 async def body_of(http: Request) -> bytes:

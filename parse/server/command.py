@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = given.get("host", "127.0.0.1"), given.get("port", 8000)
     _log()
     print(f"serving {app.state.serving.name} at http://{host}:{port}/v1", file=sys.stderr)
-    Stopping(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)).run()
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once all is finished
+        Stopping(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)).run()
     return 0
 
 

@@ -95,6 +95,8 @@ class Serving:
             raise Refused(422, f"n={choices}: at most {limits.n} choices are given here", "n")
         if self.closing:
             raise Refused(503, "the server is about to stop")
+        if not self.worker.alive:
+            raise Refused(503, "the server answers nothing any more: its log says why")
         if (more := choices * prompts) > limits.at_once + limits.queue:
             raise Refused(422, f"{more} answers are asked for, and at most {limits.at_once + limits.queue} are at once")
         if self.worker.count + more > limits.at_once + limits.queue:
@@ -175,7 +177,7 @@ class Serving:
                 log.error("an answer failed", exc_info=error)
                 raise Refused(500, f"the answer failed: {type(error).__name__}: {error}") from error
             if isinstance(answer, Generation):
-                self.metrics.finished(answer, time.perf_counter() - started, as_calibrated)
+                self.metrics.finished(answer, job.ended - started, as_calibrated)
 
 
 def waking(change: asyncio.Event) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -35,6 +36,7 @@ class Job(Generic[T]):
     cancelled: bool = False
     task: Task[T] | None = field(default=None, repr=False)
     done: bool = False
+    ended: float = 0.0  # when it was done, by `time.perf_counter`
 
     @property
     def failed(self) -> bool:
@@ -137,6 +139,7 @@ class Worker:
                 self.scheduler.cancel(job.task)
                 job.broken, done = error, True
             if done:
+                job.ended = time.perf_counter()
                 with self._lock:
                     self.count -= 1
             job.done = done  # last: whoever sees it finds all else in its place

@@ -68,10 +68,9 @@ class HazardHead(nn.Module):
 class RiseHead(nn.Module):
     """From the rises of R rows over all real tokens, see `parse.verifiers.folded`, and free evidence to the hazard."""
 
-    def __init__(self, width: int, rows: int, hidden: int = 16, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, rows: int, hidden: int = 16) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.zeros(rows, width))
-        self.dropout = nn.Dropout(dropout)  # of the rises
         self.body = nn.Sequential(nn.Linear(rows + RISE_EVIDENCE, hidden), nn.GELU(), nn.Linear(hidden, 1))
         nn.init.constant_(cast(nn.Linear, self.body[-1]).bias, -5.0)  # most are right
 
@@ -95,7 +94,7 @@ class RiseHead(nn.Module):
 
     def forward(self, rises: Tensor, evidence: Tensor) -> Tensor:
         """Rises [M, R] and evidence [M, 2] to hazards [M], none of them negative."""
-        known = self.dropout(rises.clamp(max=HIGHEST) / RISE)  # [M, R]
+        known = rises.clamp(max=HIGHEST) / RISE  # [M, R]
         return nn.functional.softplus(self.body(torch.cat([known, evidence], dim=-1)).squeeze(-1))
 
 
