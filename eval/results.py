@@ -79,7 +79,8 @@ def document(folder: Path) -> str:
 def _runs(folder: Path) -> Iterator[str]:
     for file in sorted(folder.glob("run-*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        yield from _section(record["name"], record, run_tables(record))
+        served = record["summary"].get("servers")
+        yield from _section(record["name"], record | {"servers": served}, run_tables(record))
 
 
 def _benchmarks(folder: Path) -> Iterator[str]:
@@ -93,7 +94,8 @@ def _section(title: str, record: dict[str, Any], tables: Iterable[Table]) -> Ite
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if version)
     yield f"## {title}"
     yield ""
-    yield f"{record['finished']}, commit {str(record['git_commit'])[:12]}, {record['hardware']}, {packages}."
+    served = ", on a vLLM server: " + ", ".join(record["servers"]) if record.get("servers") else ""
+    yield f"{record['finished']}, commit {str(record['git_commit'])[:12]}, {record['hardware']}, {packages}{served}."
     yield ""
     yield from map(markdown_table, tables)
 

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
@@ -228,10 +229,10 @@ def _calibration_error(confidences: np.ndarray, valid: np.ndarray) -> float:
 
 def reliability(confidences: np.ndarray, valid: np.ndarray) -> list[tuple[float, float, float]]:
     """For each bin of confidence that holds any of the n cuts: their share, mean confidence and share of valid ones."""
-    edges = np.linspace(0, 1, BINS + 1)
-    bins = np.clip(np.digitize(confidences, edges) - 1, 0, BINS - 1)  # [n]
-    groups = [bins == index for index in range(BINS) if (bins == index).any()]
-    return [(float(g.mean()), float(confidences[g].mean()), float(valid[g].mean())) for g in groups]
+    true, stated = calibration_curve(valid, confidences, n_bins=BINS)  # [bins that hold any] each
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidences)  # [n], as scikit-learn has them
+    shares = np.unique(bins, return_counts=True)[1] / len(bins)  # [bins that hold any]
+    return list(zip(shares.tolist(), stated.tolist(), true.tolist(), strict=True))
 
 
 def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, list[list[float]]]:
