@@ -35,9 +35,9 @@ COUNTED = (
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # a title, and how a row shows it
 METHODS: tuple[Column, ...] = (
     ("method", lambda row: row["name"]),
+    ("speed-up (95%)", lambda row: f"{row['speedup']:.2f}x ({_interval(row['speedup_ci95'], '.2f')})"),
     ("right (95%)", lambda row: f"{row['accuracy']:.1%} ({_interval(row['accuracy_ci95'], '.1%')})"),
     ("against target, points (95%)", lambda row: _difference(row)),
-    ("speed-up (95%)", lambda row: f"{row['speedup']:.2f}x ({_interval(row['speedup_ci95'], '.2f')})"),
     ("s/request", lambda row: _number(row["seconds_per_request"], 3)),
     ("first token, s", lambda row: _number(row["first_token_seconds"], 3)),
     ("tokens from draft, target", lambda row: f"{row['tokens_from_draft']:.0f}, {row['tokens_from_target']:.0f}"),
@@ -190,17 +190,19 @@ def html_report(
         origin: how it was made, see `page`.
     """
     rows = summary["methods"]
-    sentences = [sentence(summary), _sample(rows, summary["at_once"])]
+    sentences = [sentence(summary), _sample(rows, list(tables_of(summary)))]
     parts = [*_method_parts(summary), *verifier_parts(verifier), *_pair_part(summary["pair"])]
     parts.append(_parity_part(summary["parity"]))
     transcripts, filters = _transcripts(outcomes.get("parse", []), outcomes.get("target", []))
     return page(f"PARSE: {summary['name']}", sentences, parts, transcripts, filters, origin)
 
 
-def _sample(rows: Sequence[dict[str, Any]], at_once: int) -> str:
+def _sample(rows: Sequence[dict[str, Any]], loads: Sequence[int]) -> str:
     """How it was measured, and what a test of this size could have found."""
     parse = row_of(rows, "parse")
-    text = f"Every method answered the same {rows[0]['n']} test prompts in turn, {requests(at_once)}."
+    text = (
+        f"Every method answered the same {rows[0]['n']} test prompts in turn, {', then '.join(map(requests, loads))}."
+    )
     if parse and (loss := parse["detectable_loss"]) is not None:
         text += f" The smallest loss that so many prompts could have told from none is {100 * loss:.1f} points."
     return text
@@ -234,6 +236,8 @@ def methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     text += "." if at_once == 1 else "; a request's are those of a block of requests, divided by their number."
     if lookahead := summary.get("lookahead"):
         text += f" While the target writes within PARSE, the draft proposes {lookahead} tokens at a time (lookahead)."
+    if at_once != summary["at_once"] and row_of(summary["methods"], "assisted") and not row_of(rows, "assisted"):
+        text += " Assisted generation takes one request at a time, and so stands in the first table alone."
     terms = {row["name"]: WHAT[row["name"]] for row in rows}
     body = [[show(row) for _, show in METHODS] for row in rows]
     return Part(title, [name for name, _ in METHODS], body, text, "parse", terms)

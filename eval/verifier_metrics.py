@@ -246,7 +246,7 @@ def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, li
     roc: list[list[float]] = []
     if 0 < valid.sum() < len(valid):
         false, true, _ = roc_curve(valid, confidences)  # [points] each
-        roc = np.stack([false, true], axis=1)[_spread(len(false))].tolist()
+        roc = np.stack([false, true], axis=1)[_along(false, true)].tolist()
     stated = np.unique([confidence for one in scored for confidence in one.confidences])
     total = sum(one.draft.ends[-1] for one in scored)
     use = []
@@ -266,6 +266,13 @@ def loss_at(use: Sequence[Sequence[float]], threshold: float) -> float:
 def _spread(count: int) -> np.ndarray:
     """Indices of at most `POINTS` of so many points, evenly, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int))
+
+
+def _along(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Indices of at most `POINTS` points of a curve, evenly along it, and those before: so its corners stay."""
+    way = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])  # [points]
+    after = np.searchsorted(way, np.linspace(0, way[-1], POINTS // 2))  # [POINTS / 2]
+    return np.unique([after, np.maximum(after - 1, 0)])
 
 
 def milliseconds_per_cut(engine: Engine, kinds: dict[str, Verifier], drafts: Sequence[Draft]) -> dict[str, float]:

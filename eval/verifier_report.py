@@ -49,8 +49,9 @@ def verifier_parts(report: dict[str, Any] | None) -> list[Part]:
     text = (
         f"On the verifier's own {report['n_prompts']} test prompts with {report['n_prefixes']} prefixes. Each kind "
         f"stands at the threshold that keeps the accuracy loss under {report['max_accuracy_loss']:.1%} by the "
-        f"calibration prompts. An oracle that knows the labels accepts {oracle:.1%}. Cuts count up to a draft's first "
-        "invalid one."
+        "calibration prompts; what it loses on these may be more or less. The saved kind accepted most of the held-out "
+        "training drafts, and of several that did, its confidences were the nearest to the labels: these decide "
+        f"nothing. An oracle that knows the labels accepts {oracle:.1%}. Cuts count up to a draft's first invalid one."
     )
     rows = [[_name(kind, report), *kind_cells(figures)] for kind, figures in report["kinds"].items()]
     head = ["kind", *(title for _, title, _ in COLUMNS)]
@@ -75,8 +76,8 @@ def _curve(report: dict[str, Any]) -> list[Part]:
         return []
     text = (
         "Probes trained on a part of the labelled prompts, and on all of them: the share of held-out draft tokens that "
-        "each may accept within the promise. If it still rises in the last row, more prompts would help "
-        "(rollouts.train)."
+        "each may accept within the promise, on other prompts than the table above. If it still rises at the end, more "
+        "prompts would help (rollouts.train)."
     )
     rows = [[f"{one['prompts']:.0f}", f"{one['acceptable']:.1%}", f"{one['loss']:.3f}"] for one in points]
     return [Part("More labelled prompts?", ["prompts", "acceptable tokens", "loss (nats a draft)"], rows, text)]

@@ -3,12 +3,13 @@
 import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.plots import RULES, line_styles
-from eval.verifier_metrics import POINTS, Draft, Scored, curves, loss_at, measure
+from eval.verifier_metrics import POINTS, Draft, Scored, _along, curves, loss_at, measure
 from eval.verifier_report import console_table, html_report
 
 RULE_NAMES = [f"{rule} {scope}" for rule in ("mean", "lowest") for scope in ("segment", "prefix")]
@@ -149,3 +150,13 @@ def test_the_learning_curve_stands_in_the_table_and_on_the_page():
     facts["learning_curve"] = [{"prompts": n, "acceptable": n / 100, "loss": 1 / n} for n in (20, 80)]
     assert console_table(facts).splitlines()[-1].endswith("may accept: 20 prompts 20.0%, 80 prompts 80.0%")
     assert '<th scope="row">80</th><td>80.0%</td><td>0.013</td>' in html_report("a run", facts)
+
+
+def test_a_curve_of_few_points_keeps_its_corner():
+    """A thousand cuts of which all valid ones come first: thinned by their numbers, the curve would miss its corner."""
+    x, y = np.array([0.0] * 1000 + [0.001, 1.0]), np.array([*np.linspace(0, 1, 1000), 1.0, 1.0])
+    shown = _along(x, y)
+    assert len(shown) <= POINTS
+    assert (shown[0], shown[-1]) == (0, 1001)
+    area = np.trapezoid(y[shown], x[shown])
+    assert area == pytest.approx(np.trapezoid(y, x), abs=1e-3)
