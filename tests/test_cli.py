@@ -79,7 +79,7 @@ def test_an_answer_alone_stands_on_standard_output(capsys):
 def test_json_has_all_of_an_answer(capsys):
     assert main([QUESTION, *PAIR, "--threshold", "2", "--json"]) == 0
     (line,) = objects(capsys)
-    assert set(line) == {"prompt", "text", "token_ids", "finish_reason", "segments", "stats"}
+    assert set(line) == {"prompt", "text", "token_ids", "finish_reason", "segments", "stats", "error"}
     assert line["prompt"] == QUESTION
     assert line["finish_reason"] == "stop"
     assert line["stats"]["accepted_tokens"] == 0

@@ -173,6 +173,7 @@ def test_a_task_of_the_harness_from_answers_to_evaluation(folder, tmp_path, caps
         "verifier.folded.tries=1",
         "verifier.folded.epochs=4",
         "eval.prompts=8",
+        "eval.concurrency=[1]",
         "eval.warmup=0",
         "eval.sweep_prompts=0",
         "engine.compile=false",

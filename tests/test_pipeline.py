@@ -43,6 +43,7 @@ SMALL = [
     "verifier.folded.tries=1",
     "verifier.folded.epochs=20",
     "eval.prompts=8",
+    "eval.concurrency=[1]",
     "eval.sweep_prompts=2",
     "eval.warmup=1",
     "engine.compile=false",
@@ -401,7 +402,7 @@ def test_every_kind_of_verifier_can_be_evaluated(words, recipe, tmp_path, capsys
     chosen = json.loads((folder / "verifier.json").read_text())["kind"]
     assert {path.name for path in (folder / "others").iterdir()} == {*VERIFIERS} - {chosen}
     methods = ["target", "assisted", "parse", *(f"parse_{kind}" for kind in VERIFIERS)]
-    few = ["eval.prompts=3", "eval.sweep_prompts=0", "eval.concurrency=[1,2]", f"eval.methods=[{','.join(methods)}]"]
+    few = ["eval.prompts=4", "eval.sweep_prompts=0", "eval.concurrency=[1,2]", f"eval.methods=[{','.join(methods)}]"]
     assert evaluate([RECIPE, *words, *few]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["name"]: row for row in summary["methods"]}

@@ -54,7 +54,7 @@ def test_a_changed_section_runs_its_stage_and_those_after_it(recipe_of):
     assert not open_run(recipe_of("seed=5")).is_done("answers")
     assert open_run(recipe_of("engine.handback=never")).is_done("rollouts")
     assert not open_run(recipe_of("engine.handback=never")).is_done("verifier")  # its threshold is for other drafts
-    assert open_run(recipe_of("eval.prompts=7")).is_done("verifier")
+    assert open_run(recipe_of("eval.prompts=70")).is_done("verifier")
     assert not open_run(recipe_of("align.prompts=7")).is_done("rollouts")  # they are of the prompts that give pairs
     plain = open_run(recipe_of("stages=[answers,distill,rollouts,verifier]"))
     assert plain.is_done("distill")

@@ -80,7 +80,7 @@ def test_data_and_models_are_known_by_content(copied, tmp_path, change, left):
         ("engine.policy=longest", ["answers", "distill", "rollouts"]),
         ("segments=line", ["answers", "distill"]),
         ("data.check=equal", []),
-        ("eval.prompts=3", ALL),
+        ("eval.prompts=30", ALL),
         ("answers.batch_size=2", ALL),  # how it runs, not what comes out
         ("rollouts.batch_size=2", ALL),
     ],
@@ -174,8 +174,8 @@ def test_every_stage_leaves_a_record_that_stays(copied, monkeypatch):
     finish(open_run(load_recipe(QUICK, copied)), "answers", "distill")
     monkeypatch.setattr(sys, "argv", ["train", QUICK, "answers.prompts=7"])
     finish(open_run(load_recipe(QUICK, [*copied, "answers.prompts=7"])), "answers")
-    monkeypatch.setattr(sys, "argv", ["eval", QUICK, "eval.prompts=5"])
-    run = open_run(load_recipe(QUICK, [*copied, "eval.prompts=5"]))
+    monkeypatch.setattr(sys, "argv", ["eval", QUICK, "eval.prompts=50"])
+    run = open_run(load_recipe(QUICK, [*copied, "eval.prompts=50"]))
     run.record("eval", 3.0, {"methods": []})
     record = json.loads((run.folder / "provenance.json").read_text())
     assert [old["stage"] for old in record["history"]] == ["answers"]
