@@ -183,7 +183,7 @@ def test_every_stage_leaves_a_record_that_stays(copied, monkeypatch):
     assert record["stages"]["answers"]["argv"] == ["train", QUICK, "answers.prompts=7"]
     assert record["stages"]["answers"]["recipe"]["answers"]["prompts"] == 7
     assert record["history"][0]["recipe"]["answers"]["prompts"] == 350
-    assert record["stages"]["eval"]["recipe"]["eval"]["prompts"] == 5
+    assert record["stages"]["eval"]["recipe"]["eval"]["prompts"] == 50
     assert {"target", "prompts"} <= set(record["stages"]["answers"]["read"])
     assert "notes.json" in record["stages"]["answers"]["wrote"]
     kept = load_recipe(run.folder / "recipe.yaml")  # of the last stage, not of an evaluation
