@@ -37,7 +37,7 @@ def test_the_benchmark_prints_tables_and_one_json_line(capsys, monkeypatch):
     for row in whole:
         assert 0 < row["model_time_fraction"] <= 1 <= row["wall_over_ideal"] * 1.5
         assert sum(row["profile"].values()) == pytest.approx(1, abs=0.05)
-    assert any("wall time over ideal" in line for line in printed)
+    assert any("wall time over the ideal" in line for line in printed)
     horizons = [row for row in rows if "seconds_over_whole" in row]
     assert [row["horizon"] for row in horizons] == list(bench.HORIZONS)
     assert all(row["first_token_over_whole"] > 0 and row["seconds_over_whole"] > 0 for row in horizons)

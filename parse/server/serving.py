@@ -125,7 +125,7 @@ class Serving:
         except NoRoom as error:
             raise Refused(400, str(error), field, "context_length_exceeded") from error
         except ValueError as error:
-            raise Refused(400, str(error)) from error
+            raise Refused(400, str(error), _field_of(str(error))) from error
         return made
 
     async def run(self, steps: Sequence[Steps[T]], is_gone: IsGone, as_calibrated: bool = False) -> list[T]:
@@ -178,6 +178,15 @@ class Serving:
                 raise Refused(500, f"the answer failed: {type(error).__name__}: {error}") from error
             if isinstance(answer, Generation):
                 self.metrics.finished(answer, job.ended - started, as_calibrated)
+
+
+def _field_of(message: str) -> str | None:
+    """The request's field that the engine refuses, whose messages begin with the setting: NAME=VALUE."""
+    name = message.partition("=")[0]
+    if name in protocol.Switches.model_fields:
+        return f"parse.{name}"
+    name = {"max_new_tokens": "max_tokens"}.get(name, name)
+    return name if name in protocol.Request.model_fields else None
 
 
 def waking(change: asyncio.Event) -> Callable[[], None]:
