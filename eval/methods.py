@@ -174,7 +174,7 @@ def compare(
     turns = len(prompts) if at_once == 1 else max(len(prompts) // (BLOCK * at_once), fewest, 1)
     for start in range(0, warmup, at_once):
         for name in names:
-            runs[name].generate(prompts[start : start + at_once], batch_size=at_once, **methods[name])
+            _answers(runs[name], prompts[start : start + at_once], at_once, methods[name])
     gc.collect()
     with progress_bar(what, total=len(prompts) * len(names)) as bar:
         for turn, some in enumerate(_evenly(prompts, turns)):

@@ -10,41 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from eval.bench.tables import Table, text_table
+from eval.costs import HARDWARE, Costs, measured, parameters, published, repairing
 from recipes.command import run_command
 from recipes.schema import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from parse import Engine
 
-HARDWARE = {  # bytes a second of memory, dense bfloat16 operations a second; from the makers' data sheets
-    "a100": (2.04e12, 312e12),
-    "h100": (3.35e12, 989e12),
-    "h200": (4.8e12, 989e12),
-    "b200": (8.0e12, 2250e12),
-    "l4": (0.30e12, 121e12),
-    "l40s": (0.864e12, 362e12),
-    "mi300x": (5.3e12, 1307e12),
-}
-WEIGHT_BYTES = 2
 LOADS = (1, 8, 32)  # requests at once
 HORIZONS = (1, 2, 4, 8, None)  # segments that the draft writes at a time; None is the whole answer
 RIGHT = (0.8, 0.9, 0.95, 0.98, 1.0)
 SIZES = (0.5, 1, 2, 4)  # of the draft, by its time
 CUTS = (0.5, 1, 2)  # of the segments' length
 SUFFIXES = (0, 2, 8)  # tokens
-DRAFTS = (16, 64, 256)  # tokens of the passes that are measured
-STEPS, REPEATS = 24, 5
 PHASES = {
     "draft": "drafting",
     "verify": "verifying",
@@ -52,31 +38,6 @@ PHASES = {
     "other": "between passes",
     "total": "PARSE",
 }
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of a model's forward passes, as points between which they are interpolated."""
-
-    steps: Mapping[int, float]  # of a decoding step, by the requests at once
-    passes: Mapping[int, float]  # of a pass over a prompt or a draft, by its tokens
-    repairs: Mapping[int, float] | None = None  # of a step in which the target writes within PARSE, if by lookahead
-
-    def step(self, requests: int) -> float:
-        """Seconds of a token for one of so many requests."""
-        return interpolate(self.steps, requests) / requests
-
-    def repair(self, requests: int) -> float:
-        """Seconds of a token that the target writes within PARSE, for one of so many requests."""
-        return interpolate(self.repairs, requests) / requests if self.repairs else self.step(requests)
-
-    def read(self, tokens: float, requests: int = 1) -> float:
-        """Seconds of a pass over so many tokens for one of so many requests."""
-        return interpolate(self.passes, tokens * requests) / requests
-
-    def scaled(self, factor: float) -> Costs:
-        """The same model at so many times its seconds."""
-        return Costs(*({size: factor * s for size, s in points.items()} for points in (self.steps, self.passes)))
 
 
 @dataclass(frozen=True)
@@ -143,72 +104,6 @@ def parse(work: Workload, target: Costs, draft: Costs, horizon: int | None = Non
             spent = spent.plus(rest, chance)
         expected.append(spent.plus(expected[left - written], work.right**written))
     return expected[count]
-
-
-def interpolate(points: Mapping[int, float], at: float) -> float:
-    """Seconds at a size between measured ones; beyond the last one they grow in proportion."""
-    import numpy as np
-
-    sizes = sorted(points)
-    if at > sizes[-1]:
-        return points[sizes[-1]] * at / sizes[-1]
-    return float(np.interp(at, sizes, [points[size] for size in sizes]))
-
-
-def published(hardware: str, parameters: float) -> Costs:
-    """The costs of a model of so many parameters, by whichever of memory and arithmetic is slower; caches left out."""
-    bandwidth, arithmetic = HARDWARE[hardware]
-    seconds = lambda tokens: max(WEIGHT_BYTES * parameters / bandwidth, 2 * parameters * tokens / arithmetic)
-    sizes = [2**n for n in range(17)]
-    return Costs({size: seconds(size) for size in sizes}, {size: seconds(size) for size in sizes})
-
-
-def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads: Sequence[int]) -> Costs:
-    """The costs of one of an engine's models: the medians of several measurements, after one to warm up.
-
-    Args:
-        role: "target" or "draft".
-        prompts: token ids, at least as many as the largest load.
-    """
-    from eval.bench.fakes import endless
-    from eval.generation import write_all
-    from parse.sampling import Written
-    from parse.scheduler import run
-    from parse.verifiers import Needs
-
-    model = engine.models[role]
-
-    def writing(count: int, limit: int) -> float:
-        with endless(engine):
-            return _seconds(lambda: write_all(model, prompts[:count], limit, count, f"{role}, {count} at once"))
-
-    async def passing(tokens: int) -> float:
-        sequence = model.open(prompts[0])
-        try:
-            await sequence.prefill()
-            ids = [prompts[0][i % len(prompts[0])] for i in range(tokens)]
-            started = perf_counter()
-            evidence = await sequence.verify([], Written(ids, False), [tokens], Needs(token_logprobs=True))
-            evidence.log_prob.sum().item()  # waits for the device
-            return perf_counter() - started
-        finally:
-            sequence.close()
-
-    def often(measure: Callable[[], float]) -> float:
-        return median([measure() for _ in range(REPEATS + 1)][1:])
-
-    steps = {
-        count: often(lambda count=count: (writing(count, 1 + STEPS) - writing(count, 1)) / STEPS)  # type: ignore[misc]
-        for count in loads
-    }
-    passes = {1: steps[min(steps)]} | {size: often(partial(lambda n: run(passing(n)), size)) for size in DRAFTS}
-    return Costs(steps, passes)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -322,18 +217,6 @@ def _times(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def parameters(text: str) -> float:
-    """A model's size: 8B, 600M, or a number.
-
-    Raises:
-        RecipeError: for anything else.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([BM]?)", text.strip().upper())
-    if not found or not float(found[1]):
-        raise RecipeError(f"{text!r} is no number of parameters: give one such as 8B or 600M")
-    return float(found[1]) * {"B": 1e9, "M": 1e6, "": 1}[found[2]]
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print the prediction; of a recipe with measured costs, beside its run where there is one."""
     parser = argparse.ArgumentParser(prog="python -m eval plan", description=(__doc__ or "").split("\n\n")[0])
@@ -401,7 +284,7 @@ def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload,
     ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
     costs = {role: measured(engine, role, ids[role], loads) for role in ("target", "draft")}
     if recipe.engine.lookahead:
-        repairs = {count: _repairing(engine, prompts[:count], recipe.engine.lookahead) for count in loads}
+        repairs = {count: repairing(engine, prompts[:count], recipe.engine.lookahead) for count in loads}
         costs["target"] = replace(costs["target"], repairs=repairs)
     run = observed(recipe, engine.encode)
     work = run.work if run else Workload(prompt=len(ids["target"][0]), handback=recipe.engine.handback)
@@ -421,19 +304,3 @@ def _engine_of(recipe: Recipe) -> Engine:
         draft.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return load_engine(recipe, Path(folder), compile=recipe.engine.compile)
-
-
-def _repairing(engine: Engine, prompts: Sequence[Any], lookahead: int) -> float:
-    """Seconds of a step in which the target writes a token of each answer, the draft proposing so many at a time."""
-
-    def writing(limit: int) -> tuple[float, int]:
-        started = perf_counter()
-        settings: dict[str, Any] = {"method": "target", "lookahead": lookahead, "batch_size": len(prompts)}
-        answers = engine.generate(prompts, limit, **settings)
-        return perf_counter() - started, sum(len(answer.token_ids) for answer in answers)
-
-    found = []
-    for _ in range(REPEATS):
-        (first, few), (last, many) = writing(1), writing(1 + 2 * STEPS)
-        found.append((last - first) * len(prompts) / max(many - few, 1))
-    return median(found)

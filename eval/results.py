@@ -160,7 +160,7 @@ def with_tables(text: str, folder: Path) -> str:
         record = json.loads(file.read_text(encoding="utf-8"))
         part = record["summary"]
         if found["sentence"]:
-            shown = f"> {sentence(part)}" if "max_accuracy_loss" in part else ""  # an old file lacks it
+            shown = f"> {sentence(part)}"
         else:
             shown = markdown_table(methods_table(part["methods"], part["at_once"], record.get("lookahead", 0)))
         return f"<!-- {found['name']}{found['sentence']} -->\n{shown}\n<!-- end -->"

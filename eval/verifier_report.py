@@ -50,8 +50,8 @@ def verifier_parts(report: dict[str, Any] | None) -> list[Part]:
         f"On the verifier's own {report['n_prompts']} test prompts with {report['n_prefixes']} prefixes. Each kind "
         f"stands at the threshold that keeps the accuracy loss under {report['max_accuracy_loss']:.1%} by the "
         "calibration prompts; what it loses on these may be more or less. The saved kind accepted most of the held-out "
-        "training drafts, and of several that did, its confidences were the nearest to the labels: these decide "
-        f"nothing. An oracle that knows the labels accepts {oracle:.1%}. Cuts count up to a draft's first invalid one."
+        "training drafts; among equals its confidences were the nearest to the labels. Test prompts decide nothing. "
+        f"An oracle that knows the labels accepts {oracle:.1%}. Cuts count up to a draft's first invalid one."
     )
     rows = [[_name(kind, report), *kind_cells(figures)] for kind, figures in report["kinds"].items()]
     head = ["kind", *(title for _, title, _ in COLUMNS)]

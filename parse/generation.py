@@ -48,7 +48,7 @@ class Generation:
     finish_reason: str  # "stop" or "length"
     segments: list[Segment]
     stats: Stats
-    error: str | None = None  # why there is none, of a prompt that could not be answered among others
+    error: str | None = None  # why the prompt was not answered, where others of its list were
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ def test_a_request_that_fails_ends_nothing():
 
     engine.generate = failing
     methods = {"target": {"method": "target", "max_new_tokens": 200}}
-    found = compare(engine, TASKS["ledger"], prompts, methods, 0, at_once=4)["target"]
-    assert sizes == [4, 1, 1, 1, 1]
+    found = compare(engine, TASKS["ledger"], prompts, methods, 4, at_once=4)["target"]
+    assert sizes == [4, 1, 1, 1, 1] * 2  # while warming up, too
     assert [one.error for one in found] == [None, "OSError: gone", None, None]
     assert [one.right for one in found] == [True, False, True, True]
     engine.generate = generate

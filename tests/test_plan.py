@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.__main__ import main as evaluate
-from eval.plan import (
-    Costs,
-    Phases,
-    Workload,
-    interpolate,
-    parameters,
-    parse,
-    published,
-    speedup,
-    target_alone,
-)
+from eval.costs import Costs, interpolate, parameters, published
+from eval.plan import Phases, Workload, parse, speedup, target_alone
 from recipes.schema import RecipeError
 
 TARGET = Costs({1: 1.0, 8: 2.0}, {1: 1.0, 1001: 11.0})  # a pass: 1 s, and 1 s more for each hundred tokens
@@ -50,6 +41,20 @@ def test_a_horizon_wastes_less_and_verifies_more_often():
     assert found.draft == pytest.approx(read(100) / 10 + 9 * read(20) / 10 + 10 * 20 * 0.1)
     assert found.verify == pytest.approx(read(120) + 9 * read(20))
     assert parse(replace(WORK, right=1.0), TARGET, DRAFT, horizon=1).verify == found.verify
+
+
+def test_with_no_handback_the_target_writes_to_the_end():
+    found = parse(replace(WORK, right=0.0, handback="never"), TARGET, DRAFT)
+    assert found.target == pytest.approx(200)
+    assert found.draft == pytest.approx(read(100) / 10 + 200 * 0.1)  # it is asked once
+    assert found.verify == pytest.approx(read(300))
+
+
+def test_with_a_lookahead_the_targets_own_words_cost_what_was_measured():
+    ahead = replace(TARGET, repairs={1: 0.25, 8: 0.5})
+    assert parse(replace(WORK, right=0.0), ahead, DRAFT).target == pytest.approx(200 * 0.25)
+    assert target_alone(WORK, ahead) == target_alone(WORK, TARGET)  # which has no draft
+    assert ahead.repair(8) == 0.5 / 8
 
 
 def simulated(work, horizon, rng):

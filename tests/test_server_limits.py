@@ -35,6 +35,16 @@ def test_the_key_guards_all_but_health(engine):
         running.close()
 
 
+def test_a_key_may_have_any_letters(engine):
+    running = Running(engine, api_key="clé")
+    try:
+        for key, status in (("clé", 200), ("cle", 401)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == status
+    finally:
+        running.close()
+
+
 def test_limits_have_statuses_of_their_own(engine):
     running = Running(engine, Limits(at_once=1, queue=1, body=500, prompt=20))
     try:

@@ -55,8 +55,7 @@ class ProbeModule(nn.Module):
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """The segment of each of the batch's M tokens, int64 [M], and the head's inputs."""
-        lengths = [stop - start for one in examples for start, stop in one.evidence.bounds]
-        segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        segments = _segments(examples)
         if isinstance(self.head, AttentiveHead):
             return segments, *text_inputs([one.evidence for one in examples])
         states, evidence = zip(*(token_inputs(one.evidence) for one in examples), strict=True)
@@ -65,7 +64,7 @@ class ProbeModule(nn.Module):
     def forward(self, segments: Tensor, *inputs: Tensor) -> Tensor:
         """The hazard of each of the batch's segments: [sum K]."""
         hazards = self.head(*inputs)  # [M]
-        return hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)
+        return _summed(hazards, segments)
 
 
 class FoldedModule(nn.Module):
@@ -103,8 +102,7 @@ class FoldedModule(nn.Module):
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """The segment of each of the batch's M tokens, int64 [M]; their states [M, D], highest logits and evidence."""
-        lengths = [stop - start for one in examples for start, stop in one.evidence.bounds]
-        segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        segments = _segments(examples)
         states, evidence = zip(
             *(rise_inputs(cast(Tensor, one.evidence.states), one.evidence) for one in examples), strict=True
         )
@@ -120,7 +118,7 @@ class FoldedModule(nn.Module):
         over = self.dropout(known / self.scale) @ self.directions.T + (known @ self.base - top)[:, None]  # [M, R]
         rises = nn.functional.leaky_relu(over, LEAK) if self.training else over.clamp(min=0)
         hazards = self.head(rises, evidence)  # [M]
-        total = hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)  # [sum K]
+        total = _summed(hazards, segments)  # [sum K]
         if self.training:  # a row that rises higher than it may be forbidden would be written
             total = total + TOO_HIGH * (over - MAY_RISE).clamp(min=0).square().mean()
         return total
@@ -336,6 +334,17 @@ class _Training(Generic[M]):
 def acceptable(scored: Sequence[Scored], max_accuracy_loss: float) -> float:
     """The share of the drafts' tokens that can be accepted at the promised loss, on these very prompts."""
     return measure(scored, empirical(scored, max_accuracy_loss))["accepted_fraction"]
+
+
+def _segments(examples: Sequence[Example]) -> Tensor:
+    """The segment of each of a batch's M tokens, counted through all drafts: int64 [M]."""
+    lengths = [stop - start for one in examples for start, stop in one.evidence.bounds]
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+def _summed(hazards: Tensor, segments: Tensor) -> Tensor:
+    """The hazards [M] of tokens, summed over each segment: [sum K]."""
+    return hazards.new_zeros(int(segments[-1]) + 1).index_add(0, segments, hazards)
 
 
 def _by_length(examples: Sequence[Example]) -> list[Example]:

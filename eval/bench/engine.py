@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.bench.fakes import MODELS_LABEL, Scripted, ScriptedEngine, endless, stopwatch, take_turns, two_devices
 from eval.bench.models import load_pair, load_smollm2
-from eval.bench.tables import Table
+from eval.bench.tables import Columns, Table, of_rows, percent, plain, times
 from parse import Engine
 from parse.layout import pack
 from parse.local.runner import ModelRunner, Pass
@@ -233,54 +233,48 @@ def ahead_ratios(engine: Engine, repeats: int) -> Iterator[dict[str, Any]]:
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """The rows as tables: passes, decoding loops, whole answers and where their time went, horizons, drafting ahead."""
     for title, mark, columns in TABLES:
-        if some := [row for row in rows if mark in row]:
-            cells = [[write(row[key]) for _, key, write in columns] for row in some]
-            yield Table(title, [head for head, _, _ in columns], cells)
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x"
+        if marked := [row for row in rows if mark in row]:
+            yield of_rows(title, columns, marked)
 
 
 def _shares(profile: dict[str, float]) -> str:
     return ", ".join(f"{label} {share:.1%}" for label, share in profile.items())
 
 
-Columns = tuple[tuple[str, str, Callable[[Any], str]], ...]  # of each what stands above it, the key, how it is written
 TABLES: tuple[tuple[str, str, Columns], ...] = (  # title, a key that its rows have and others have not, columns
     (
         "A packed pass of N draft tokens, K cuts and S suffix tokens",
         "verify_over_prefill",
         (
-            ("model", "model", str),
-            ("texts", "batch", str),
-            ("N", "N", str),
-            ("K", "K", str),
-            ("S", "S", str),
-            ("/ prefill", "verify_over_prefill", _times),
-            ("/ equal prefill", "verify_over_equal_prefill", _times),
-            ("K passes /", "sequential_over_verify", _times),
-            ("evidence /", "evidence_over_verify", _times),
+            ("model", "model", plain),
+            ("texts", "batch", plain),
+            ("N", "N", plain),
+            ("K", "K", plain),
+            ("S", "S", plain),
+            ("/ prefill", "verify_over_prefill", times),
+            ("/ equal prefill", "verify_over_equal_prefill", times),
+            ("K passes /", "sequential_over_verify", times),
+            ("evidence /", "evidence_over_verify", times),
         ),
     ),
     (
         "Decoding: seconds of transformers' generate over ours",
         "decode_over_generate",
         (
-            ("model", "model", str),
-            ("role", "role", str),
-            ("texts", "batch", str),
-            ("generate / ours", "decode_over_generate", _times),
+            ("model", "model", plain),
+            ("role", "role", plain),
+            ("texts", "batch", plain),
+            ("generate / ours", "decode_over_generate", times),
         ),
     ),
     (
         "Whole answers: wall time over the ideal, and its parts",
         "profile",
         (
-            ("model", "model", str),
-            ("texts", "batch", str),
-            ("wall time / ideal", "wall_over_ideal", _times),
-            ("models' share", "model_time_fraction", "{:.1%}".format),
+            ("model", "model", plain),
+            ("texts", "batch", plain),
+            ("wall time / ideal", "wall_over_ideal", times),
+            ("models' share", "model_time_fraction", percent),
             ("parts", "profile", _shares),
         ),
     ),
@@ -288,20 +282,20 @@ TABLES: tuple[tuple[str, str, Columns], ...] = (  # title, a key that its rows h
         "A horizon: seconds to the first token and of the whole answer, over those without one",
         "seconds_over_whole",
         (
-            ("model", "model", str),
-            ("horizon", "horizon", str),
-            ("first token", "first_token_over_whole", _times),
-            ("answer", "seconds_over_whole", _times),
+            ("model", "model", plain),
+            ("horizon", "horizon", plain),
+            ("first token", "first_token_over_whole", times),
+            ("answer", "seconds_over_whole", times),
         ),
     ),
     (
         "Drafting ahead, on two devices of a core each: the answer's seconds without it over those with it",
         "waiting_over_ahead",
         (
-            ("model", "model", str),
-            ("horizon", "horizon", str),
-            ("draft kept", "kept", str),
-            ("without / with", "waiting_over_ahead", _times),
+            ("model", "model", plain),
+            ("horizon", "horizon", plain),
+            ("draft kept", "kept", plain),
+            ("without / with", "waiting_over_ahead", times),
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Tables of what the benchmark of a GPU left: for a terminal, and for docs/results.md."""
+"""Tables of what the benchmarks measured: for a terminal, and for docs/results.md."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Format = Callable[[Any], str]
+Columns = Sequence[tuple[str, str, Format]]  # of each the words above it, the key, and how a value is written
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """The value as it is; "-" for None."""
     return "-" if value is None else str(value)
 
 
@@ -26,20 +28,20 @@ def _in(unit: float, text: str) -> Format:
     return lambda value: "-" if value is None else text.format(value / unit)
 
 
-_times: Format = _in(1, "{:.2f}x")
-_percent: Format = _in(0.01, "{:.1f}%")
+times: Format = _in(1, "{:.2f}x")
+percent: Format = _in(0.01, "{:.1f}%")
 _ms: Format = _in(1e-3, "{:.2f} ms")
 _seconds: Format = _in(1, "{:.3f} s")
 
-# for each kind of row its title, and of each column what stands above it, the key, and how it is written
-COLUMNS: dict[str, tuple[str, tuple[tuple[str, str, Format], ...]]] = {
+# for each kind of row that the benchmark of a GPU leaves, its title and columns
+COLUMNS: dict[str, tuple[str, Columns]] = {
     "tests": (
         "Tests on the device",
         (
-            ("file", "file", _plain),
-            ("passed", "passed", _plain),
-            ("failed", "failed", _plain),
-            ("skipped", "skipped", _plain),
+            ("file", "file", plain),
+            ("passed", "passed", plain),
+            ("failed", "failed", plain),
+            ("skipped", "skipped", plain),
         ),
     ),
     "ceilings": (
@@ -49,80 +51,86 @@ COLUMNS: dict[str, tuple[str, tuple[tuple[str, str, Format], ...]]] = {
     "steps": (
         "Decoding steps, against the time that their bytes take, and `generate` (goals at 1 text: 85%, 60%; 3x)",
         (
-            ("model", "role", _plain),
-            ("texts", "batch", _plain),
+            ("model", "role", plain),
+            ("texts", "batch", plain),
             ("step", "step", _ms),
             ("floor", "floor", _ms),
-            ("floor / step", "floor_share", _percent),
-            ("generate / ours", "generate_over_ours", _times),
+            ("floor / step", "floor_share", percent),
+            ("generate / ours", "generate_over_ours", times),
         ),
     ),
     "passes": (
         "Packed passes of the target (goal at N = 1024, K = 64, S = 4: 1.15x an equal prefill)",
         (
-            ("N", "N", _plain),
-            ("K", "K", _plain),
-            ("S", "S", _plain),
+            ("N", "N", plain),
+            ("K", "K", plain),
+            ("S", "S", plain),
             ("packed", "packed", _ms),
-            ("/ equal prefill", "over_equal", _times),
-            ("K passes /", "sequential_over", _times),
+            ("/ equal prefill", "over_equal", times),
+            ("K passes /", "sequential_over", times),
         ),
     ),
     "split": (
         "One packed pass's time",
         (
-            ("N", "N", _plain),
-            ("K", "K", _plain),
-            ("S", "S", _plain),
+            ("N", "N", plain),
+            ("K", "K", plain),
+            ("S", "S", plain),
             ("packed", "packed", _ms),
-            ("attention", "attention", _percent),
-            ("linear layers", "linear", _percent),
-            ("head", "head", _percent),
-            ("rest", "rest", _percent),
+            ("attention", "attention", percent),
+            ("linear layers", "linear", percent),
+            ("head", "head", percent),
+            ("rest", "rest", percent),
         ),
     ),
     "masks": (
         "Packed passes that are not compiled: dense masks, and FlexAttention's",
         (
-            ("N", "N", _plain),
-            ("K", "K", _plain),
-            ("S", "S", _plain),
+            ("N", "N", plain),
+            ("K", "K", plain),
+            ("S", "S", plain),
             ("dense", "dense", _ms),
             ("flex", "flex", _ms),
-            ("flex / dense", "flex_over_dense", _times),
+            ("flex / dense", "flex_over_dense", times),
         ),
     ),
     "answers": (
         "Whole answers by a script (goal: 1.1x the ideal time)",
         (
-            ("texts", "batch", _plain),
-            ("right", "kept", _percent),
-            ("method", "way", _plain),
+            ("texts", "batch", plain),
+            ("right", "kept", percent),
+            ("method", "way", plain),
             ("seconds", "seconds", _seconds),
-            ("speed-up", "speedup", _times),
-            ("drafted", "accepted", _percent),
-            ("/ ideal", "over_ideal", _times),
-            ("in models", "models_share", _percent),
+            ("speed-up", "speedup", times),
+            ("drafted", "accepted", percent),
+            ("/ ideal", "over_ideal", times),
+            ("in models", "models_share", percent),
             ("peak", "peak_gib", _in(1, "{:.1f} GiB")),
-            ("/ weights and caches", "peak_over_held", _times),
+            ("/ weights and caches", "peak_over_held", times),
         ),
     ),
     "pair": (
         "The shipped pair on its task",
         (
-            ("method", "method", _plain),
-            ("draft", "draft", _plain),
-            ("verifier", "verifier", _plain),
-            ("n", "n", _plain),
-            ("accuracy", "accuracy", _percent),
-            ("speed-up", "speedup", _times),
+            ("method", "method", plain),
+            ("draft", "draft", plain),
+            ("verifier", "verifier", plain),
+            ("n", "n", plain),
+            ("accuracy", "accuracy", percent),
+            ("speed-up", "speedup", times),
             ("s/request", "seconds_per_request", _seconds),
             ("first token", "first_token_seconds", _seconds),
-            ("drafted kept", "accepted_fraction", _percent),
-            ("in models", "model_time_fraction", _percent),
+            ("drafted kept", "accepted_fraction", percent),
+            ("in models", "model_time_fraction", percent),
         ),
     ),
 }
+
+
+def of_rows(title: str, columns: Columns, rows: Sequence[dict[str, Any]]) -> Table:
+    """A table of rows, whose cells may lack some of the columns."""
+    cells = [[write(row.get(key)) for _, key, write in columns] for row in rows]
+    return Table(title, [head for head, _, _ in columns], cells)
 
 
 def gpu_tables(record: dict[str, Any]) -> Iterator[Table]:
@@ -131,10 +139,7 @@ def gpu_tables(record: dict[str, Any]) -> Iterator[Table]:
         if part["error"]:
             yield Table(f"The part `{name}` did not come to its end: {part['error']}", (), ())
         for kind in dict.fromkeys(row["table"] for row in part["rows"]):
-            title, columns = COLUMNS[kind]
-            rows = [row for row in part["rows"] if row["table"] == kind]
-            cells = [[write(row.get(key)) for _, key, write in columns] for row in rows]
-            yield Table(title, [head for head, _, _ in columns], cells)
+            yield of_rows(*COLUMNS[kind], [row for row in part["rows"] if row["table"] == kind])
 
 
 def text_table(table: Table) -> str:

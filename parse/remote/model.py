@@ -239,7 +239,7 @@ class RemoteSequence:
             scores = torch.tensor(await self.model.label_scores(query, items, needs.labels))
         if needs.rows:
             rises, margin = await self.model.rises(query, draft, needs.rows)
-            log_prob = -margin  # at most that
+            log_prob = -margin  # at most; what the real tokens share with the rows is not told
         return Evidence(ends, log_prob, nothing, margin, label_scores=scores, rises=rises)
 
     def close(self) -> None:
