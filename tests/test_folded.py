@@ -112,6 +112,28 @@ def test_rows_of_the_head_tell_what_the_probe_tells(kind, saved, tokenizer, tmp_
     assert torch.allclose(theirs(ids).logits[..., : plain.shape[-1]], plain, atol=1e-5)  # all else is as it was
 
 
+def test_a_served_target_without_the_verifiers_rows_is_refused(saved, tokenizer, tmp_path):
+    target, verifier = saved()
+    fold(str(target), verifier, tmp_path / "folded")
+    record = json.loads((verifier / "verifier.json").read_text())
+    for folder, labels, message in (
+        (target, record["labels"], "has no rows of a folded verifier, as .*python -m parse fold"),
+        (
+            tmp_path / "folded",
+            [*record["labels"], record["labels"][-1] + 1],
+            "has 3 rows of a folded verifier, and .* 4",
+        ),
+    ):
+        (verifier / "verifier.json").write_text(json.dumps(record | {"labels": labels}))
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        server = VllmLike(LocalModel.of(model, tokenizer, frozenset([2])), str(folder))
+        try:
+            with pytest.raises(ValueError, match=message):
+                Engine.from_pretrained(f"{server.url}#tiny", target, verifier)
+        finally:
+            server.close()
+
+
 def test_only_the_files_of_the_head_are_written_anew(saved, tmp_path):
     target, verifier = saved(max_shard_size="20KB")
     fold(str(target), verifier, tmp_path / "folded")

@@ -127,6 +127,14 @@ def test_verdicts_after_wrong_text_are_left_out():
     assert list(judgements_of(outcome(repaired + drafted), TASKS["ledger"])) == []
 
 
+def test_a_rejected_drafts_cost_is_that_of_its_own_request():
+    """Seconds of several at once are a block's; the latencies say what this one took."""
+    target = [outcome([Segment(FIG, "target", None, True)], 0.25, True, 0, 0, 10)] * 2
+    target[0].generation.stats.seconds["target"] += 3  # of both, which are one: 4 s
+    mine = [outcome([Segment(FIG, "draft", 0.4, False)], 0.25, accepted=0), outcome([], 0.25)]  # 1 s each
+    assert summarize("parse", mine, target, TASKS["ledger"])["wholly_rejected_slowdown"] == pytest.approx(0.25)
+
+
 def test_failed_requests_count_as_wrong_and_not_as_fast():
     """Two of four failed, one of them with the target: of the seconds those count where neither did."""
     target = [outcome([Segment(FIG, "target", None, True)], 2.0, True, 0, 0, 10)] * 4
