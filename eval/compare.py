@@ -5,13 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.bench.tables import Table, text_table
+from eval.methods import Outcome
+from eval.page import Part, page
+from eval.report import report_parts, requests, row_of, sentence, tables_of, transcripts
+from eval.verifier_report import read_report
 from recipes.command import run_command
+from recipes.files import write_text
+from recipes.schema import RecipeError
 
-Summaries = Mapping[str, dict[str, Any]]  # by run folder, what its eval/summary.json holds
+SHOWN = ("target", "parse")  # whose answers a page's transcripts are made of
+
+
+class Evaluated(NamedTuple):
+    """What `python -m eval` wrote of a run."""
+
+    summary: dict[str, Any]  # what eval/summary.json holds
+    outcomes: dict[str, list[Outcome]]  # by method, those of `SHOWN`
+    verifier: dict[str, Any] | None  # the verifier's report, where it has one
+
+
+Runs = Mapping[str, Evaluated]  # by run folder
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,60 +42,74 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    from recipes.files import write_text
-
-    summaries = {str(folder): _summary(folder) for folder in options.runs}
+    runs = {str(folder): _evaluated(folder) for folder in options.runs}
+    made = comparison(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, comparison(summaries))
-    print(f"{text_table(Table('Runs side by side', *side_by_side(summaries)))}\n\npage: {options.out}")
+    write_text(options.out, made)
+    tables = [text_table(Table(part.title, part.head, part.rows)) for part in side_by_side(runs)]
+    print("\n\n".join([*tables, f"page: {options.out}"]))
     return 0
 
 
-def _summary(folder: Path) -> dict[str, Any]:
+def _evaluated(folder: Path) -> Evaluated:
     """What a run's evaluation found.
 
     Raises:
-        RecipeError: where there is none, or it is an old one.
+        RecipeError: where there is none, or an older version wrote it.
     """
-    from recipes.schema import RecipeError
-
     file = folder / "eval" / "summary.json"
     try:
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        lines = (folder / "eval" / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{file} cannot be read ({error}): name run folders that `python -m eval` wrote") from error
-    if missing := {"max_accuracy_loss", "methods", "at_once", "concurrency"} - summary.keys():
-        raise RecipeError(f"{file} lacks {', '.join(sorted(missing))}: run `python -m eval` on that run again")
-    return summary
+        raise RecipeError(f"{folder} cannot be read ({error}): name run folders that `python -m eval` wrote") from error
+    try:
+        outcomes: dict[str, list[Outcome]] = {}
+        for record in map(json.loads, lines):
+            if record["method"] in SHOWN:
+                outcomes.setdefault(record["method"], []).append(Outcome.of_record(record))
+        verifier = read_report(Path(summary["verifier"])) if summary["verifier"] else None
+        report_parts(summary, verifier)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{folder} was evaluated by another version ({error!r}): run `python -m eval` on that run again"
+        ) from error
+    return Evaluated(summary, outcomes, verifier)
 
 
-def side_by_side(summaries: Summaries) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: how each run was measured, and each method's accuracy and speed-up, at the first load."""
-    from eval.report import requests, row_of
+def side_by_side(runs: Runs) -> list[Part]:
+    """For each number of requests at once: the methods' accuracy and speed-up in every run that was measured so."""
+    loads = dict.fromkeys(at_once for run in runs.values() for at_once in tables_of(run.summary))
+    return [_at_load(at_once, runs) for at_once in loads]
 
-    names = list(dict.fromkeys(row["name"] for summary in summaries.values() for row in summary["methods"]))
-    head = ["method", *(f"{run}: {what}" for run in summaries for what in ("right", "speed-up"))]
+
+def _at_load(at_once: int, runs: Runs) -> Part:
+    tables = {name: tables_of(run.summary).get(at_once, []) for name, run in runs.items()}
+    head = ["method", *(f"{run}: {what}" for run in runs for what in ("right", "speed-up"))]
     rows = []
-    for name in names:
-        cells = [name]
-        for summary in summaries.values():
-            row = row_of(summary["methods"], name)
-            cells += [f"{row['accuracy']:.1%}", f"{row['speedup']:.2f}x"] if row else ["-", "-"]
-        rows.append(cells)
-    measured = ["measured"]
-    for summary in summaries.values():
-        measured += [f"{summary['methods'][0]['n']} prompts", requests(summary["at_once"])]
-    return head, [*rows, measured]
+    for method in dict.fromkeys(row["name"] for table in tables.values() for row in table):
+        found = [row_of(table, method) for table in tables.values()]
+        cells = [[f"{row['accuracy']:.1%}", f"{row['speedup']:.2f}x"] if row else ["-", "-"] for row in found]
+        rows.append([method, *chain(*cells)])
+    counts = [[f"{table[0]['n']} prompts", ""] if table else ["-", "-"] for table in tables.values()]
+    return Part(f"Side by side: {requests(at_once)}", head, [*rows, ["measured on", *chain(*counts)]], marked="parse")
 
 
-def comparison(summaries: Summaries) -> str:
-    """The page: the runs' sentences, their methods side by side, and each run's pictures."""
-    from eval.page import Part, page
-    from eval.report import method_pictures, methods_part, sentence
+def comparison(runs: Runs) -> str:
+    """The page: the runs' sentences, their methods side by side, then all that each run's own page holds."""
+    told = [f"{name}: {text}" for name, run in runs.items() if (text := sentence(run.summary))]
+    parts, answers = side_by_side(runs), list[dict[str, Any]]()
+    filters: dict[str, str] = {}
+    for number, (name, run) in enumerate(runs.items()):
+        own = report_parts(run.summary, run.verifier)
+        parts += [part._replace(title=_of(name, part.title)) for part in own]
+        shown, kinds = transcripts(run.outcomes)
+        for one in shown:
+            marked = [f"{kind}-{number}" for kind in one["kinds"]]
+            answers.append({**one, "kinds": marked, "title": _of(name, one["title"])})
+        filters |= {f"{kind}-{number}": f"{name}: {words}" for kind, words in kinds.items()}
+    return page("PARSE: runs side by side", told, parts, answers, filters)
 
-    head, rows = side_by_side(summaries)
-    told = {run: sentence(summary) for run, summary in summaries.items()}
-    parts = [Part("Side by side", head, rows, marked="parse")]
-    for run, summary in summaries.items():
-        parts.append(methods_part(summary, summary["at_once"], run)._replace(pictures=method_pictures(summary)))
-    return page("PARSE: runs side by side", [f"{run}: {text}" for run, text in told.items() if text], parts)
+
+def _of(run: str, title: str) -> str:
+    return f"{run}: {title[0].lower()}{title[1:]}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from eval.properties import measure_pair
 from eval.report import console_table, csv_table, failures, html_report, pair_table, requests, sentence
 from eval.tasks import Task, load_task
 from eval.verifier_metrics import loss_at
-from eval.verifier_report import verifier_parts
+from eval.verifier_report import read_report
 from parse import Engine
 from parse.prompts import opens_thinking
 from parse.remote.model import RemoteModel, cached_share
@@ -38,7 +36,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     if recipe.eval.threads:
         torch.set_num_threads(recipe.eval.threads)
     draft, verifier = parts_of(recipe)
-    report = _report_of(verifier) if verifier else None
+    report = read_report(verifier) if verifier else None
     promised = report["max_accuracy_loss"] if report else recipe.verifier.max_accuracy_loss
     task, engine = load_task(recipe.task, to_dict(recipe.data)), _ready(recipe)
     checks = parity.compare(engine, recipe)
@@ -87,23 +85,6 @@ def _metrics(engine: Engine) -> str:
     """The figures of the target's server; none where it is on this machine."""
     target = engine.models["target"]
     return target.metrics() if isinstance(target, RemoteModel) else ""
-
-
-def _report_of(verifier: Path) -> dict[str, Any] | None:
-    """What the verifier's stage found; None for a verifier without a report.
-
-    Raises:
-        RecipeError: for a report that is none.
-    """
-    file = verifier / "report.json"
-    if not file.is_file():
-        return None
-    try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        list(verifier_parts(report))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{file} is no report of a verifier ({error!r}): run the stage `verifier` again") from error
-    return report
 
 
 def _ready(recipe: Recipe) -> Engine:
@@ -283,10 +264,5 @@ def _sweep(
 
 
 def _transcripts(outcomes: Outcomes) -> str:
-    lines = []
-    for name, some in outcomes.items():
-        for outcome in some:
-            record = {"method": name, "prompt": outcome.prompt, "right": outcome.right, "seconds": outcome.seconds}
-            record |= dataclasses.asdict(outcome.generation)
-            lines.append(json.dumps(record) + "\n")
-    return "".join(lines)
+    rows = [{"method": name, **outcome.record} for name, some in outcomes.items() for outcome in some]
+    return "".join(json.dumps(row) + "\n" for row in rows)

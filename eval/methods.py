@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,7 @@ from eval.tasks import Task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
 from parse import Engine, Generation
-from parse.generation import Stats
+from parse.generation import Segment, Stats
 from parse.prompts import opens_thinking
 from parse.scheduler import run_together
 from recipes.machine import gpu_memory
@@ -67,6 +67,20 @@ class Outcome:
     turn: int = 0  # in which it was timed, alone or with others
     error: str | None = None  # why the request failed, or could not be checked; then it counts as wrong
     gpu_memory_gib: float | None = None  # the most that was allocated in that turn; None without a GPU
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As a line of `transcripts.jsonl` holds it."""
+        own = {"prompt": self.prompt, "right": self.right, "seconds": self.seconds}
+        return {**own, **asdict(self.generation), "error": self.error}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Outcome:
+        """The outcome that a record was made of, less the turn and the memory."""
+        values = {field.name: record[field.name] for field in fields(Generation)}
+        values["segments"] = [Segment(**segment) for segment in record["segments"]]
+        generation = Generation(**{**values, "stats": Stats(**record["stats"])})
+        return cls(record["prompt"], generation, record["right"], record["seconds"], error=record["error"])
 
 
 def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> list[str]:

@@ -53,6 +53,7 @@ DETAILS: tuple[Column, ...] = (
     ("rounds", lambda row: f"{row['rounds']:.2f}"),
     ("accepted", lambda row: _percent(row["accepted_fraction"])),
     ("accepted tokens per pass", lambda row: _number(row["accepted_per_verification"])),
+    ("lookahead: proposals kept, tokens per pass", lambda row: _confirmed(row)),
     ("all accepted", lambda row: _percent(row["full_accept_rate"])),
     ("all rejected", lambda row: _percent(row["wholly_rejected_rate"])),
     ("time over target's, when all is rejected", lambda row: _number(row["wholly_rejected_slowdown"])),
@@ -73,11 +74,12 @@ def console_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         low, high = row["accuracy_ci95"]
         slow, fast = row["speedup_ci95"]
+        kept = row["accepted_fraction"] if row["accepted_fraction"] is not None else row["confirmed_fraction"]
         lines.append(
             f"{row['name']:16s}{row['accuracy']:9.1%} {f'{low:.1%}-{high:.1%}':>15s}{row['speedup']:9.2f}x "
             f"{f'{slow:.2f}-{fast:.2f}':>14s}{_number(row['seconds_per_request'], 3):>11s}"
             f"{_number(row['first_token_seconds'], 3):>12s}s"
-            f"{_percent(row['accepted_fraction']):>10s}{row['accuracy_difference'] * 100:+9.1f}pt"
+            f"{_percent(kept):>10s}{row['accuracy_difference'] * 100:+9.1f}pt"
         )
     return "\n".join(lines)
 
@@ -189,12 +191,15 @@ def html_report(
         verifier: what the verifier's `report.json` holds.
         origin: how it was made, see `page`.
     """
-    rows = summary["methods"]
-    sentences = [sentence(summary), _sample(rows, list(tables_of(summary)))]
-    parts = [*_method_parts(summary), *verifier_parts(verifier), *_pair_part(summary["pair"])]
-    parts.append(_parity_part(summary["parity"]))
-    transcripts, filters = _transcripts(outcomes.get("parse", []), outcomes.get("target", []))
-    return page(f"PARSE: {summary['name']}", sentences, parts, transcripts, filters, origin)
+    sentences = [sentence(summary), _sample(summary["methods"], list(tables_of(summary)))]
+    shown, filters = transcripts(outcomes)
+    return page(f"PARSE: {summary['name']}", sentences, report_parts(summary, verifier), shown, filters, origin)
+
+
+def report_parts(summary: dict[str, Any], verifier: dict[str, Any] | None) -> list[Part]:
+    """All tables and plots of an evaluation; its arguments are those of `html_report`."""
+    of_pair = [*_pair_part(summary["pair"]), _parity_part(summary["parity"])]
+    return [*_method_parts(summary), *verifier_parts(verifier), *of_pair]
 
 
 def _sample(rows: Sequence[dict[str, Any]], loads: Sequence[int]) -> str:
@@ -219,9 +224,9 @@ def _method_parts(summary: dict[str, Any]) -> list[Part]:
     parts = []
     for at_once, rows in tables_of(summary).items():
         title = requests(at_once)[0].upper() + requests(at_once)[1:]
-        pictures = method_pictures(summary) if at_once == summary["at_once"] else []
+        pictures = _method_pictures(summary) if at_once == summary["at_once"] else []
         more = [[show(row) for _, show in DETAILS] for row in rows]
-        parts.append(methods_part(summary, at_once, title)._replace(pictures=pictures))
+        parts.append(_methods_part(summary, at_once, title)._replace(pictures=pictures))
         parts.append(Part(f"{title}: details", [name for name, _ in DETAILS], more, COUNTED, "parse", folded=True))
         if failed := failures(rows):
             text = f"They count as wrong; the first {SHOWN} of {len(failed)}."
@@ -229,7 +234,7 @@ def _method_parts(summary: dict[str, Any]) -> list[Part]:
     return parts
 
 
-def methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
+def _methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     """The methods with so many requests at once."""
     rows = tables_of(summary)[at_once]
     text = f"{rows[0]['n']} prompts on {summary['hardware']}, {requests(at_once)}. Seconds are end to end"
@@ -243,7 +248,7 @@ def methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     return Part(title, [name for name, _ in METHODS], body, text, "parse", terms)
 
 
-def method_pictures(summary: dict[str, Any]) -> list[Picture]:
+def _method_pictures(summary: dict[str, Any]) -> list[Picture]:
     """Speed against accuracy, where the time goes, where verdicts err, and throughput against load where measured."""
     tables, rows = tables_of(summary), summary["methods"]
     pictures = [plots.speed_and_accuracy(rows, summary["sweep"], summary["threshold"]), plots.seconds_by_phase(rows)]
@@ -267,8 +272,13 @@ def _parity_part(parity: dict[str, str]) -> Part:
     return Part("Parity of training and serving", ["what", "outcome"], list(parity.items()), text)
 
 
-def _transcripts(parse: Sequence[Outcome], target: Sequence[Outcome]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Some answers of each kind, in the prompts' order, and the filters that show them."""
+def transcripts(outcomes: Mapping[str, Sequence[Outcome]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Some of PARSE's answers of each kind, in the prompts' order, and the filters that show them: both as in `page`.
+
+    Args:
+        outcomes: by method.
+    """
+    parse, target = outcomes.get("parse", []), outcomes.get("target", [])
     right_alone = {i for i, outcome in enumerate(target) if outcome.right}
     members = {
         "all": [*range(len(parse))],
@@ -332,6 +342,12 @@ def _difference(row: Mapping[str, Any]) -> str:
 def _percentiles(row: Mapping[str, Any], key: str, scale: float = 1) -> str:
     values = [row[f"{key}_p{percent}"] for percent in PERCENTILES]
     return "-" if None in values else ", ".join(f"{scale * value:.3g}" for value in values)
+
+
+def _confirmed(row: Mapping[str, Any]) -> str:
+    if row["confirmed_fraction"] is None:
+        return "-"
+    return f"{row['confirmed_fraction']:.1%}, {row['confirmed_per_pass']:.2f}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

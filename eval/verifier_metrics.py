@@ -195,7 +195,8 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         harmonic mean of how often the first invalid cut of a wrong draft is found and how often none is found in a
         right one (ProcessBench's, arXiv 2412.06559); `accepted_fraction` of the drafts' tokens and
         `oracle_accepted_fraction`, that of who knows the labels; `accuracy_loss`; `ece`, the expected calibration error
-        of the confidences as probabilities. Not a number where there is nothing to measure.
+        of the confidences as probabilities; `mean_confidence` of all cuts. Not a number where there is nothing to
+        measure.
     """
     confidences, valid = judgements(scored)
     accepted = oracle = total = 0
@@ -218,6 +219,7 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         "oracle_accepted_fraction": oracle / total,
         "accuracy_loss": accuracy_loss(scored, threshold, policy),
         "ece": _calibration_error(confidences, valid),
+        "mean_confidence": _mean([confidence for one in scored for confidence in one.confidences]),
     }
 
 

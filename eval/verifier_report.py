@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 from eval import plots
@@ -19,6 +21,25 @@ COLUMNS = (  # key of report.json, title, format
     ("ece", "ECE", "{:.3f}"),
     ("milliseconds_per_cut", "ms a cut", "{:.2f}"),
 )
+
+
+def read_report(verifier: Path) -> dict[str, Any] | None:
+    """What the verifier's stage found, by its folder; None for a verifier without a report.
+
+    Raises:
+        RecipeError: for a report that is none.
+    """
+    from recipes.schema import RecipeError
+
+    file = verifier / "report.json"
+    if not file.is_file():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        list(verifier_parts(report))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{file} is no report of a verifier ({error!r}): run the stage `verifier` again") from error
+    return report
 
 
 def console_table(report: dict[str, Any]) -> str:

@@ -197,6 +197,7 @@ class Engine:
         top_p: float = 1.0,
         lookahead: int = 0,
         stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
         batch_size: int = 16,
         raw: bool = False,
     ) -> list[Generation]:
@@ -222,6 +223,7 @@ class Engine:
                 speculation: the target's words, in fewer passes); with other tokens than the target's, as text.
             stop: strings that end an answer where the first of them begins; that one is not part of its text, and its
                 tokens are the last ones of the answer.
+            ignore_eos: an end token ends nothing, so that every answer has `max_new_tokens`: for measurements.
             batch_size: answer at most so many prompts at once. Each goes through its rounds by itself; whatever
                 passes they need of a model at a moment run as one. 1 gives the least seconds a request.
             raw: prompts are the whole text that the models read: no chat template, and control tokens count.
@@ -246,6 +248,7 @@ class Engine:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            ignore_eos=ignore_eos,
         )
         whole_number("batch_size", batch_size, least=1)
         several = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | Mapping)

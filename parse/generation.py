@@ -33,6 +33,9 @@ class Stats:
     target_tokens: int = 0
     rounds: int = 0
     verify_passes: int = 0
+    proposed_tokens: int = 0  # by the draft, a few at a time, while the target wrote (lookahead)
+    confirmed_tokens: int = 0  # those of them that the target chose too; they count among `target_tokens`
+    confirm_passes: int = 0  # of the target over proposals
     seconds: dict[str, float] = field(
         default_factory=lambda: {"draft": 0.0, "verify": 0.0, "target": 0.0, "other": 0.0}
     )
@@ -71,6 +74,7 @@ class Settings:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("policy", POLICIES), ("handback", HANDBACKS), ("method", METHODS)):

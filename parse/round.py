@@ -164,7 +164,9 @@ class Round:
         self.prompt_ids, self.draft_prompt_ids = prompt_ids, draft_prompt_ids
         self.tokenizer = pair.target.tokenizer
         self.threshold = settings.threshold or 0.0
-        self.sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+        self.sampling = Sampling(
+            settings.temperature, settings.top_k, settings.top_p, settings.seed, settings.ignore_eos
+        )
         self.sequences: dict[str, ModelSequence] = {}
         self.ids: list[int] = []  # the accepted answer, the target's tokens
         self.segments: list[Segment] = []
@@ -309,7 +311,8 @@ class Round:
         proposer = None
         if role == "target" and self.settings.lookahead:
             back = None if self.pair.same_tokens else self.pair.to_target
-            proposer = Proposer(self.sequences["draft"], self.settings.lookahead, self.pair.to_draft, back)
+            draft, count = self.sequences["draft"], self.settings.lookahead
+            proposer = Proposer(draft, count, self.pair.to_draft, back, self._proposed)
 
         def grown(written: list[int]) -> None:
             self._first_token()
@@ -335,6 +338,12 @@ class Round:
             self.stats.draft_tokens += len(added)
             self.stats.accepted_tokens += len(added)
         self._clock(role)
+
+    def _proposed(self, proposed: int, confirmed: int) -> None:
+        """Count a pass of the target over tokens that the draft proposed."""
+        self.stats.confirm_passes += 1
+        self.stats.proposed_tokens += proposed
+        self.stats.confirmed_tokens += confirmed
 
     def _end_at_stop(self) -> int:
         """End the answer with the token that completes a stop string, where it holds one; how many were after it."""

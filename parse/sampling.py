@@ -29,14 +29,23 @@ class Written:
 class Sampling:
     """Chooses tokens from logits [V]: greedy at temperature 0, else from the softmax of logits / temperature."""
 
-    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+    ) -> None:
         """Set up.
 
         Args:
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: then keep the most likely ones that reach this share of the probability; 1 keeps all.
             seed: the same seed draws the same tokens, on every device; None draws others each time.
+            ignore_eos: an end token is a token like others, and ends nothing.
         """
+        self.ignore_eos = ignore_eos
         self.greedy, self.temperature = temperature < GREEDY_BELOW, temperature
         self.top_k, self.top_p = top_k, top_p
         self._warpers = LogitsProcessorList([] if self.greedy else [TemperatureLogitsWarper(float(temperature))])
@@ -49,6 +58,10 @@ class Sampling:
             self._generator.seed()
         else:
             self._generator.manual_seed(int(seed))
+
+    def ends(self, token: int, eos_ids: frozenset[int]) -> bool:
+        """Whether a token ends the text."""
+        return token in eos_ids and not self.ignore_eos
 
     @property
     def state(self) -> Tensor:

@@ -50,8 +50,14 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     stop = lambda ids: len(ids) % every == 0
     target, draft = contexts(proposer, prompt, ends)
     alone, _ = contexts(proposer, prompt, ends)
-    written = run(speculate(target, draft, limit, Sampling(), lookahead, stop))
+    told: list[tuple[int, int]] = []
+    written = run(
+        speculate(target, draft, limit, Sampling(), lookahead, stop, on_pass=lambda *counts: told.append(counts))
+    )
     assert written == alone.write(limit, stop=stop)
+    assert all(0 <= kept <= proposed <= lookahead for proposed, kept in told)
+    of_target = len(written.ids) - sum(kept for _, kept in told)  # a token before each pass, or after the last
+    assert len(told) <= of_target <= len(told) + 1
     assert target.ids == alone.ids
     torch.testing.assert_close(run(target.next_logits()), run(alone.next_logits()), atol=1e-4, rtol=1e-4)
     for mine, theirs in zip(target.runner.cache.states(), alone.runner.cache.states(), strict=True):
@@ -124,8 +130,10 @@ def test_proposals_that_are_kept_save_passes(monkeypatch):
         return forward(self, some, alone)
 
     monkeypatch.setattr(ModelRunner, "forward", counting)
-    run(speculate(target, draft, 20, Sampling(), lookahead=4))
+    told: list[tuple[int, int]] = []
+    run(speculate(target, draft, 20, Sampling(), 4, on_pass=lambda *counts: told.append(counts)))
     assert passes == [5, 5, 5, 5]  # a chosen token and four proposals each
+    assert told == [(4, 4)] * 4
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from eval.__main__ import main as evaluate
 from eval.measure import summarize
+from eval.methods import Outcome
 from eval.report import SHOWN, csv_table, html_report, sentence
 from eval.tasks import TASKS
 from parse import Segment
@@ -124,26 +126,55 @@ def test_the_summary_as_csv_has_a_row_for_each_method_and_load():
     assert rows[0]["accepted_fraction"] == ""
 
 
+def evaluated(folder: Path, speed: float, loads: tuple[int, ...] = (8,)) -> Path:
+    """A run's folder with what its evaluation and its verifier wrote."""
+    summary, outcomes = figures(speed)
+    summary["concurrency"] = [one for one in summary["concurrency"] if one["at_once"] in loads]
+    summary["verifier"] = str(folder / "verifier")
+    for name in ("eval", "verifier"):
+        (folder / name).mkdir(parents=True)
+    (folder / "eval" / "summary.json").write_text(json.dumps(summary))
+    rows = [{"method": name, **one.record} for name, some in outcomes.items() for one in some]
+    (folder / "eval" / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = verifier_report(KINDS) | {"chosen": "probe"}
+    (folder / "verifier" / "report.json").write_text(json.dumps(found))
+    return folder
+
+
 def test_runs_are_compared_side_by_side(tmp_path, capsys):
-    folders = [tmp_path / name for name in ("one", "other")]
-    for folder, speed in zip(folders, (2.0, 3.0), strict=True):
-        summary, _ = figures(speed)
-        (folder / "eval").mkdir(parents=True)
-        (folder / "eval" / "summary.json").write_text(
-            json.dumps(summary | {"methods": summary["methods"][int(speed) - 2 :]})
-        )
+    folders = [evaluated(tmp_path / "one", 2.0), evaluated(tmp_path / "other", 3.0, loads=())]
     out = tmp_path / "new" / "page.html"
     assert evaluate(["compare", *map(str, folders), "--out", str(out)]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["target", "100.0%", "1.00x", "-", "-"] in lines
-    assert ["parse", "66.7%", "2.00x", "66.7%", "3.00x"] in lines
-    assert lines[5][:8] == ["measured", "12", "prompts", "one", "request", "at", "a", "time"]
-    assert out.read_text().count("<svg") == 8
+    first, second = capsys.readouterr().out.split("Side by side: 8 requests at once")
+    rows = [[line.split() for line in text.splitlines()] for text in (first, second)]
+    assert ["parse", "66.7%", "2.00x", "66.7%", "3.00x"] in rows[0]
+    assert ["parse", "66.7%", "2.00x", "-", "-"] in rows[1]
+    assert "measured on 12 prompts 12 prompts".split() in rows[0]
+    made = out.read_text()
+    assert made.count("<svg") == 7 + 6  # every picture of both runs, less throughput where there is one load
+    for title in (": one request at a time", ": verifiers", ": parity of training and serving"):
+        assert all(f"<h2>{folder}{title}</h2>" in made for folder in folders)
+    assert f"{folders[1]}: wrong answers (" in made  # a filter of its own
+    assert set(re.findall(r'data-kinds="[^"]*wrong-(\d)', made)) == {"0", "1"}
+
+
+def test_an_outcome_is_what_its_record_says():
+    _, outcomes = figures()
+    for one in outcomes["parse"]:
+        assert Outcome.of_record(json.loads(json.dumps(one.record))) == one
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     assert evaluate(["compare", str(tmp_path)]) == 2
     assert "name run folders that `python -m eval` wrote" in capsys.readouterr().err
-    (folders[0] / "eval" / "summary.json").write_text("{}")
-    assert evaluate(["compare", str(folders[0])]) == 2
-    assert "lacks at_once, concurrency, max_accuracy_loss, methods" in capsys.readouterr().err
+    folder = evaluated(tmp_path / "old", 2.0)
+    summary = json.loads((folder / "eval" / "summary.json").read_text())
+    del summary["methods"][0]["confirmed_fraction"]
+    (folder / "eval" / "summary.json").write_text(json.dumps(summary))
+    out = tmp_path / "page.html"
+    assert evaluate(["compare", str(folder), "--out", str(out)]) == 2
+    assert "was evaluated by another version (KeyError('confirmed_fraction'))" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

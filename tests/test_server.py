@@ -1,6 +1,8 @@
 """The server, over HTTP, by the official client: the engine's own answers, refusals by name, nothing left behind."""
 
+import asyncio
 import itertools
+import json
 import threading
 from types import SimpleNamespace
 
@@ -9,9 +11,11 @@ import openai
 import pytest
 import torch
 
-from parse import Engine
+from parse import Engine, Generation, Segment
+from parse.generation import Stats
 from parse.local.model import LocalModel
 from parse.remote.model import RemoteModel
+from parse.server.metrics import Expected, Metrics, expected_of, ratio
 from parse.text import eos_ids
 from parse.verifiers import Likelihood
 from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
@@ -232,6 +236,49 @@ def test_models_tokens_and_the_request_id(running):
     reply = running.post("/v1/chat/completions", CHAT, headers={"x-request-id": "mine"})
     assert reply.headers["x-request-id"] == "mine"
     assert running.post("/v1/chat/completions", CHAT).headers["x-request-id"]
+    for path in ("/health", "/metrics", "/v1/models", "/", "/v1/nowhere"):
+        assert httpx.get(running.url + path, headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+
+
+def test_an_error_of_our_own_has_an_identity_too(running, monkeypatch):
+    monkeypatch.setattr("parse.server.app.text_of", lambda *_: 1 / 0)
+    reply = running.post("/detokenize", {"tokens": [5]}, headers={"x-request-id": "mine"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine")
+    assert reply.json()["error"]["message"] == "the request failed: ZeroDivisionError"
+
+
+def test_an_end_that_is_ignored(running, monkeypatch):
+    """By either model, whole or in a stream; and `false` asks for nothing."""
+    engine, runners = running.engine, [model.runner for model in running.engine.models.values()]
+    written = engine.generate(PROMPT, 9, raw=True, method="target")[0].token_ids
+    for runner in runners:
+        monkeypatch.setattr(runner, "eos_ids", frozenset([written[4]]))
+    for method in ("target", "parse"):
+        body = TEXT | {"max_tokens": 20, "parse": {"method": method}}
+        count = lambda **more: running.post("/v1/completions", body | more).json()["usage"]["completion_tokens"]  # noqa: B023
+        assert count(ignore_eos=True) == 20
+        assert count(ignore_eos=False) == count() < 20
+    chunks = running.events("/v1/completions", TEXT | {"max_tokens": 20, "ignore_eos": True})
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_async_client_at_once(running):
+    """Many requests of one process, some of them streamed: each what the engine says alone."""
+    prompts = [f"list : #{i} fig rome {i} ." for i in range(1, 7)]
+    expected = [result.text for result in running.engine.generate(prompts, 25)]
+
+    async def ask(client, index):
+        body = CHAT | {"messages": [{"role": "user", "content": prompts[index]}], "max_tokens": 25}
+        if index % 2:
+            return (await client.chat.completions.create(**body)).choices[0].message.content
+        stream = await client.chat.completions.create(**body, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, index) for index in range(len(prompts))))
+
+    assert asyncio.run(ask_all()) == expected
 
 
 def test_figures_for_prometheus(running):
@@ -249,11 +296,58 @@ def test_figures_for_prometheus(running):
     assert float(figures['parse:requests_failed_total{model_name="tiny",status="404"}']) == 1
     share = counts["num_accepted_tokens"] / counts["num_draft_tokens"]
     assert float(figures[f"parse:calibration_drift{label}"]) == pytest.approx(share - 0.5)
+    stated = [one["confidence"] for one in answers[0].choices[0].parse["segments"] if one["source"] == "draft"]
+    assert float(figures[f"parse:confidence_drift{label}"]) == pytest.approx(sum(stated) / len(stated) - 0.5)
+    assert float(figures[f"parse:calibration_alarm{label}"]) == 0  # of two answers
     running.post("/v1/chat/completions", CHAT | {"parse": {"threshold": 0.0}})  # says nothing of the calibration
     assert (
         f"parse:calibration_drift{label} {figures[f'parse:calibration_drift{label}']}"
         in httpx.get(f"{running.url}/metrics").text.splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    ("accepted", "confidences", "alarm"),
+    [
+        ([5, 7] * 10, [0.6, 0.8] * 10, 0),  # as expected
+        ([2, 4] * 10, [0.6, 0.8] * 10, 1),  # less is accepted
+        ([5, 7] * 10, [0.8, 1.0] * 10, 1),  # too sure of what it judges
+        ([2, 4] * 9, [0.6, 0.8] * 9, 0),  # too few to say
+        ([5, 7, 0] * 10, [0.6, 0.8, 0.7] * 10, 0),  # less is accepted, and by chance it may be
+    ],
+)
+def test_a_drift_beyond_chance_alarms(accepted, confidences, alarm):
+    """Expected are 6 of 10 tokens and a confidence of 0.7."""
+    metrics = Metrics("tiny", Expected(0.6, 0.7))
+    for tokens, confidence in zip(accepted, confidences, strict=True):
+        stats = Stats(draft_tokens=10, accepted_tokens=tokens, verify_passes=1)
+        segments = [Segment("fig", "draft", confidence, True)]
+        metrics.finished(Generation("fig", [1], "stop", segments, stats), 1.0, as_calibrated=True)
+    value = lambda name: metrics.registry.get_sample_value(name, {"model_name": "tiny"})
+    mean = sum(accepted) / len(accepted) / 10
+    assert value("parse:calibration_drift") == pytest.approx(mean - 0.6)
+    assert value("parse:confidence_drift") == pytest.approx(sum(confidences) / len(confidences) - 0.7)
+    assert value("parse:calibration_alarm") == alarm
+
+
+def test_the_standard_error_of_a_ratio():
+    """By hand: 6 of 10 and 4 of 10 leave residuals of 1 and -1 from a half; sqrt(2 * 2 / 1) / 20."""
+    assert ratio([(10, 6), (10, 4)]) == (0.5, 0.1)
+
+
+def test_what_calibration_expected_of_a_verifier(tmp_path):
+    """The chosen kind by its own report, another one by the same report."""
+    other = tmp_path / "others" / "folded"
+    other.mkdir(parents=True)
+    for folder, kind in ((tmp_path, "probe"), (other, "folded")):
+        (folder / "verifier.json").write_text(json.dumps({"kind": kind}))
+    assert expected_of(tmp_path) is None
+    figures = {"accepted_fraction": 0.5, "mean_confidence": 0.75}
+    kinds = {"probe": figures, "folded": {"accepted_fraction": 0.25}}
+    (tmp_path / "report.json").write_text(json.dumps({"chosen": "probe", "kinds": kinds}))
+    assert expected_of(tmp_path) == Expected(0.5, 0.75)
+    assert expected_of(other) == Expected(0.25, None)
+    assert expected_of(None) is None
 
 
 def test_many_clients_get_the_answers_that_they_get_alone(running):

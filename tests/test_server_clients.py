@@ -32,7 +32,7 @@ def test_many_clients_of_which_some_misbehave(target, draft, tokenizer):
     running.post("/v1/chat/completions", CHAT)
     assert running.idle()
     threads, memory = of_requests(), psutil.Process().memory_info().rss
-    wrong, lock, numbers = [], threading.Lock(), iter(range(300))
+    wrong, finished, lock, numbers = [], [], threading.Lock(), iter(range(300))
 
     def ask(number):
         rng, prompt = random.Random(number), prompts[number % len(prompts)]
@@ -56,6 +56,7 @@ def test_many_clients_of_which_some_misbehave(target, draft, tokenizer):
                         time.sleep(0.02 if number % 10 == 0 else 0)  # some read slowly
                         if line.startswith("data: {"):
                             text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+            finished.append(number)
             if text != expected[prompt]:
                 wrong.append((number, text))
 
@@ -73,6 +74,7 @@ def test_many_clients_of_which_some_misbehave(target, draft, tokenizer):
     for one in clients:
         one.join(300)
     assert wrong == []
+    assert len(finished) == 200  # those that did not go away
     assert running.idle()
     assert running.serving.worker.count == 0
     gc.collect()

@@ -1,5 +1,6 @@
 """What a server refuses and survives: keys, limits, clients that go away, answers that break, signals."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ import openai
 import pytest
 
 from parse.__main__ import main as parse_main
+from parse.server.app import Stream
 from parse.server.serving import Limits
 from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
 
@@ -59,6 +61,58 @@ def test_limits_have_statuses_of_their_own(engine):
         running.serving.worker.count -= 1
     finally:
         running.close()
+
+
+def test_places_are_kept_for_requests_that_are_being_read(engine, monkeypatch):
+    """Two that come together do not both take the last place."""
+    running = Running(engine, Limits(at_once=1, queue=0))
+    rounds, reading, go_on = running.serving._rounds, threading.Event(), threading.Event()
+
+    def slowly(*rest):
+        reading.set()
+        go_on.wait(20)
+        return rounds(*rest)
+
+    monkeypatch.setattr(running.serving, "_rounds", slowly)
+    statuses = []
+    first = threading.Thread(target=lambda: statuses.append(running.post("/v1/completions", TEXT).status_code))
+    try:
+        first.start()
+        assert reading.wait(20)
+        assert running.post("/v1/completions", TEXT).status_code == 429
+        go_on.set()
+        first.join(20)
+        assert statuses == [200]
+        assert running.post("/v1/completions", TEXT).status_code == 200  # the place is free again
+    finally:
+        go_on.set()
+        running.close()
+
+
+def test_a_body_that_does_not_come_is_given_up(engine):
+    running = Running(engine, Limits(seconds=0.3))
+    try:
+        with socket.create_connection(running.server.servers[0].sockets[0].getsockname()) as client:
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+            )
+            client.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+            client.settimeout(20)
+            assert b" 408 " in client.recv(4096).splitlines()[0]
+    finally:
+        running.close()
+
+
+def test_a_stream_that_nobody_reads_is_cut_off():
+    async def events():
+        yield "data: 1"
+        raise AssertionError("nobody has read the first")
+
+    async def never(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    asyncio.run(asyncio.wait_for(Stream(events(), seconds=0.1).stream_response(never), 20))
 
 
 @pytest.fixture
@@ -162,7 +216,9 @@ def test_the_command_serves_models_that_are_named_until_it_is_told_to_stop():
     process.send_signal(signal.SIGTERM)
     said = list(lines)
     process.wait(60)
-    assert sum("chat/completions" in line for line in said) == 3
+    records = [json.loads(line) for line in said]  # each line
+    assert [one["status"] for one in records if one.get("route") == "/v1/chat/completions"] == [200, 200, 400]
+    assert all(one["id"] and one["time"] for one in records if "route" in one)
     assert "question" not in "".join(said)  # nothing of what users say
     assert PROMPT not in "".join(said)
 

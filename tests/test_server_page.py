@@ -88,9 +88,27 @@ def test_an_answer_can_be_stopped_and_the_next_one_comes(view, running):
     view.locator("#stop").click()
     view.locator(".error").wait_for()
     assert view.locator(".error").text_content() == "stopped"
+    assert view.evaluate("turns.length") == 0  # nothing was answered
     runner.forward = forward
     ask(view, answers=2)
     assert view.locator(".answer").last.locator(".words").text_content()
+
+
+def test_what_was_written_before_a_stop_stays_in_the_conversation(view, running):
+    runner = running.engine.models["target"].runner
+    forward = runner.forward
+    runner.forward = lambda *them: time.sleep(0.2) or forward(*them)
+    view.locator("#calibrated").uncheck()
+    view.locator("#threshold").fill("1")  # the target's own words, one at a time
+    view.locator("#prompt").fill(PROMPT)
+    view.locator("#send").click()
+    view.wait_for_function("document.querySelector('.words')?.textContent")
+    view.locator("#stop").click()
+    view.wait_for_function("!running")
+    runner.forward = forward
+    said = view.evaluate("turns.map(turn => [turn.role, turn.content])")
+    assert [role for role, _ in said] == ["user", "assistant"]
+    assert said[1][1] == view.locator(".words").text_content()
 
 
 def test_a_refusal_is_shown(view, running):

@@ -174,7 +174,9 @@ class LocalSequence:
         if proposer.to_target:
             own = lambda ids: [*draft.prompt_ids, *proposer.to_draft(ids[len(self.prompt_ids) :])]
             crossing = Crossing(own, proposer.to_target)
-        return await speculate(self.text, draft.text, room, sampling, proposer.count, stop, on_token, crossing)
+        return await speculate(
+            self.text, draft.text, room, sampling, proposer.count, stop, on_token, crossing, proposer.on_pass
+        )
 
     async def verify(self, ids: Sequence[int], draft: Written, ends: Sequence[int], needs: Needs) -> Evidence:
         """The packed pass over a draft; see `packed_evidence`."""

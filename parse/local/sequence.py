@@ -147,7 +147,7 @@ class CachedSequence:
                 before = list(written)
                 written += await self.prefill([], limit - len(written) - 1, after)
             token = sample(await self.next_logits())
-            if token in self.runner.eos_ids:
+            if sample.ends(token, self.runner.eos_ids):
                 return Written(written, ended=True)
             written.append(token)
             self.append(token)

@@ -30,6 +30,7 @@ async def speculate(
     stop: Stop | None = None,
     on_token: Callable[[list[int]], None] | None = None,
     crossing: Crossing | None = None,
+    on_pass: Callable[[int, int], None] = lambda proposed, kept: None,
 ) -> Written:
     """`CachedSequence.decode` of the target, the draft proposing `lookahead` of its tokens at a time: fewer passes.
 
@@ -44,11 +45,13 @@ async def speculate(
 
     Args:
         crossing: for a draft with other tokens.
+        on_pass: is told after each pass how many tokens were proposed, and how many of them kept.
     """
     written: list[int] = []
-    ends = frozenset() if crossing else draft.runner.eos_ids  # that may be among the proposals
+    # the draft's ends may be among the proposals
+    ends = frozenset() if crossing or sample.ignore_eos else draft.runner.eos_ids
     token = sample(await target.next_logits())
-    while token not in target.runner.eos_ids:
+    while not sample.ends(token, target.runner.eos_ids):
         written.append(token)
         if on_token:
             on_token(written)
@@ -65,7 +68,7 @@ async def speculate(
         kept = 0
         for proposal, proposer in zip(proposed, proposers, strict=True):
             token = sample(logits[kept]) if proposer is None else sample.settle(proposal, proposer, logits[kept])
-            if token != proposal or token in target.runner.eos_ids or kept + 1 == len(read):
+            if token != proposal or sample.ends(token, target.runner.eos_ids) or kept + 1 == len(read):
                 break  # the last: an end for the draft alone, not read yet
             kept += 1
             written.append(token)
@@ -73,9 +76,11 @@ async def speculate(
                 on_token(written)
             if len(written) >= limit or (stop and stop(written)):
                 target.rollback(start + kept, logits[kept])
+                on_pass(len(proposed), kept)
                 return Written(written, ended=False)
         else:
             token = sample(logits[kept])
+        on_pass(len(proposed), kept)
         target.rollback(start + kept, logits[kept])
     return Written(written, ended=True)
 
@@ -102,7 +107,7 @@ async def _proposing(
         token = sample(logits)
         tokens.append(token)
         proposers.append(logits)
-        if token in draft.runner.eos_ids:
+        if sample.ends(token, draft.runner.eos_ids):
             break
         draft.append(token)
     return tokens, proposers

@@ -213,7 +213,7 @@ class RemoteSequence:
         try:
             while some := await self._stream.next():
                 for token in some:
-                    if token in model.eos_ids:
+                    if sampling.ends(token, model.eos_ids):
                         return Written(written, ended=True)
                     written.append(token)
                     if on_token:
@@ -250,7 +250,8 @@ class RemoteSequence:
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         model = self.model
-        settings: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": sorted(model.eos_ids), **PLAIN}
+        ends = [] if sampling.ignore_eos else sorted(model.eos_ids)
+        settings: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": ends, **PLAIN}
         if model.forbidden:
             settings["logit_bias"] = {str(token): FORBIDDEN for token in sorted(model.forbidden)}
         if not sampling.greedy:

@@ -16,8 +16,10 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parse.generation import Generation
 from parse.local.model import LocalModel
@@ -35,6 +37,7 @@ POLICY = {  # the page asks nobody but this server
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; frame-ancestors 'none'"
 }
+IDENTITY = "x-request-id"
 GONE = 499  # the status, in the metrics alone, of a client that went away
 log = logging.getLogger("parse.server")
 
@@ -66,12 +69,15 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
             log.error("a request failed", exc_info=error)
             error = Refused(500, f"the request failed: {type(error).__name__}")
         _failed(http, error.status, error.code)
-        again = {"retry-after": "1"} if error.status in (429, 503) else {}
+        again = {IDENTITY: http.state.identity}  # also where the error is answered above `Identified`
+        if error.status in (429, 503):
+            again["retry-after"] = "1"
         if error.status == 401:
-            again = {"www-authenticate": 'Basic realm="the API key, as the password"'}  # so that a browser asks for it
-        return JSONResponse(error.body, error.status, again | identity(http))
+            again["www-authenticate"] = 'Basic realm="the API key, as the password"'  # so that a browser asks for it
+        return JSONResponse(error.body, error.status, again)
 
     app = FastAPI(title="PARSE", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Identified)
     for kind in (Refused, Gone, ClientDisconnect, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
     app.state.serving, app.state.log_texts = serving, log_texts
@@ -80,6 +86,48 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
     for path, route, method in ROUTES:
         app.add_api_route(path, route, methods=[method], dependencies=guard, response_model=None)
     return app
+
+
+class Identified:
+    """Gives each request an identity, its own where it sends one, and sends it back with the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        identity = Headers(scope=scope).get(IDENTITY, "")[:200] or uuid.uuid4().hex
+        scope.setdefault("state", {})["identity"] = identity
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[IDENTITY] = identity
+            await send(message)
+
+        await self.app(scope, receive, sending)
+
+
+class Stream(StreamingResponse):
+    """Events for a client that reads them; one that does not is cut off, so that nothing waits for it for ever."""
+
+    def __init__(self, events: AsyncIterator[str], seconds: float) -> None:
+        """Set up.
+
+        Args:
+            seconds: that it may take, with all reading.
+        """
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.seconds = seconds
+
+    async def stream_response(self, send: Send) -> None:
+        """Send what there is."""
+        try:
+            async with asyncio.timeout(self.seconds):
+                await super().stream_response(send)
+        except TimeoutError:
+            log.warning("a stream was not read to its end within %g s: cut off", self.seconds)
 
 
 def _serving(http: Request) -> Serving:
@@ -232,49 +280,51 @@ async def body_of(http: Request) -> bytes:
     """A request's body.
 
     Raises:
-        Refused: where it is longer than the server reads.
+        Refused: where it is longer than the server reads, or comes too slowly.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # other kinds any page of the web may send without asking
         raise Refused(415, f"the content type is {kind!r}: send application/json")
-    limit, content = _serving(http).limits.body, b""
-    async for chunk in http.stream():
-        content += chunk
-        if len(content) > limit:
-            raise Refused(413, f"the body holds more than {limit} bytes")
+    limits, content = _serving(http).limits, b""
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for chunk in http.stream():
+                content += chunk
+                if len(content) > limits.body:
+                    raise Refused(413, f"the body holds more than {limits.body} bytes")
+    except TimeoutError:
+        raise Refused(408, f"the body took longer than {limits.seconds:g} s") from None
     return content
-
-
-def identity(http: Request) -> dict[str, str]:
-    """The request's own identity, sent back; a new one where it has none."""
-    return {"x-request-id": http.headers.get("x-request-id", "")[:200] or uuid.uuid4().hex}
 
 
 def _whole(http: Request, form: Format, results: Sequence[Generation], scores: Sequence[Scores | None]) -> JSONResponse:
     content = form.whole(results, scores)
     _note(http, form, results, content["usage"])
-    return JSONResponse(content, headers=identity(http))
+    return JSONResponse(content)
 
 
 def _note(http: Request, form: Format, results: Sequence[Generation], usage: dict[str, int]) -> None:
-    """A line of the log, in JSON; without what was asked and answered, unless that is wanted."""
+    """A record for the log; without what was asked and answered, unless that is wanted."""
     seconds = sum(sum(result.stats.seconds.values()) for result in results)
-    record: dict[str, Any] = {"route": http.url.path, "status": 200, **usage, "seconds": round(seconds, 4)}
+    record: dict[str, Any] = {**_asked(http), "status": 200, **usage, "seconds": round(seconds, 4)}
     record["accepted_tokens"] = sum(result.stats.accepted_tokens for result in results)
     if http.app.state.log_texts:
         record |= {"asked": form.asked.model_dump(mode="json"), "answers": [result.text for result in results]}
-    log.info(json.dumps(record))
+    log.info(record)
+
+
+def _asked(http: Request) -> dict[str, str]:
+    return {"id": http.state.identity, "route": http.url.path}
 
 
 def _failed(http: Request, status: int, code: str | None = None) -> None:
     """Count a request without an answer, and note it without its words."""
     _serving(http).metrics.failed(status)
-    log.info(json.dumps({"route": http.url.path, "status": status, "code": code}))
+    log.info({**_asked(http), "status": status, "code": code})
 
 
 def _streaming(http: Request, form: Format, rounds: Sequence[Round]) -> StreamingResponse:
-    headers = {"cache-control": "no-cache", **identity(http)}
-    return StreamingResponse(_events(http, form, rounds), media_type="text/event-stream", headers=headers)
+    return Stream(_events(http, form, rounds), 2 * _serving(http).limits.seconds)  # to write it, and to read it
 
 
 async def _events(http: Request, form: Format, rounds: Sequence[Round]) -> AsyncIterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -47,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     _log()
     print(f"serving {app.state.serving.name} at http://{host}:{port}/v1", file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once all is finished
-        Stopping(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)).run()
+        wait = int(app.state.serving.limits.seconds) + 1  # of those that are told to stop: for no client any longer
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": wait}
+        Stopping(uvicorn.Config(app, host=host, port=port, **options)).run()
     return 0
 
 
@@ -81,7 +84,7 @@ def _application(given: dict[str, Any]) -> Any:
     engine, settings, verifier = load(given)
 
     from parse.server.app import create_app
-    from parse.server.metrics import expected_fraction
+    from parse.server.metrics import expected_of
     from parse.server.serving import Limits, Serving
 
     names = Limits.__dataclass_fields__.keys()
@@ -91,11 +94,25 @@ def _application(given: dict[str, Any]) -> Any:
     named = Path(str(given.get("run") or engine.models["target"].name.rpartition("#")[2]))
     name = given.get("name") or named.name or named.resolve().name
     as_calibrated = not {"threshold", "policy", "horizon", "handback", "temperature", "method"} & given.keys()
-    serving = Serving(engine, name, settings, limits, expected_fraction(verifier) if as_calibrated else None)
+    serving = Serving(engine, name, settings, limits, expected_of(verifier) if as_calibrated else None)
     return create_app(serving, key, given.get("log_texts", False))
 
 
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record, whose message is text or a dictionary of fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        fields = record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
+        if record.exc_info:
+            fields = {**fields, "exception": self.formatException(record.exc_info)}
+        head = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname, "from": record.name}
+        return json.dumps({**head, **fields}, ensure_ascii=False)
+
+
 def _log() -> None:
-    """A line of JSON for each request, on standard error."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    """Lines of JSON on standard error: one for each request, and what goes wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("parse.server").setLevel(logging.INFO)

@@ -1,37 +1,51 @@
 """What /metrics tells: in vLLM's names where it has them, and in PARSE's own.
 
 A threshold keeps its promise for drafts like those that it was calibrated on. So the share of drafted tokens that is
-accepted is compared with what the verifier's report measured: `parse:calibration_drift` is the difference, over the
-last answers. A large one says that prompts or draft are others, and that the threshold should be calibrated for them.
+accepted, and the mean confidence, are compared with what the verifier's report measured: `parse:calibration_drift` and
+`parse:confidence_drift` are the differences, over the last answers. Large ones say that prompts or draft are others,
+and that the threshold should be calibrated for them: `parse:calibration_alarm` is 1 where one of them is beyond chance.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Sequence
+from math import sqrt
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from parse.generation import Generation
 
 RECENT = 200  # answers
+FEW = 20  # answers, of which none alarms
+ERRORS, LEAST = 3, 0.05  # a drift alarms beyond so many of its standard errors, and beyond this share
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SHARES = tuple(i / 10 for i in range(1, 11))
+
+
+class Expected(NamedTuple):
+    """What calibration's test measured."""
+
+    accepted: float  # of all drafted tokens
+    confidence: float | None = None  # mean of all judged cuts; None in a report that does not say
 
 
 class Metrics:
     """The figures of one server."""
 
-    def __init__(self, model: str, expected: float | None) -> None:
+    def __init__(self, model: str, expected: Expected | None) -> None:
         """Set up.
 
         Args:
             model: its name, a label of every figure.
-            expected: the share of drafted tokens that was accepted in calibration's test; None where it is not known.
+            expected: None where it is not known.
         """
         self.registry, self._expected = CollectorRegistry(), expected
-        self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT)  # drafted, accepted
+        self._kept: deque[tuple[float, float]] = deque(maxlen=RECENT)  # drafted and accepted tokens of an answer
+        self._stated: deque[tuple[float, float]] = deque(maxlen=RECENT)  # its judged cuts, and their confidences' sum
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(name, what, ["model_name", *labels], registry=self.registry)
@@ -58,8 +72,12 @@ class Metrics:
         self._verdicts = counter("parse:verdicts", "Judged segments", "accepted")
         self._confidence = histogram("parse:confidence", "The verifier's confidence in judged segments", SHARES)
         self._fraction = histogram("parse:accepted_fraction", "The share of an answer's draft that was kept", SHARES)
-        drift = "Accepted share of recent drafts less that of calibration"  # not there until it is known
-        self._drift = Gauge("parse:calibration_drift", drift, ["model_name"], registry=self.registry)
+        names = ["model_name"]  # given with the first value: until then there is no figure
+        less = "of recent drafts less that of calibration"
+        self._drift = Gauge("parse:calibration_drift", f"Accepted share {less}", names, registry=self.registry)
+        self._less_sure = Gauge("parse:confidence_drift", f"Mean confidence {less}", names, registry=self.registry)
+        alarm = f"1 where a drift exceeds {ERRORS} standard errors and {LEAST}"
+        self._alarm = Gauge("parse:calibration_alarm", alarm, names, registry=self.registry)
         self._model = model
 
     def prompt(self, tokens: int) -> None:
@@ -94,19 +112,49 @@ class Metrics:
         if stats.draft_tokens:
             self._fraction.observe(stats.accepted_tokens / stats.draft_tokens)
             if as_calibrated:
-                self._recent.append((stats.draft_tokens, stats.accepted_tokens))
-        if self._expected is not None and self._recent:
-            drafted, accepted = map(sum, zip(*self._recent, strict=True))
-            self._drift.labels(self._model).set(accepted / drafted - self._expected)
+                self._kept.append((stats.draft_tokens, stats.accepted_tokens))
+                if judged:
+                    self._stated.append((len(judged), sum(one.confidence or 0.0 for one in judged)))
+        self._compare()
+
+    def _compare(self) -> None:
+        """Recent answers against calibration."""
+        if self._expected is None or not self._kept:
+            return
+        alarms = []
+        pairs = ((self._drift, self._kept), (self._less_sure, self._stated))
+        for (gauge, recent), expected in zip(pairs, self._expected, strict=True):
+            if expected is not None and recent:
+                share, error = ratio(recent)
+                gauge.labels(self._model).set(share - expected)
+                alarms.append(len(recent) >= FEW and abs(share - expected) > max(ERRORS * error, LEAST))
+        self._alarm.labels(self._model).set(any(alarms))
 
 
-def expected_fraction(verifier: str | Path | None) -> float | None:
-    """The share of drafted tokens that a verifier accepted of its test prompts; None where no report says so."""
-    report = Path(verifier or "") / "report.json"
-    if verifier is None or not report.is_file():
-        return None
+def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The sum of n second numbers over that of the first ones, and its standard error by answers (a ratio estimate's).
+
+    Cochran, Sampling Techniques (1977), equation 6.13 without the correction for a finite population.
+    """
+    count, whole = len(pairs), sum(first for first, _ in pairs)
+    share = sum(second for _, second in pairs) / whole
+    squares = sum((second - share * first) ** 2 for first, second in pairs)
+    return share, sqrt(squares * count / (count - 1)) / whole if count > 1 else float("inf")
+
+
+def expected_of(verifier: str | Path | None) -> Expected | None:
+    """What a verifier's report measured on its test prompts; None where there is none that says so.
+
+    A kind that was not chosen stands in `others/` of the folder whose report measured it.
+    """
+    folder = Path(verifier or "")
     try:
+        kind = json.loads((folder / "verifier.json").read_text(encoding="utf-8"))["kind"]
+        chosen = (folder / "report.json").is_file()
+        report = (folder if chosen else folder.parent.parent) / "report.json"
         content = json.loads(report.read_text(encoding="utf-8"))
-        return float(content["kinds"][content["chosen"]]["accepted_fraction"])
-    except (ValueError, KeyError, TypeError):
+        names = [content["chosen"]] if chosen else [name for name in content["kinds"] if name.split()[0] == kind]
+        (figures,) = [content["kinds"][name] for name in names]
+        return Expected(float(figures["accepted_fraction"]), figures.get("mean_confidence"))
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -96,6 +96,7 @@ class Request(Strict):
     top_k: Annotated[int, Field(ge=-1, strict=True)] | None = None  # -1, as vLLM has it, keeps all
     seed: int | None = None
     stop: str | list[str] | None = None
+    ignore_eos: bool = False
     n: Count | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -134,7 +135,7 @@ class Request(Strict):
     @property
     def as_calibrated(self) -> bool:
         """Whether nothing is asked for that the verifier was not calibrated with."""
-        return not self.parse.model_fields_set and not self.temperature
+        return not self.parse.model_fields_set and not self.temperature and not self.ignore_eos
 
     @property
     def include_usage(self) -> bool:
@@ -162,7 +163,7 @@ class Request(Strict):
         asked = self.parse.model_dump(exclude_unset=True)
         if "method" in asked and asked["method"] in ("target", "draft"):  # alone: without rounds
             chosen = {name: value for name, value in chosen.items() if name not in ROUNDS}
-        return chosen | asked | {"stop": self.stop}
+        return chosen | asked | {"stop": self.stop, "ignore_eos": self.ignore_eos}
 
 
 class Part(Strict):

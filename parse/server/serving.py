@@ -16,7 +16,7 @@ from parse.generation import Generation
 from parse.round import NoRoom, Round
 from parse.scheduler import Steps
 from parse.server import protocol
-from parse.server.metrics import Metrics
+from parse.server.metrics import Expected, Metrics
 from parse.server.protocol import Refused
 from parse.server.worker import Job, Worker
 
@@ -51,19 +51,19 @@ class Serving:
         name: str,
         defaults: dict[str, Any] | None = None,
         limits: Limits | None = None,
-        expected: float | None = None,
+        expected: Expected | None = None,
     ) -> None:
         """Set up.
 
         Args:
             defaults: arguments of `Engine.generate` for what a request does not say.
-            expected: the share of drafted tokens that was accepted in calibration, see `Metrics`.
+            expected: what calibration's test measured, see `Metrics`.
         """
         self.engine, self.name, self.defaults = engine, name, dict(defaults or {})
         self.limits, self.started = limits or Limits(), int(time.time())
         self.metrics = Metrics(name, expected)
         self.worker = Worker(engine.scheduler, self.limits.at_once)
-        self.closing = False
+        self.closing, self._preparing = False, 0  # answers that are about to be submitted
 
     def close(self) -> None:
         """Stop answering."""
@@ -99,7 +99,7 @@ class Serving:
             raise Refused(503, "the server answers nothing any more: its log says why")
         if (more := choices * prompts) > limits.at_once + limits.queue:
             raise Refused(422, f"{more} answers are asked for, and at most {limits.at_once + limits.queue} are at once")
-        if self.worker.count + more > limits.at_once + limits.queue:
+        if self.worker.count + self._preparing + more > limits.at_once + limits.queue:
             raise Refused(429, f"{self.worker.waiting} answers wait, and at most {limits.queue} may: try later")
 
     async def rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
@@ -108,7 +108,12 @@ class Serving:
         Raises:
             Refused: for settings or a prompt that the engine refuses.
         """
-        return await asyncio.to_thread(self._rounds, asked, prompts, raw)
+        places = len(prompts) * (asked.n or 1)  # which nobody else may take meanwhile
+        self._preparing += places
+        try:
+            return await asyncio.to_thread(self._rounds, asked, prompts, raw)
+        finally:
+            self._preparing -= places
 
     def _rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
         made, field, most = list[Round](), "prompt" if raw else "messages", self.limits.prompt
