@@ -95,7 +95,9 @@ def _section(title: str, record: dict[str, Any], tables: Iterable[Table]) -> Ite
     yield f"## {title}"
     yield ""
     served = ", on a vLLM server: " + ", ".join(record["servers"]) if record.get("servers") else ""
-    yield f"{record['finished']}, commit {str(record['git_commit'])[:12]}, {record['hardware']}, {packages}{served}."
+    commit, _, changed = str(record["git_commit"]).partition("-")
+    commit = commit[:12] + (" with changes" if changed else "")
+    yield f"{record['finished']}, commit {commit}, {record['hardware']}, {packages}{served}."
     yield ""
     yield from map(markdown_table, tables)
 

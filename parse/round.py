@@ -21,6 +21,7 @@ from parse.model import Model, ModelSequence, Proposer, Stop
 from parse.sampling import Sampling, Written
 from parse.segments import Segmenter, cut, ends_segment
 from parse.text import (
+    before_stop,
     certain_text,
     encode_continuation,
     find_stop,
@@ -179,11 +180,16 @@ class Round:
     @property
     def text(self) -> str:
         """The answer so far, as far as it is certain; whole once it is finished."""
-        stops, finished = self.settings.stop, self.done
-        text = (text_of if finished else certain_text)(self.ids, self.tokenizer)
-        if (place := find_stop(text, stops)) is not None:
-            return text[:place]
-        return text if finished else text[: len(text) - undecided(text, stops)]
+        if not self.done:
+            return self.text_of_first(len(self.ids))
+        return before_stop(text_of(self.ids, self.tokenizer), self.settings.stop)
+
+    def text_of_first(self, count: int) -> str:
+        """The text of the first tokens, as far as it is certain while more may come; from any thread."""
+        stops = self.settings.stop
+        text = certain_text(self.ids[:count], self.tokenizer)
+        place = find_stop(text, stops)
+        return text[: len(text) - undecided(text, stops)] if place is None else text[:place]
 
     async def answer(self) -> Generation:
         """The algorithm."""

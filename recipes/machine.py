@@ -60,7 +60,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
+    """The commit; with "-dirty" after it where files differ from it."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "rev-parse", "HEAD"]
+        command = ["git", "describe", "--always", "--match=", "--abbrev=40", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None

@@ -227,6 +227,19 @@ def test_the_harness_generates_by_the_server_as_our_evaluation_does(served, fold
 
 
 @pytest.mark.slow
+def test_the_harness_generates_from_raw_texts_as_the_model_itself(served, folder):
+    pytest.importorskip("tenacity")
+    from lm_eval.models.huggingface import HFLM
+
+    written = harness("local-completions", "sums", folder, model_args=arguments(served, "completions"), limit=6)
+    model = HFLM(pretrained=served.engine.target, tokenizer=served.engine.tokenizer)
+    alone = harness(model, "sums", folder, limit=6)
+    ours, theirs = ([one["resps"] for one in found["samples"]["sums"]] for found in (written, alone))
+    assert ours == theirs
+    assert all(text for ((text,),) in ours)
+
+
+@pytest.mark.slow
 def test_the_harness_rates_choices_by_the_server_as_by_the_model_itself(served, folder):
     pytest.importorskip("tenacity")
     from lm_eval.models.huggingface import HFLM

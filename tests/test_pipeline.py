@@ -4,9 +4,13 @@ import itertools
 import json
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
+import httpx
+import openai
 import psutil
 import pytest
 import torch
@@ -272,6 +276,29 @@ def test_rollouts_take_up_no_training_prompt_after_their_time(words, recipe, tmp
     assert [len(prompts[split]) for split in SPLITS] == [4 - late, 4, 4]
     assert train([RECIPE, "rollouts", *options]) == 0
     assert len({row["number"] for row in load_from_disk(folder)}) == 12
+
+
+def test_a_run_is_served_as_it_was_calibrated(recipe, engine):
+    """By the command, as `make serve` does it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "parse", "serve", "--run", str(recipe.folder), "--port", str(port)]
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    prompt = draw_prompts(TASKS["ledger"], "test", 1, seed=6)[0]
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
+        answer = client.chat.completions.create(
+            model=recipe.name, messages=[{"role": "user", "content": prompt}], max_tokens=200
+        )
+        assert answer.choices[0].message.content == engine.generate(prompt, 200)[0].text
+        figures = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert "parse:calibration_drift{" in figures
+        assert "parse:confidence_drift{" in figures
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert f"serving {recipe.name} at" in said
 
 
 def test_a_verifier_is_measured_on_the_drafts_of_another_run(words, recipe, capsys):

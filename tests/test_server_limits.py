@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from parse.__main__ import main as parse_main
+from parse.round import Round
 from parse.server.app import Stream
 from parse.server.serving import Limits
 from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
@@ -191,6 +192,18 @@ def test_an_answer_that_breaks_ends_alone(engine):
         assert running.client.chat.completions.create(**CHAT).choices
         assert running.idle()
         assert httpx.get(f"{running.url}/health").status_code == 200
+    finally:
+        running.close()
+
+
+def test_a_text_that_cannot_be_told_ends_its_stream_alone(engine, monkeypatch):
+    running = Running(engine)
+    try:
+        monkeypatch.setattr(Round, "text_of_first", lambda *_: 1 / 0)
+        said = running.post("/v1/chat/completions", LONG).text
+        assert json.loads(said.removeprefix("data: "))["error"]["message"] == "the request failed: ZeroDivisionError"
+        assert running.idle()
+        assert running.client.chat.completions.create(**CHAT).choices
     finally:
         running.close()
 

@@ -66,8 +66,7 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
         elif isinstance(error, HTTPException):
             error = Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
         elif not isinstance(error, Refused):
-            log.error("a request failed", exc_info=error)
-            error = Refused(500, f"the request failed: {type(error).__name__}")
+            error = _broken(error)
         _failed(http, error.status, error.code)
         again = {IDENTITY: http.state.identity}  # also where the error is answered above `Identified`
         if error.status in (429, 503):
@@ -86,6 +85,12 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
     for path, route, method in ROUTES:
         app.add_api_route(path, route, methods=[method], dependencies=guard, response_model=None)
     return app
+
+
+def _broken(error: Exception) -> Refused:
+    """What a client hears of an error of ours; the log has the rest."""
+    log.error("a request failed", exc_info=error)
+    return Refused(500, f"the request failed: {type(error).__name__}")
 
 
 class Identified:
@@ -344,7 +349,8 @@ async def _events(http: Request, form: Format, rounds: Sequence[Round]) -> Async
         _note(http, form, [job.result for job in jobs], form.usage(tokens))
     except Gone:
         return
-    except Refused as error:  # too late for a status
+    except Exception as problem:  # too late for a status
+        error = problem if isinstance(problem, Refused) else _broken(problem)
         status = error.status
         yield _event(error.body)
     finally:
@@ -360,9 +366,10 @@ async def _chunks(
     async for _ in changes:
         tokens = sum(job.tokens for job in jobs)
         for i, job in enumerate(jobs):
-            done, text, count = job.done, job.text, job.segments  # `done` first: then the others are final
+            done, written, count = job.done, job.tokens, job.segments  # `done` first: then the others are final
             if done and job.failed:
                 continue  # `changes` says why
+            text = job.result.text if done else rounds[i].text_of_first(written)
             more = [] if done else rounds[i].segments[settled[i] : count]
             if text[shown[i] :] or more:
                 yield form.chunk(i, text[shown[i] :], tokens, more)

@@ -27,11 +27,9 @@ class Job(Generic[T]):
     """A coroutine of a request: an answer, or another look at the models."""
 
     steps: Steps[T]
-    changed: Callable[[], None]  # called in the worker's thread: the text has grown, or the job is done
-    watched: Round | None = None  # whose text is told while it grows
-    broken: Exception | None = None  # why its text could not be told
-    text: str = ""  # of it, as far as it is certain
-    tokens: int = 0  # in it
+    changed: Callable[[], None]  # called in the worker's thread: the answer has grown, or the job is done
+    watched: Round | None = None  # the answer, where it is told while it grows
+    tokens: int = 0  # of it; their text is made where it is told, as that takes time which the models would wait
     segments: int = 0  # of it that are settled
     cancelled: bool = False
     task: Task[T] | None = field(default=None, repr=False)
@@ -41,7 +39,7 @@ class Job(Generic[T]):
     @property
     def failed(self) -> bool:
         """Whether it ended without a result."""
-        return self.broken is not None or (self.task is not None and self.task.failed)
+        return self.task is not None and self.task.failed
 
     @property
     def result(self) -> T:
@@ -50,8 +48,6 @@ class Job(Generic[T]):
         Raises:
             whatever it raised; `Cancelled` where it was cancelled.
         """
-        if self.broken is not None:
-            raise self.broken
         assert self.task is not None
         return self.task.result
 
@@ -131,18 +127,14 @@ class Worker:
         """Hand out what the last step has brought."""
         for job in self._jobs:
             assert job.task is not None
-            done, before = job.task.done, (job.text, job.segments)
-            try:
-                if (answer := job.watched) is not None:
-                    job.text, job.tokens, job.segments = answer.text, len(answer.ids), len(answer.segments)
-            except Exception as error:  # of whatever kind: it ends this job alone
-                self.scheduler.cancel(job.task)
-                job.broken, done = error, True
+            done, before = job.task.done, (job.tokens, job.segments)
+            if (answer := job.watched) is not None:
+                job.tokens, job.segments = len(answer.ids), len(answer.segments)
             if done:
                 job.ended = time.perf_counter()
                 with self._lock:
                     self.count -= 1
             job.done = done  # last: whoever sees it finds all else in its place
-            if done or (job.text, job.segments) != before:
+            if done or (job.tokens, job.segments) != before:
                 job.changed()
         self._jobs = [job for job in self._jobs if not job.done]
