@@ -99,14 +99,14 @@ def comparison(runs: Runs) -> str:
     """The page: the runs' sentences, their methods side by side, then all that each run's own page holds."""
     told = [f"{name}: {text}" for name, run in runs.items() if (text := sentence(run.summary))]
     parts, answers = side_by_side(runs), list[dict[str, Any]]()
-    filters: dict[str, str] = {}
+    filters = {"all": "all runs"}
     for number, (name, run) in enumerate(runs.items()):
         own = report_parts(run.summary, run.verifier)
         parts += [part._replace(title=_of(name, part.title)) for part in own]
         shown, kinds = transcripts(run.outcomes)
         for one in shown:
-            marked = [f"{kind}-{number}" for kind in one["kinds"]]
-            answers.append({**one, "kinds": marked, "title": _of(name, one["title"])})
+            own_kinds = [f"{kind}-{number}" for kind in one["kinds"]]
+            answers.append({**one, "kinds": ["all", *own_kinds], "title": _of(name, one["title"])})
         filters |= {f"{kind}-{number}": f"{name}: {words}" for kind, words in kinds.items()}
     return page("PARSE: runs side by side", told, parts, answers, filters)
 

@@ -160,7 +160,7 @@ def test_runs_are_compared_side_by_side(tmp_path, capsys):
 
 def test_an_outcome_is_what_its_record_says():
     _, outcomes = figures()
-    for one in outcomes["parse"]:
+    for one in [*outcomes["parse"], replace(outcomes["parse"][0], error="gone")]:
         assert Outcome.of_record(json.loads(json.dumps(one.record))) == one
 
 
@@ -177,14 +177,22 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
-def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
-    """No overflow, no error, no request; contrast, names and headings as axe-core wants them; the filter filters."""
+@pytest.mark.parametrize(
+    ("width", "scheme", "runs"),
+    [(1200, "light", 1), (1200, "dark", 1), (390, "light", 1), (390, "dark", 1), (390, "light", 2)],
+)
+def test_the_page_in_a_browser(browser, tmp_path, width, scheme, runs):
+    """Of one run, and of two side by side.
+
+    No overflow, no error, no request; contrast, names and headings as axe-core wants them; the filter filters.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
     file = tmp_path / "report.html"
     file.write_text(page())
+    if runs > 1:
+        folders = [str(evaluated(tmp_path / f"a-run-with-a-long-name-{i}", 2.0)) for i in range(runs)]
+        assert evaluate(["compare", *folders, "--out", str(file)]) == 0
     view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     messages, requests = [], []
     view.on("console", lambda message: messages.append(message.text))
@@ -196,7 +204,7 @@ def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
     assert view.evaluate("document.documentElement.scrollWidth") <= width
     assert [one["id"] for one in Axe().run(view).response["violations"]] == []
     every = view.locator(".transcript:visible").count()
-    view.locator("#filter").select_option("wrong")
+    view.locator("#filter").select_option("wrong" if runs == 1 else "wrong-1")
     assert 0 < view.locator(".transcript:visible").count() < every
     assert messages == []
     assert requests == [file.as_uri()]
