@@ -26,7 +26,7 @@ HARDWARE = {  # bytes a second of memory, dense bfloat16 operations a second; fr
 }
 WEIGHT_BYTES = 2
 DRAFTS = (16, 64, 256)  # tokens of the passes that are measured
-STEPS, REPEATS = 24, 5
+STEPS, REPEATS = 24, 3
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,15 @@ def parameters(text: str) -> float:
     return float(found[1]) * {"B": 1e9, "M": 1e6, "": 1}[found[2]]
 
 
-def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads: Sequence[int]) -> Costs:
+def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads: Sequence[int], answer: int) -> Costs:
     """The costs of one of an engine's models: the medians of several measurements, after one to warm up.
+
+    A step costs more as the text grows, so whole answers are written.
 
     Args:
         role: "target" or "draft".
         prompts: token ids, at least as many as the largest load.
+        answer: tokens of an answer; fewer are written where the model's context ends before.
     """
     from eval.bench.fakes import endless
     from eval.generation import write_all
@@ -98,6 +101,8 @@ def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads:
     from parse.verifiers import Needs
 
     model = engine.models[role]
+    room = answer if model.context_length is None else model.context_length - max(map(len, prompts)) - 1
+    length = max(min(answer, room), 1)
 
     def writing(count: int, limit: int) -> float:
         with endless(engine):
@@ -119,7 +124,7 @@ def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads:
         return median([measure() for _ in range(REPEATS + 1)][1:])
 
     steps = {
-        count: often(lambda count=count: (writing(count, 1 + STEPS) - writing(count, 1)) / STEPS)  # type: ignore[misc]
+        count: often(lambda count=count: (writing(count, 1 + length) - writing(count, 1)) / length)  # type: ignore[misc]
         for count in loads
     }
     passes = {1: steps[min(steps)]} | {size: often(partial(lambda n: run(passing(n)), size)) for size in DRAFTS}

@@ -282,12 +282,13 @@ def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload,
     prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts][: max(LOADS)]
     loads = [count for count in LOADS if count <= len(prompts)]
     ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
-    costs = {role: measured(engine, role, ids[role], loads) for role in ("target", "draft")}
+    run = observed(recipe, engine.encode)
+    work = run.work if run else Workload(prompt=len(ids["target"][0]), handback=recipe.engine.handback)
+    answer = min(round(work.answer), recipe.engine.max_new_tokens)
+    costs = {role: measured(engine, role, ids[role], loads, answer) for role in ("target", "draft")}
     if recipe.engine.lookahead:
         repairs = {count: repairing(engine, prompts[:count], recipe.engine.lookahead) for count in loads}
         costs["target"] = replace(costs["target"], repairs=repairs)
-    run = observed(recipe, engine.encode)
-    work = run.work if run else Workload(prompt=len(ids["target"][0]), handback=recipe.engine.handback)
     return costs, work, run
 
 
