@@ -26,7 +26,8 @@ class Evaluated(NamedTuple):
 
     summary: dict[str, Any]  # what eval/summary.json holds
     outcomes: dict[str, list[Outcome]]  # by method, those of `SHOWN`
-    verifier: dict[str, Any] | None  # the verifier's report, where it has one
+    verifier: dict[str, Any] | None  # the verifier's report, where it has one that is still there
+    made: dict[str, Any]  # how, by provenance.json
 
 
 Runs = Mapping[str, Evaluated]  # by run folder
@@ -63,6 +64,7 @@ def _evaluated(folder: Path) -> Evaluated:
         lines = (folder / "eval" / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder} cannot be read ({error}): name run folders that `python -m eval` wrote") from error
+    made = folder / "provenance.json"
     try:
         outcomes: dict[str, list[Outcome]] = {}
         for record in map(json.loads, lines):
@@ -70,11 +72,14 @@ def _evaluated(folder: Path) -> Evaluated:
                 outcomes.setdefault(record["method"], []).append(Outcome.of_record(record))
         verifier = read_report(Path(summary["verifier"])) if summary["verifier"] else None
         report_parts(summary, verifier)
+        stages = json.loads(made.read_text(encoding="utf-8"))["stages"] if made.is_file() else {}
+    except RecipeError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise RecipeError(
             f"{folder} was evaluated by another version ({error!r}): run `python -m eval` on that run again"
         ) from error
-    return Evaluated(summary, outcomes, verifier)
+    return Evaluated(summary, outcomes, verifier, stages.get("eval", {}))
 
 
 def side_by_side(runs: Runs) -> list[Part]:
@@ -96,9 +101,9 @@ def _at_load(at_once: int, runs: Runs) -> Part:
 
 
 def comparison(runs: Runs) -> str:
-    """The page: the runs' sentences, their methods side by side, then all that each run's own page holds."""
+    """The page: the runs' sentences, their methods side by side, how each was made, then the parts of its own page."""
     told = [f"{name}: {text}" for name, run in runs.items() if (text := sentence(run.summary))]
-    parts, answers = side_by_side(runs), list[dict[str, Any]]()
+    parts, answers = [*side_by_side(runs), _made(runs)], list[dict[str, Any]]()
     filters = {"all": "all runs"}
     for number, (name, run) in enumerate(runs.items()):
         own = report_parts(run.summary, run.verifier)
@@ -109,6 +114,18 @@ def comparison(runs: Runs) -> str:
             answers.append({**one, "kinds": ["all", *own_kinds], "title": _of(name, one["title"])})
         filters |= {f"{kind}-{number}": f"{name}: {words}" for kind, words in kinds.items()}
     return page("PARSE: runs side by side", told, parts, answers, filters)
+
+
+def _made(runs: Runs) -> Part:
+    facts = {name: {**run.made, **run.made.get("packages", {})} for name, run in runs.items()}
+    names = [
+        "finished",
+        "hardware",
+        "git_commit",
+        *dict.fromkeys(chain(*(run.made.get("packages", {}) for run in runs.values()))),
+    ]
+    rows = [[fact, *(str(each.get(fact) or "-") for each in facts.values())] for fact in names]
+    return Part("How these were made", ["what", *runs], rows, folded=True)
 
 
 def _of(run: str, title: str) -> str:

@@ -26,7 +26,7 @@ HARDWARE = {  # bytes a second of memory, dense bfloat16 operations a second; fr
 }
 WEIGHT_BYTES = 2
 DRAFTS = (16, 64, 256)  # tokens of the passes that are measured
-STEPS, REPEATS = 24, 3
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return perf_counter() - started
 
 
-def repairing(engine: Engine, prompts: Sequence[Any], lookahead: int) -> float:
-    """Seconds of a step in which the target writes a token of each answer, the draft proposing so many at a time."""
+def repairing(engine: Engine, prompts: Sequence[Any], lookahead: int, answer: int) -> float:
+    """Seconds of a step in which the target writes a token of each answer, the draft proposing so many at a time.
+
+    Args:
+        answer: tokens of an answer, at most.
+    """
 
     def writing(limit: int) -> tuple[float, int]:
         started = perf_counter()
@@ -148,6 +152,6 @@ def repairing(engine: Engine, prompts: Sequence[Any], lookahead: int) -> float:
 
     found = []
     for _ in range(REPEATS):
-        (first, few), (last, many) = writing(1), writing(1 + 2 * STEPS)
+        (first, few), (last, many) = writing(1), writing(1 + answer)
         found.append((last - first) * len(prompts) / max(many - few, 1))
     return median(found)

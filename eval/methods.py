@@ -71,8 +71,8 @@ class Outcome:
     @property
     def record(self) -> dict[str, Any]:
         """As a line of `transcripts.jsonl` holds it."""
-        own = {"prompt": self.prompt, "right": self.right, "seconds": self.seconds}
-        return {**own, **asdict(self.generation), "error": self.error}
+        own = {"prompt": self.prompt, "right": self.right, "seconds": self.seconds, "failure": self.error}
+        return {**own, **asdict(self.generation)}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Outcome:
@@ -80,7 +80,7 @@ class Outcome:
         values = {field.name: record[field.name] for field in fields(Generation)}
         values["segments"] = [Segment(**segment) for segment in record["segments"]]
         generation = Generation(**{**values, "stats": Stats(**record["stats"])})
-        return cls(record["prompt"], generation, record["right"], record["seconds"], error=record["error"])
+        return cls(record["prompt"], generation, record["right"], record["seconds"], error=record["failure"])
 
 
 def methods_of(recipe: Recipe, engine: Engine, prompts: Sequence[Prompt]) -> list[str]:

@@ -25,7 +25,7 @@ from recipes.schema import Recipe, RecipeError
 if TYPE_CHECKING:
     from parse import Engine
 
-LOADS = (1, 8, 32)  # requests at once
+LOADS = (1, 8, 32)  # requests at once; the last one is measured on a GPU alone
 HORIZONS = (1, 2, 4, 8, None)  # segments that the draft writes at a time; None is the whole answer
 RIGHT = (0.8, 0.9, 0.95, 0.98, 1.0)
 SIZES = (0.5, 1, 2, 4)  # of the draft, by its time
@@ -250,7 +250,7 @@ def _main(options: argparse.Namespace) -> int:
         costs = {role: published(options.hardware, parameters(getattr(options, role))) for role in ("target", "draft")}
         work, run, origin = Workload(), None, f"predicted from the data sheet of {options.hardware}, not measured"
     elif options.recipe:
-        costs, work, run = _of_recipe(options)
+        costs, work, run = _of_recipe(options, given)
         origin = "forward passes measured on this machine; the speed-ups are predicted from them"
     else:
         raise RecipeError("name a recipe, or give --hardware, --target and --draft")
@@ -260,7 +260,8 @@ def _main(options: argparse.Namespace) -> int:
         f"prompts of {work.prompt:.0f} tokens, answers of {work.answer:.0f}, segments of {work.segment:.0f}, "
         f"{work.right:.1%} of them accepted\n"
     )
-    for table in tables(work, costs):
+    loads = [count for count in LOADS if count <= max(costs["target"].steps)]
+    for table in tables(work, costs, loads):
         print(f"{text_table(table)}\n")
     if run is not None:
         print(f"{text_table(explained(run, costs))}\n")
@@ -268,26 +269,31 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _of_recipe(options: argparse.Namespace) -> tuple[dict[str, Costs], Workload, Observed | None]:
+def _of_recipe(
+    options: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[dict[str, Costs], Workload, Observed | None]:
     """The costs of the recipe's pair, and what its run was asked and took, where there is one."""
+    import torch
+
     from eval.prompts import prompts_of
     from eval.tasks import load_task
     from recipes.schema import load_recipe, to_dict
 
     recipe = load_recipe(options.recipe, options.overrides)
     engine = _engine_of(recipe)
+    usable = LOADS if torch.cuda.is_available() else LOADS[:-1]
     if recipe.engine.compile is not False:
-        engine.warm_up(max(LOADS))
+        engine.warm_up(max(usable))
     task = load_task(recipe.task, to_dict(recipe.data))
-    prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts][: max(LOADS)]
-    loads = [count for count in LOADS if count <= len(prompts)]
+    prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts][: max(usable)]
+    loads = [count for count in usable if count <= len(prompts)]
     ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
     run = observed(recipe, engine.encode)
     work = run.work if run else Workload(prompt=len(ids["target"][0]), handback=recipe.engine.handback)
-    answer = min(round(work.answer), recipe.engine.max_new_tokens)
+    answer = min(round(given.get("answer", work.answer)), recipe.engine.max_new_tokens)
     costs = {role: measured(engine, role, ids[role], loads, answer) for role in ("target", "draft")}
     if recipe.engine.lookahead:
-        repairs = {count: repairing(engine, prompts[:count], recipe.engine.lookahead) for count in loads}
+        repairs = {count: repairing(engine, prompts[:count], recipe.engine.lookahead, answer) for count in loads}
         costs["target"] = replace(costs["target"], repairs=repairs)
     return costs, work, run
 

@@ -69,17 +69,17 @@ def console_table(rows: Sequence[dict[str, Any]]) -> str:
     """The methods as text, one a line."""
     lines = [
         f"{'method':16s}{'accuracy':>9s} {'95% interval':>15s}{'speed-up':>10s} {'95% interval':>14s}"
-        f"{'s/request':>11s}{'first token':>13s}{'accepted':>10s}{'vs target':>11s}"
+        f"{'s/request':>11s}{'first token':>13s}{'accepted':>10s}{'lookahead':>11s}{'vs target':>11s}"
     ]
     for row in rows:
         low, high = row["accuracy_ci95"]
         slow, fast = row["speedup_ci95"]
-        kept = row["accepted_fraction"] if row["accepted_fraction"] is not None else row["confirmed_fraction"]
         lines.append(
             f"{row['name']:16s}{row['accuracy']:9.1%} {f'{low:.1%}-{high:.1%}':>15s}{row['speedup']:9.2f}x "
             f"{f'{slow:.2f}-{fast:.2f}':>14s}{_number(row['seconds_per_request'], 3):>11s}"
             f"{_number(row['first_token_seconds'], 3):>12s}s"
-            f"{_percent(kept):>10s}{row['accuracy_difference'] * 100:+9.1f}pt"
+            f"{_percent(row['accepted_fraction']):>10s}{_percent(row['confirmed_fraction']):>11s}"
+            f"{row['accuracy_difference'] * 100:+9.1f}pt"
         )
     return "\n".join(lines)
 

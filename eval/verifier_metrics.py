@@ -195,19 +195,21 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         harmonic mean of how often the first invalid cut of a wrong draft is found and how often none is found in a
         right one (ProcessBench's, arXiv 2412.06559); `accepted_fraction` of the drafts' tokens and
         `oracle_accepted_fraction`, that of who knows the labels; `accuracy_loss`; `ece`, the expected calibration error
-        of the confidences as probabilities; `mean_confidence` of all cuts. Not a number where there is nothing to
+        of the confidences as probabilities; `mean_confidence` of all cuts that the policy looks at; `accepted_error`
+        and `confidence_error`, the standard errors of those two means by drafts. Not a number where there is nothing to
         measure.
     """
     confidences, valid = judgements(scored)
-    accepted = oracle = total = 0
+    kept = [[0, *one.draft.ends][keeps(one, threshold, policy)] for one in scored]
+    sizes = [one.draft.ends[-1] for one in scored]
+    stated = [one.confidences[-1:] if policy == "whole" else one.confidences for one in scored]  # as a server sees them
+    oracle = 0
     found: dict[bool, list[bool]] = {True: [], False: []}  # by whether the draft is wrong
     for one in scored:
         ends, labels = [0, *one.draft.ends], one.draft.valid
         if one.draft.target_right:
             found[not all(labels)].append(accept(one.confidences, threshold) == valid_cuts(labels))
-        accepted += ends[keeps(one, threshold, policy)]
         oracle += ends[valid_cuts(labels)]
-        total += ends[-1]
     located, spared = _mean(found[True]), _mean(found[False])
     return {
         "auc": float(roc_auc_score(valid, confidences)) if 0 < valid.sum() < len(valid) else float("nan"),
@@ -215,12 +217,26 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         "false_accept_rate": _mean(confidences[~valid] >= threshold),
         "false_reject_rate": _mean(confidences[valid] < threshold),
         "first_error_f1": 2 * located * spared / (located + spared) if located + spared else 0.0,
-        "accepted_fraction": accepted / total,
-        "oracle_accepted_fraction": oracle / total,
+        "accepted_fraction": sum(kept) / sum(sizes),
+        "oracle_accepted_fraction": oracle / sum(sizes),
         "accuracy_loss": accuracy_loss(scored, threshold, policy),
         "ece": _calibration_error(confidences, valid),
-        "mean_confidence": _mean([confidence for one in scored for confidence in one.confidences]),
+        "accepted_error": _ratio_error(kept, sizes),
+        "mean_confidence": sum(map(sum, stated)) / max(sum(map(len, stated)), 1),
+        "confidence_error": _ratio_error(list(map(sum, stated)), list(map(len, stated))),
     }
+
+
+def _ratio_error(parts: Sequence[float], wholes: Sequence[float]) -> float:
+    """The standard error of the sum of n parts over that of their wholes, by a ratio estimate's residuals.
+
+    Cochran, Sampling Techniques (1977), section 6.4, without the correction for a finite population.
+    """
+    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)  # [n] each
+    if len(part) < 2 or not whole.sum():
+        return float("nan")
+    residuals = part - part.sum() / whole.sum() * whole  # [n]
+    return float(np.sqrt((residuals**2).sum() * len(part) / (len(part) - 1)) / whole.sum())
 
 
 def _calibration_error(confidences: np.ndarray, valid: np.ndarray) -> float:

@@ -223,7 +223,8 @@ class Engine:
                 speculation: the target's words, in fewer passes); with other tokens than the target's, as text.
             stop: strings that end an answer where the first of them begins; that one is not part of its text, and its
                 tokens are the last ones of the answer.
-            ignore_eos: an end token ends nothing, so that every answer has `max_new_tokens`: for measurements.
+            ignore_eos: an end token ends nothing, so that answers are as long as they may be: for measurements, as no
+                threshold is calibrated for it.
             batch_size: answer at most so many prompts at once. Each goes through its rounds by itself; whatever
                 passes they need of a model at a moment run as one. 1 gives the least seconds a request.
             raw: prompts are the whole text that the models read: no chat template, and control tokens count.

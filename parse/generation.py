@@ -92,6 +92,8 @@ class Settings:
             raise ValueError(f"top_p={self.top_p} is no share of the probability: use a number above 0, up to 1")
         if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ValueError(f"stop={self.stop!r:.100}: use None, a string, or a list of strings, none of them empty")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r}: use True or False")
         if self.seed is not None:
             whole_number("seed", self.seed, least=0, most=2**63 - 1, other="None or ")
 

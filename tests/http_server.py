@@ -10,7 +10,7 @@ import uvicorn
 
 from parse import Engine
 from parse.server.app import create_app
-from parse.server.metrics import Expected
+from parse.server.metrics import Expectation, Expected
 from parse.server.serving import Serving
 from parse.verifiers import Likelihood
 
@@ -24,7 +24,9 @@ class Running:
 
     def __init__(self, engine, limits=None, **options):
         self.engine = engine
-        self.serving = Serving(engine, "tiny", {"max_new_tokens": 40}, limits, expected=Expected(0.5, 0.5))
+        self.serving = Serving(
+            engine, "tiny", {"max_new_tokens": 40}, limits, expected=Expected(Expectation(0.5), Expectation(0.5))
+        )
         config = uvicorn.Config(create_app(self.serving, **options), port=0, log_level="error")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)  # a test that fails does not wait for it

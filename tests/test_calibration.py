@@ -110,6 +110,10 @@ def test_figures_leave_out_what_the_target_gets_wrong_too():
         assert figures[key] == alone[key], key
     assert figures["accepted_fraction"] == pytest.approx((2 + 1 + 1 + 2) / 7)
     assert alone["accepted_fraction"] == pytest.approx(4 / 5)
+    # kept are 2, 1 and 1 of 2, 2 and 1 tokens, so the residuals from 4/5 are 0.4, -0.6 and 0.2
+    assert alone["accepted_error"] == pytest.approx(math.sqrt(0.56 * 3 / 2) / 5)
+    assert alone["mean_confidence"] == pytest.approx((0.9 + 0.7 + 0.8 + 0.2 + 0.6) / 5)
+    assert measure(data, 0.5, "whole")["mean_confidence"] == pytest.approx((0.7 + 0.2 + 0.6) / 3)
     assert all(math.isnan(measure([lost], 0.5)[key]) for key in ("auc", "ece"))
 
 

@@ -58,6 +58,8 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
     assert all(0 <= kept <= proposed <= lookahead for proposed, kept in told)
     of_target = len(written.ids) - sum(kept for _, kept in told)  # a token before each pass, or after the last
     assert len(told) <= of_target <= len(told) + 1
+    if proposer == "same":  # whatever ends the text, nothing that it proposed was wrong
+        assert all(kept == proposed for proposed, kept in told)
     assert target.ids == alone.ids
     torch.testing.assert_close(run(target.next_logits()), run(alone.next_logits()), atol=1e-4, rtol=1e-4)
     for mine, theirs in zip(target.runner.cache.states(), alone.runner.cache.states(), strict=True):
@@ -202,6 +204,19 @@ def test_an_engine_that_looks_ahead_answers_the_same(target, draft, tokenizer, m
     assert ahead.finish_reason == plain.finish_reason
     assert [(s.text, s.source) for s in ahead.segments] == [(s.text, s.source) for s in plain.segments]
     assert "".join(engine.stream(PROMPT, max_new_tokens=40, method=method, lookahead=3, **ways)) == plain.text
+
+
+@pytest.mark.parametrize("method", ["target", "parse"])
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_an_end_that_is_ignored_is_a_token_like_others(target, draft, tokenizer, monkeypatch, method, lookahead):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood("mean", "segment", 0.05), segments=4, compile=False)
+    ways = {"method": method, "lookahead": lookahead}
+    plain = engine.generate(PROMPT, 40, **ways)[0]
+    for model in engine.models.values():
+        monkeypatch.setattr(model.runner, "eos_ids", frozenset(plain.token_ids[5:9]))
+    assert len(engine.generate(PROMPT, 40, **ways)[0].token_ids) < 9
+    ignored = engine.generate(PROMPT, 40, ignore_eos=True, **ways)[0]
+    assert (ignored.token_ids, ignored.finish_reason) == (plain.token_ids, plain.finish_reason)
 
 
 @pytest.mark.parametrize("method", ["target", "parse"])

@@ -69,6 +69,16 @@ def encode(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_an_end_that_is_ignored_by_a_server(server, target, draft, tokenizer):
+    away, here = engines(server, target, draft, tokenizer)
+    expected = [one.token_ids for one in here.generate(LISTS, 16, method="target")]
+    model = replace(away.models["target"], eos_ids=frozenset(expected[0][5:6]))
+    away.models["target"] = away.pair.target = model
+    assert len(away.generate(LISTS, 16, method="target")[0].token_ids) < 6
+    found = away.generate(LISTS, 16, method="target", ignore_eos=True)
+    assert [one.token_ids for one in found] == expected
+
+
 def test_both_models_may_be_on_a_server(server, target, tokenizer):
     model = RemoteModel.connect(f"{server.url}#tiny", FAST)
     away = Engine(model, tokenizer, model, tokenizer, Likelihood(), 4)

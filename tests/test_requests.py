@@ -123,6 +123,7 @@ def test_prompts_come_as_text_messages_or_lists(target, draft, tokenizer):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"horizon": 0}, "horizon=0"),
         ({"lookahead": -1}, "lookahead=-1: use a whole number from 0 on"),
+        ({"ignore_eos": "no"}, "ignore_eos='no': use True or False"),
         ({"lookahead": 1.5}, "lookahead=1.5: use a whole number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
         ({"max_new_tokens": True}, "max_new_tokens=True"),

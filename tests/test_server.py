@@ -15,7 +15,7 @@ from parse import Engine, Generation, Segment
 from parse.generation import Stats
 from parse.local.model import LocalModel
 from parse.remote.model import RemoteModel
-from parse.server.metrics import Expected, Metrics, expected_of, ratio
+from parse.server.metrics import Expectation, Expected, Metrics, expected_of
 from parse.text import eos_ids
 from parse.verifiers import Likelihood
 from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
@@ -282,7 +282,7 @@ def test_the_async_client_at_once(running):
 
 
 def test_figures_for_prometheus(running):
-    answers = [running.client.chat.completions.create(**CHAT) for _ in range(2)]
+    answers = [running.client.chat.completions.create(**CHAT | {"max_tokens": 40}) for _ in range(2)]
     running.post("/v1/chat/completions", CHAT | {"model": "other"})
     lines = httpx.get(f"{running.url}/metrics").text.splitlines()
     figures = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -309,16 +309,17 @@ def test_figures_for_prometheus(running):
 @pytest.mark.parametrize(
     ("accepted", "confidences", "alarm"),
     [
-        ([5, 7] * 10, [0.6, 0.8] * 10, 0),  # as expected
-        ([2, 4] * 10, [0.6, 0.8] * 10, 1),  # less is accepted
-        ([5, 7] * 10, [0.8, 1.0] * 10, 1),  # too sure of what it judges
-        ([2, 4] * 9, [0.6, 0.8] * 9, 0),  # too few to say
-        ([10, 0] * 10, [0.6, 0.8] * 10, 0),  # less is accepted, and by chance it may be
+        ([5, 7] * 25, [0.6, 0.8] * 25, 0),  # as expected
+        ([3, 5] * 25, [0.6, 0.8] * 25, 1),  # less is accepted
+        ([5, 7] * 25, [0.8, 1.0] * 25, 1),  # too sure of what it judges
+        ([3, 5] * 24, [0.6, 0.8] * 24, 0),  # too few to say
+        ([4, 6] * 25, [0.6, 0.8] * 25, 0),  # less is accepted, as chance may have it
     ],
 )
 def test_a_drift_beyond_chance_alarms(accepted, confidences, alarm):
-    """Expected are 6 of 10 tokens and a confidence of 0.7."""
-    metrics = Metrics("tiny", Expected(0.6, 0.7))
+    """Expected are 6 of 10 tokens and a confidence of 0.7, and 4 standard errors of fifty answers are 0.16."""
+    error = 0.04 / 2**0.5  # as many drafts as answers
+    metrics = Metrics("tiny", Expected(Expectation(0.6, error, 50), Expectation(0.7, error, 50)))
     for tokens, confidence in zip(accepted, confidences, strict=True):
         stats = Stats(draft_tokens=10, accepted_tokens=tokens, verify_passes=1)
         segments = [Segment("fig", "draft", confidence, True)]
@@ -330,24 +331,36 @@ def test_a_drift_beyond_chance_alarms(accepted, confidences, alarm):
     assert value("parse:calibration_alarm") == alarm
 
 
-def test_the_standard_error_of_a_ratio():
-    """By hand: 6 of 10 and 4 of 10 leave residuals of 1 and -1 from a half; sqrt(2 * 2 / 1) / 20."""
-    assert ratio([(10, 6), (10, 4)]) == (0.5, 0.1)
-
-
 def test_what_calibration_expected_of_a_verifier(tmp_path):
-    """The chosen kind by its own report, another one by the same report."""
-    other = tmp_path / "others" / "folded"
-    other.mkdir(parents=True)
-    for folder, kind in ((tmp_path, "probe"), (other, "folded")):
-        (folder / "verifier.json").write_text(json.dumps({"kind": kind}))
+    """The chosen kind by its own report, another one by the same report, a rule by its threshold."""
+    folders = {"probe": tmp_path, **{kind: tmp_path / "others" / kind for kind in ("folded", "likelihood")}}
+    for kind, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "verifier.json").write_text(json.dumps({"kind": kind, "threshold": 0.25}))
     assert expected_of(tmp_path) is None
-    figures = {"accepted_fraction": 0.5, "mean_confidence": 0.75}
-    kinds = {"probe": figures, "folded": {"accepted_fraction": 0.25}}
-    (tmp_path / "report.json").write_text(json.dumps({"chosen": "probe", "kinds": kinds}))
-    assert expected_of(tmp_path) == Expected(0.5, 0.75)
-    assert expected_of(other) == Expected(0.25, None)
+    more = {"accepted_error": 0.02, "mean_confidence": 0.75, "confidence_error": 0.01}
+    kinds = {
+        "probe": {"accepted_fraction": 0.5, "threshold": 0.25, **more},
+        "folded": {"accepted_fraction": 0.4, "threshold": 0.25},
+        "likelihood mean segment": {"accepted_fraction": 0.3, "threshold": 0.125},
+        "likelihood mean prefix": {"accepted_fraction": 0.2, "threshold": 0.25},
+    }
+    (tmp_path / "report.json").write_text(json.dumps({"chosen": "probe", "kinds": kinds, "n_prompts": 9}))
+    assert expected_of(tmp_path) == Expected(Expectation(0.5, 0.02, 9), Expectation(0.75, 0.01, 9))
+    assert expected_of(folders["folded"]).accepted.mean == 0.4
+    assert expected_of(folders["folded"]).confidence is None
+    assert expected_of(folders["likelihood"]).accepted.mean == 0.2
     assert expected_of(None) is None
+
+
+def test_an_answer_that_is_cut_short_says_nothing_of_the_calibration(running):
+    """By its limit, or by a stop string: as 16 tokens of a completion are, where nothing is said."""
+    running.client.chat.completions.create(**CHAT)
+    running.client.chat.completions.create(**CHAT, stop=["zzz"])
+    running.post("/v1/completions", {"model": "tiny", "prompt": PROMPT})
+    assert len(running.serving.metrics._kept) == 0
+    running.client.chat.completions.create(**CHAT | {"max_tokens": 40})
+    assert len(running.serving.metrics._kept) == 1
 
 
 def test_many_clients_get_the_answers_that_they_get_alone(running):

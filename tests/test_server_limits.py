@@ -16,7 +16,9 @@ import pytest
 from parse.__main__ import main as parse_main
 from parse.round import Round
 from parse.server.app import Stream
+from parse.server.protocol import Chat, read
 from parse.server.serving import Limits
+from parse.server.worker import Job
 from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
 
 
@@ -64,6 +66,32 @@ def test_limits_have_statuses_of_their_own(engine):
         running.close()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_that_come_together_take_no_place_that_is_taken(engine, slow, stream):
+    """Of twelve at once one is answered at a time, streamed or whole."""
+    running = Running(engine, Limits(at_once=1, queue=0))
+    most, submit, statuses = [], running.serving.worker.submit, []
+
+    def counting(job):
+        submit(job)
+        most.append(running.serving.worker.count)
+
+    running.serving.worker.submit = counting
+    ask = lambda: statuses.append(running.post("/v1/completions", TEXT | {"stream": stream}).status_code)
+    try:
+        for _ in range(3):
+            threads = [threading.Thread(target=ask) for _ in range(12)]
+            for one in threads:
+                one.start()
+            for one in threads:
+                one.join(60)
+        assert {*statuses} == {200, 429}
+        assert max(most) == 1
+        assert running.idle()
+    finally:
+        running.close()
+
+
 def test_places_are_kept_for_requests_that_are_being_read(engine, monkeypatch):
     """Two that come together do not both take the last place."""
     running = Running(engine, Limits(at_once=1, queue=0))
@@ -105,15 +133,48 @@ def test_a_body_that_does_not_come_is_given_up(engine):
 
 
 def test_a_stream_that_nobody_reads_is_cut_off():
+    told = []
+
     async def events():
-        yield "data: 1"
-        raise AssertionError("nobody has read the first")
+        try:
+            yield "data: 1"
+            raise AssertionError("nobody has read the first")
+        finally:
+            told.append("closed")
 
     async def never(message):
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    asyncio.run(asyncio.wait_for(Stream(events(), seconds=0.1).stream_response(never), 20))
+    stream = Stream(events(), 0.1, lambda: told.append("ended"))
+    asyncio.run(asyncio.wait_for(stream.stream_response(never), 20))
+    assert told == ["closed", "ended"]
+
+
+def test_a_client_that_leaves_before_its_stream_begins_frees_its_row(engine, slow):
+    """What it has asked for runs already, and nobody has begun to read."""
+
+    async def gone(_):
+        raise OSError("the connection is closed")
+
+    async def asking(serving):
+        rounds = await serving.rounds(read(Chat, json.dumps(LONG).encode()), [PROMPT], raw=False)
+        jobs = serving.start([Job(each.answer(), lambda: None, watched=each) for each in rounds])
+        assert serving.worker.count == 1
+        stream = Stream(_nothing(), 60, lambda: serving.cancel(jobs))
+        with pytest.raises(OSError, match="closed"):
+            await stream.stream_response(gone)
+
+    async def _nothing():
+        yield ""
+
+    running = Running(engine)
+    try:
+        asyncio.run(asking(running.serving))
+        assert running.idle()
+        assert len(slow) < 300
+    finally:
+        running.close()
 
 
 @pytest.fixture

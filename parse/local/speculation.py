@@ -45,7 +45,7 @@ async def speculate(
 
     Args:
         crossing: for a draft with other tokens.
-        on_pass: is told after each pass how many tokens were proposed, and how many of them kept.
+        on_pass: is told after each pass over proposals how many tokens they were, and how many of them were kept.
     """
     written: list[int] = []
     # the draft's ends may be among the proposals
@@ -76,11 +76,13 @@ async def speculate(
                 on_token(written)
             if len(written) >= limit or (stop and stop(written)):
                 target.rollback(start + kept, logits[kept])
-                on_pass(len(proposed), kept)
+                on_pass(kept, kept)  # what comes after the end of the text is not compared
                 return Written(written, ended=False)
         else:
             token = sample(logits[kept])
-        on_pass(len(proposed), kept)
+        ended = kept < len(proposed) and token == proposed[kept] and sample.ends(token, target.runner.eos_ids)
+        if proposed:
+            on_pass(len(proposed) - ended, kept)  # an end is no token of the text
         target.rollback(start + kept, logits[kept])
     return Written(written, ended=True)
 

@@ -8,8 +8,9 @@ import hmac
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,14 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
         elif isinstance(error, HTTPException):
             error = Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
         elif not isinstance(error, Refused):
-            error = _broken(error)
+            error = _broken(http, error)
         _failed(http, error.status, error.code)
-        again = {IDENTITY: http.state.identity}  # also where the error is answered above `Identified`
+        headers = {IDENTITY: http.state.identity}  # also where the error is answered above `Identified`
         if error.status in (429, 503):
-            again["retry-after"] = "1"
+            headers["retry-after"] = "1"
         if error.status == 401:
-            again["www-authenticate"] = 'Basic realm="the API key, as the password"'  # so that a browser asks for it
-        return JSONResponse(error.body, error.status, again)
+            headers["www-authenticate"] = 'Basic realm="the API key, as the password"'  # so that a browser asks for it
+        return JSONResponse(error.body, error.status, headers)
 
     app = FastAPI(title="PARSE", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Identified)
@@ -87,9 +88,9 @@ def create_app(serving: Serving, api_key: str | None = None, log_texts: bool = F
     return app
 
 
-def _broken(error: Exception) -> Refused:
+def _broken(http: Request, error: Exception) -> Refused:
     """What a client hears of an error of ours; the log has the rest."""
-    log.error("a request failed", exc_info=error)
+    log.error({**_asked(http), "message": "a request failed"}, exc_info=error)
     return Refused(500, f"the request failed: {type(error).__name__}")
 
 
@@ -115,24 +116,27 @@ class Identified:
 
 
 class Stream(StreamingResponse):
-    """Events for a client that reads them; one that does not is cut off, so that nothing waits for it for ever."""
+    """Events for a client that reads them; they end where it does not, so that nothing waits for it for ever."""
 
-    def __init__(self, events: AsyncIterator[str], seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], seconds: float, ended: Callable[[], None]) -> None:
         """Set up.
 
         Args:
             seconds: that it may take, with all reading.
+            ended: is called at the end, whether anything was sent or not.
         """
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self.seconds = seconds
+        self.events, self.seconds, self.ended = events, seconds, ended
 
     async def stream_response(self, send: Send) -> None:
         """Send what there is."""
         try:
-            async with asyncio.timeout(self.seconds):
+            async with asyncio.timeout(self.seconds), aclosing(self.events):
                 await super().stream_response(send)
         except TimeoutError:
-            log.warning("a stream was not read to its end within %g s: cut off", self.seconds)
+            log.warning("a stream was not read to its end within %g s: it ends here", self.seconds)
+        finally:
+            self.ended()
 
 
 def _serving(http: Request) -> Serving:
@@ -198,10 +202,10 @@ async def chat(http: Request) -> Response:
         raise Refused(400, "max_tokens is 0: ask for a token at least", "max_tokens")
     rounds = await serving.rounds(asked, [[message.turn() for message in asked.messages]], raw=False)
     form = ChatFormat(serving.name, asked, [each.prompt_ids for each in rounds], serving.engine.tokenizer)
+    as_calibrated = serving.as_calibrated(asked, asked.limit)
     if asked.stream:
-        return _streaming(http, form, rounds)
-    steps = [each.answer() for each in rounds]
-    results = await serving.run(steps, http.is_disconnected, asked.as_calibrated)
+        return _streaming(http, form, rounds, as_calibrated)
+    results = await serving.run([each.answer() for each in rounds], http.is_disconnected, as_calibrated)
     return _whole(http, form, results, [None] * len(results))
 
 
@@ -229,11 +233,11 @@ async def completions(http: Request) -> Response:
         changed["parse"] = Switches(method="target")
     rounds = await serving.rounds(asked.model_copy(update=changed), asked.prompts, raw=True)
     form = CompletionFormat(serving.name, asked, [each.prompt_ids for each in rounds], serving.engine.tokenizer)
+    as_calibrated = serving.as_calibrated(asked, limit)
     if asked.stream:
-        return _streaming(http, form, rounds)
+        return _streaming(http, form, rounds, as_calibrated)
     if limit:
-        steps = [each.answer() for each in rounds]
-        results = await serving.run(steps, http.is_disconnected, asked.as_calibrated)
+        results = await serving.run([each.answer() for each in rounds], http.is_disconnected, as_calibrated)
     else:
         results = [Generation("", [], "length", [], each.stats) for each in rounds]
     scores: list[Scores | None] = [None] * len(rounds)
@@ -328,16 +332,24 @@ def _failed(http: Request, status: int, code: str | None = None) -> None:
     log.info({**_asked(http), "status": status, "code": code})
 
 
-def _streaming(http: Request, form: Format, rounds: Sequence[Round]) -> StreamingResponse:
-    return Stream(_events(http, form, rounds), 2 * _serving(http).limits.seconds)  # to write it, and to read it
+def _streaming(http: Request, form: Format, rounds: Sequence[Round], as_calibrated: bool) -> StreamingResponse:
+    serving, change = _serving(http), asyncio.Event()
+    jobs = serving.start([Job(each.answer(), waking(change), watched=each) for each in rounds])
+    changes = serving.changes(jobs, change, http.is_disconnected, as_calibrated)
+    events = _events(http, form, rounds, jobs, changes)
+    return Stream(events, 2 * serving.limits.seconds, partial(serving.cancel, jobs))  # to write it, and to read it
 
 
-async def _events(http: Request, form: Format, rounds: Sequence[Round]) -> AsyncIterator[str]:
+async def _events(
+    http: Request,
+    form: Format,
+    rounds: Sequence[Round],
+    jobs: Sequence[Job[Generation]],
+    running: AsyncGenerator[None, None],
+) -> AsyncGenerator[str, None]:
     """Text as soon as it is certain, from whichever choice; then usage where it is wanted, and the end."""
-    serving, change, status = _serving(http), asyncio.Event(), GONE
-    jobs = [Job(each.answer(), waking(change), watched=each) for each in rounds]
+    status = GONE
     try:
-        running = serving.changes(jobs, change, http.is_disconnected, form.asked.as_calibrated)
         async with aclosing(running) as changes:
             async for chunk in _chunks(changes, jobs, rounds, form):
                 yield _event(chunk)
@@ -350,7 +362,7 @@ async def _events(http: Request, form: Format, rounds: Sequence[Round]) -> Async
     except Gone:
         return
     except Exception as problem:  # too late for a status
-        error = problem if isinstance(problem, Refused) else _broken(problem)
+        error = problem if isinstance(problem, Refused) else _broken(http, problem)
         status = error.status
         yield _event(error.body)
     finally:

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     _log()
     print(f"serving {app.state.serving.name} at http://{host}:{port}/v1", file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once all is finished
-        wait = int(app.state.serving.limits.seconds) + 1  # of those that are told to stop: for no client any longer
+        wait = int(app.state.serving.limits.seconds) + 1  # once it is told to stop, for clients that do not read
         options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": wait}
         Stopping(uvicorn.Config(app, host=host, port=port, **options)).run()
     return 0

@@ -9,9 +9,8 @@ and that the threshold should be calibrated for them: `parse:calibration_alarm` 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
-from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +19,35 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from parse.generation import Generation
 
 RECENT = 200  # answers
-FEW = 20  # answers, of which none alarms
-ERRORS, LEAST = 3, 0.05  # a drift alarms beyond so many of its standard errors, and beyond this share
+FEW = 50  # with fewer answers than these there is no alarm
+ERRORS, LEAST = 4, 0.05  # a drift alarms beyond so many standard errors, and beyond this share
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SHARES = tuple(i / 10 for i in range(1, 11))
+
+
+class Expectation(NamedTuple):
+    """What calibration's test measured of a mean over drafts."""
+
+    mean: float
+    error: float = math.nan  # its standard error; not a number where the report does not say
+    drafts: int = 0
+
+    def alarms(self, mean: float, answers: int) -> bool:
+        """Whether the mean over so many answers is elsewhere, by more than chance.
+
+        The spread is that of calibration's drafts, as a few answers that are alike say nothing of it.
+        """
+        if answers < FEW or not self.drafts:
+            return False
+        error = self.error * math.sqrt(1 + self.drafts / answers)  # of the difference
+        return abs(mean - self.mean) > max(ERRORS * error, LEAST)
 
 
 class Expected(NamedTuple):
     """What calibration's test measured."""
 
-    accepted: float  # of all drafted tokens
-    confidence: float | None = None  # mean of all judged cuts; None in a report that does not say
+    accepted: Expectation  # of all drafted tokens
+    confidence: Expectation | None = None  # of the judged cuts; None in a report that does not say
 
 
 class Metrics:
@@ -75,8 +92,10 @@ class Metrics:
         names = ["model_name"]  # given with the first value: until then there is no figure
         less = "of recent drafts less that of calibration"
         self._drift = Gauge("parse:calibration_drift", f"Accepted share {less}", names, registry=self.registry)
-        self._less_sure = Gauge("parse:confidence_drift", f"Mean confidence {less}", names, registry=self.registry)
-        alarm = f"1 where a drift exceeds {ERRORS} standard errors and {LEAST}"
+        self._confidence_drift = Gauge(
+            "parse:confidence_drift", f"Mean confidence {less}", names, registry=self.registry
+        )
+        alarm = f"1 where a drift exceeds {ERRORS} standard errors and {LEAST}, over {FEW} answers or more"
         self._alarm = Gauge("parse:calibration_alarm", alarm, names, registry=self.registry)
         self._model = model
 
@@ -119,27 +138,17 @@ class Metrics:
 
     def _compare(self) -> None:
         """Recent answers against calibration."""
-        if self._expected is None or not self._kept:
+        if self._expected is None:
             return
         alarms = []
-        pairs = ((self._drift, self._kept), (self._less_sure, self._stated))
+        pairs = ((self._drift, self._kept), (self._confidence_drift, self._stated))
         for (gauge, recent), expected in zip(pairs, self._expected, strict=True):
             if expected is not None and recent:
-                share, error = ratio(recent)
-                gauge.labels(self._model).set(share - expected)
-                alarms.append(len(recent) >= FEW and abs(share - expected) > max(ERRORS * error, LEAST))
-        self._alarm.labels(self._model).set(any(alarms))
-
-
-def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The sum of n second numbers over that of the first ones, and its standard error by answers (a ratio estimate's).
-
-    Cochran, Sampling Techniques (1977), equation 6.13 without the correction for a finite population.
-    """
-    count, whole = len(pairs), sum(first for first, _ in pairs)
-    share = sum(second for _, second in pairs) / whole
-    squares = sum((second - share * first) ** 2 for first, second in pairs)
-    return share, sqrt(squares * count / (count - 1)) / whole if count > 1 else float("inf")
+                wholes, parts = map(sum, zip(*recent, strict=True))
+                gauge.labels(self._model).set(parts / wholes - expected.mean)
+                alarms.append(expected.alarms(parts / wholes, len(recent)))
+        if alarms:
+            self._alarm.labels(self._model).set(any(alarms))
 
 
 def expected_of(verifier: str | Path | None) -> Expected | None:
@@ -149,12 +158,21 @@ def expected_of(verifier: str | Path | None) -> Expected | None:
     """
     folder = Path(verifier or "")
     try:
-        kind = json.loads((folder / "verifier.json").read_text(encoding="utf-8"))["kind"]
+        saved = json.loads((folder / "verifier.json").read_text(encoding="utf-8"))
         chosen = (folder / "report.json").is_file()
         report = (folder if chosen else folder.parent.parent) / "report.json"
         content = json.loads(report.read_text(encoding="utf-8"))
-        names = [content["chosen"]] if chosen else [name for name in content["kinds"] if name.split()[0] == kind]
-        (figures,) = [content["kinds"][name] for name in names]
-        return Expected(float(figures["accepted_fraction"]), figures.get("mean_confidence"))
-    except (OSError, ValueError, KeyError, TypeError):
+        kinds = content["kinds"]
+        # of one kind there may be several rules, each with a threshold of its own
+        names = [name for name in kinds if name.split()[0] == saved["kind"] and _same(kinds[name], saved)]
+        figures, drafts = kinds[content["chosen"] if chosen else names[0]], int(content["n_prompts"])
+        accepted = Expectation(figures["accepted_fraction"], figures.get("accepted_error", math.nan), drafts)
+        if "mean_confidence" not in figures:
+            return Expected(accepted)
+        return Expected(accepted, Expectation(figures["mean_confidence"], figures["confidence_error"], drafts))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+
+
+def _same(figures: dict[str, float], saved: dict[str, float]) -> bool:
+    return math.isclose(figures["threshold"], saved["threshold"], rel_tol=1e-6)

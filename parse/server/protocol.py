@@ -134,8 +134,8 @@ class Request(Strict):
 
     @property
     def as_calibrated(self) -> bool:
-        """Whether nothing is asked for that the verifier was not calibrated with."""
-        return not self.parse.model_fields_set and not self.temperature and not self.ignore_eos
+        """Whether no setting is asked for that the verifier was not calibrated with."""
+        return not (self.parse.model_fields_set or self.temperature or self.stop or self.ignore_eos)
 
     @property
     def include_usage(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from parse.engine import Engine
-from parse.generation import Generation
+from parse.generation import Generation, Settings
 from parse.round import NoRoom, Round
 from parse.scheduler import Steps
 from parse.server import protocol
@@ -100,7 +100,17 @@ class Serving:
         if (more := choices * prompts) > limits.at_once + limits.queue:
             raise Refused(422, f"{more} answers are asked for, and at most {limits.at_once + limits.queue} are at once")
         if self.worker.count + self._preparing + more > limits.at_once + limits.queue:
-            raise Refused(429, f"{self.worker.waiting} answers wait, and at most {limits.queue} may: try later")
+            waiting = max(self.worker.count + self._preparing - limits.at_once, 0)
+            raise Refused(429, f"{waiting} answers wait, and at most {limits.queue} may: try later")
+
+    def as_calibrated(self, asked: protocol.Request, limit: int | None) -> bool:
+        """Whether nothing is asked for that the verifier was not calibrated with, such as an answer cut short.
+
+        Args:
+            limit: tokens of an answer; None for the server's own.
+        """
+        own = int(self.defaults.get("max_new_tokens", Settings.max_new_tokens))
+        return asked.as_calibrated and (limit is None or limit >= own)
 
     async def rounds(self, asked: protocol.Request, prompts: Sequence[Any], raw: bool) -> list[Round]:
         """The answers that a request asks for: of each prompt all choices. Other requests go on meanwhile.
@@ -136,16 +146,27 @@ class Serving:
     async def run(self, steps: Sequence[Steps[T]], is_gone: IsGone, as_calibrated: bool = False) -> list[T]:
         """What coroutines return, once all are finished; see `changes`."""
         change = asyncio.Event()
-        jobs = [Job(each, waking(change)) for each in steps]
+        jobs = self.start([Job(each, waking(change)) for each in steps])
         async with aclosing(self.changes(jobs, change, is_gone, as_calibrated)) as changes:
             async for _ in changes:
                 pass
         return [job.result for job in jobs]
 
+    def start(self, jobs: list[Job[T]]) -> list[Job[T]]:
+        """Queue jobs, at once after `rounds`, so that nobody else takes their places; see `changes`."""
+        for job in jobs:
+            self.worker.submit(job)
+        return jobs
+
+    def cancel(self, jobs: Sequence[Job[Any]]) -> None:
+        """Stop what still runs of them."""
+        for job in jobs:
+            self.worker.cancel(job)
+
     async def changes(
         self, jobs: Sequence[Job[Any]], change: asyncio.Event, is_gone: IsGone, as_calibrated: bool = False
     ) -> AsyncGenerator[None, None]:
-        """Run jobs, and yield whenever one has changed, until all are done.
+        """Wait for jobs that were started, and yield whenever one has changed, until all are done.
 
         They are cancelled where the client goes away, the time is over, or the generator is closed.
 
@@ -157,8 +178,6 @@ class Serving:
             Gone: where the client is gone.
         """
         started = time.perf_counter()
-        for job in jobs:
-            self.worker.submit(job)
         try:
             while not all(job.done for job in jobs):
                 if time.perf_counter() - started > self.limits.seconds:
@@ -173,8 +192,7 @@ class Serving:
                 yield
             yield  # whoever looked just before the last change
         finally:
-            for job in jobs:
-                self.worker.cancel(job)
+            self.cancel(jobs)
         for job in jobs:
             try:
                 answer = job.result
