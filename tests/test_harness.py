@@ -48,10 +48,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     data = {"train": rows("train", 400), "test": rows("test", 30)}
     data["train"].append(data["test"][0])  # a prompt that is in two splits
+    data["small"] = [*rows("calibration", 10), data["test"][1]]  # the last one is in two tasks
     files = {split: str(folder / f"{split}.jsonl") for split in data}
     for split, some in data.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    own = SUM | {"dataset_kwargs": {"data_files": files}}
+    own = SUM | {"dataset_kwargs": {"data_files": {split: files[split] for split in ("train", "test")}}}
     tasks = {
         "sums": own,
         "sums_shown": own | {"num_fewshot": 2, "description": "Add up.", "fewshot_config": {"sampler": "first_n"}},
@@ -63,6 +64,14 @@ def folder(tmp_path_factory):
     del tasks["sums_choice"]["generation_kwargs"], tasks["sums_choice"]["filter_list"]
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
+    groups = {"all_sums": ["sums", "sums_small"], "odd_sums": ["sums", "sums_longer"]}
+    more = {"sums_small": {"doc_to_target": "0"}, "sums_longer": {"generation_kwargs": {"until": ["\n"]}}}
+    half = {**files, "test": files["small"]}
+    for name, change in more.items():
+        task = own | {"task": name, "dataset_kwargs": {"data_files": half}} | change
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    for name, members in groups.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": members}))
     return folder
 
 
@@ -84,6 +93,20 @@ def test_documents_are_dealt_out_and_no_prompt_is_in_two_splits(folder):
     alone = load(folder, "sums_alone")
     assert sorted(len(list(alone.prompts(split, 0))) for split in found)[0] >= 1
     assert sum(len(list(alone.prompts(split, 0))) for split in found) == 30
+
+
+def test_a_group_is_asked_as_one_and_each_answer_is_checked_by_its_own_task(folder):
+    task = load(folder, "all_sums")
+    found = {split: list(task.prompts(split, 0)) for split in ("answers", "train", "calibration", "test")}
+    assert len(found["test"]) == 40
+    assert sum(map(len, found.values())) == len({prompt for some in found.values() for prompt in some}) == 440
+    first, small = rows("test", 1)[0], rows("calibration", 1)[0]
+    assert task.check(first["question"], f"that is {first['sum']} ")
+    assert task.check(small["question"], "that is 0 ")
+    assert not task.check(small["question"], f"that is {small['sum']} ")
+    assert task.content() != load(folder, "sums").content()
+    with pytest.raises(ValueError, match="the tasks of lm_eval:odd_sums end answers at different strings: name one"):
+        load(folder, "odd_sums")
 
 
 def test_an_answer_is_right_by_the_harnesss_filter_and_metric(folder):
@@ -136,12 +159,12 @@ def test_what_cannot_be_used_is_said(folder):
 def test_a_score_is_right_from_a_threshold_on(folder, monkeypatch):
     task = load(folder, "sums")
     prompt = next(task.prompts("test", 0))
-    monkeypatch.setattr(task, "score", lambda *_: 0.4)
+    monkeypatch.setattr(task.members[0], "score", lambda *_: 0.4)
     with pytest.raises(ValueError, match=r"exact_match is 0.4 for an answer, .* as data.harness.threshold"):
         task.check(prompt, "x")
     for threshold, right in ((0.3, True), (0.5, False)):
         loaded = load(folder, "sums", f"data.harness.threshold={threshold}")
-        monkeypatch.setattr(loaded, "score", lambda *_: 0.4)
+        monkeypatch.setattr(loaded.members[0], "score", lambda *_: 0.4)
         assert loaded.check(prompt, "x") == right
 
 

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness: `task: lm_eval:NAME`, any that generates text.
+"""Tasks of EleutherAI's lm-evaluation-harness: `task: lm_eval:NAME`, any that generates text, or a group of such.
 
 Prompts, few-shot examples, stop strings, filters and metrics are the harness's own, loaded by it and run by it; what is
 asked here is only whether an answer's score reaches a threshold. The documents that the harness evaluates are the test
@@ -24,10 +24,10 @@ OTHERS = ("answers", "train", "calibration")
 
 
 class Harness(Task):
-    """A task of the harness."""
+    """A task of the harness, or a group of them, whose prompts are asked as one."""
 
     def __init__(self, name: str, settings: Mapping[str, Any], shares: Mapping[str, int]) -> None:
-        """Load the task and its documents.
+        """Load the tasks and their documents.
 
         Args:
             name: as the harness knows it.
@@ -36,21 +36,62 @@ class Harness(Task):
 
         Raises:
             ValueError: for a task that the harness does not know, or that does not generate text, or that runs code
-                without `confirm_run_unsafe_code`.
+                without `confirm_run_unsafe_code`; for a group of tasks that stop at different strings.
         """
         self.name, self._settings = name, settings
-        self._task = _load(name, settings)
-        self.stop = tuple(text for text in _until(self._task) if text)
-        self._filter = _filter_of(self._task, settings["filter"])
-        self._metric = _metric_of(self._task, settings["metric"])
-        self._documents: dict[str, Any] = {}  # by `key_of(prompt)`
-        self._by_split: dict[str, list[Prompt]] = {split: [] for split in shares}
+        self.members = [_Member(each, task, settings, shares) for each, task in _load(name, settings).items()]
+        stops = {member.stop for member in self.members}
+        if len(stops) > 1:
+            raise ValueError(
+                f"the tasks of {PREFIX}{name} end answers at different strings: name one, such as "
+                f"{self.members[0].name}"
+            )
+        (self.stop,) = stops
         self._read(shares)
+        self._member_of = {key: member for member in self.members for key in member.documents}
 
     def prompts(self, split: str, seed: int) -> Iterator[Prompt]:
         """See `Task`."""
         place = lambda prompt: hashlib.sha256(f"{split} {seed} {key_of(prompt)}".encode()).digest()
-        return iter(sorted(self._by_split[split], key=place))
+        return iter(sorted((prompt for member in self.members for prompt in member.by_split[split]), key=place))
+
+    def check(self, prompt: Prompt, answer: str) -> bool:
+        """Whether the answer's score reaches the threshold."""
+        return self._member_of[key_of(prompt)].check(prompt, answer)
+
+    def content(self) -> bytes:
+        """See `Task`."""
+        members = [[member.name, member.by_split, member.documents] for member in self.members]
+        content = json.dumps([members, dict(self._settings)], sort_keys=True, default=str)
+        return f"{self.name} {version('lm_eval')} {content}".encode()
+
+    def _read(self, shares: Mapping[str, int]) -> None:
+        """Deal the documents out to the splits; those that the harness evaluates come first, as it would ask them."""
+        words, others = set[str](), [member.others() for member in self.members]
+        for member, more in zip(self.members, others, strict=True):
+            self.duplicates += member.add(member.evaluated, {"test": 1} if more else shares, words)
+        for member, more in zip(self.members, others, strict=True):
+            if more:
+                member.never_the_document_itself()
+                self.duplicates += member.add(more, {split: shares[split] for split in OTHERS}, words)
+
+
+class _Member:
+    """One task of the harness, with the documents of which no other task of its group has the same prompt."""
+
+    def __init__(self, name: str, task: Any, settings: Mapping[str, Any], shares: Mapping[str, int]) -> None:
+        self.name, self._task, self._settings = name, task, settings
+        self.stop = tuple(text for text in _until(task) if text)
+        self._filter = _filter_of(task, settings["filter"])
+        self._metric = _metric_of(task, settings["metric"])
+        self.documents: dict[str, Any] = {}  # by `key_of(prompt)`
+        self.by_split: dict[str, list[Prompt]] = {split: [] for split in shares}
+        task.set_fewshot_seed(SEED)
+
+    @property
+    def evaluated(self) -> Iterable[Any]:
+        """The documents that the harness evaluates."""
+        return self._task.eval_docs  # type: ignore[no-any-return]
 
     def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether the answer's score reaches the threshold."""
@@ -68,7 +109,7 @@ class Harness(Task):
         """The harness's metric of one answer."""
         from lm_eval.api.instance import Instance
 
-        document = self._documents[key_of(prompt)]
+        document = self.documents[key_of(prompt)]
         instance = Instance("generate_until", document, (prompt, {}), 0, resps=[answer])
         self._filter.apply([instance])
         scores = self._task.process_results(document, [instance.filtered_resps[self._filter.name]])
@@ -80,35 +121,49 @@ class Harness(Task):
             )
         return float(score)
 
-    def content(self) -> bytes:
-        """See `Task`."""
-        documents = json.dumps([self._by_split, self._documents, dict(self._settings)], sort_keys=True, default=str)
-        return f"{self.name} {version('lm_eval')} {documents}".encode()
-
     @property
     def _better_when_higher(self) -> bool:
         return bool(self._task.higher_is_better().get(self._metric, True))
 
-    def _read(self, shares: Mapping[str, int]) -> None:
-        """Deal the documents out to the splits; those that the harness evaluates come first, as it would ask them."""
-        others, words = _other_documents(self._task), set[str]()
-        self._task.set_fewshot_seed(SEED)
-        self._add(self._task.eval_docs, {"test": 1} if others else shares, words)
-        if others:
-            _never_the_document_itself(self._task)
-            self._add(others, {split: shares[split] for split in OTHERS}, words)
+    def others(self) -> list[Any]:
+        """Documents beside those that are evaluated."""
+        task = self._task
+        documents = list(task.training_docs()) if task.has_training_docs() else []
+        if task.has_validation_docs() and task.has_test_docs():  # else they are the ones that are evaluated
+            documents += task.validation_docs()
+        return documents
 
-    def _add(self, documents: Iterable[Any], shares: Mapping[str, int], words: set[str]) -> None:
-        """Add documents of which no earlier one has the same prompt."""
+    def never_the_document_itself(self) -> None:
+        """Draw few-shot examples from the others: the harness sees to that for what it evaluates alone."""
+        task = self._task
+        build, sampler = task.fewshot_context, getattr(task, "sampler", None)
+        if sampler is None:
+            return
+        draw = sampler.sample
+
+        def context(document: Any, *rest: Any, **options: Any) -> Any:
+            sampler.sample = lambda n, **_: draw(n, eval_doc=document)
+            return build(document, *rest, **options)
+
+        task.fewshot_context = context
+
+    def add(self, documents: Iterable[Any], shares: Mapping[str, int], words: set[str]) -> int:
+        """Add documents of which no earlier one has the same prompt; how many there were that have.
+
+        Args:
+            words: of all prompts so far.
+        """
+        duplicates = 0
         for document in documents:
             prompt = self._prompt(document)
             said = words_of(prompt)
             if said in words:
-                self.duplicates += 1
+                duplicates += 1
                 continue
             words.add(said)
-            self._documents[key_of(prompt)] = document
-            self._by_split[split_of(said, shares)].append(prompt)
+            self.documents[key_of(prompt)] = document
+            self.by_split[split_of(said, shares)].append(prompt)
+        return duplicates
 
     def _prompt(self, document: Any) -> Prompt:
         """The harness's own context of a document, as messages where it has a system's turn or several."""
@@ -129,14 +184,14 @@ def load_harness(name: str, settings: str, shares: str) -> Harness:
     return Harness(name, json.loads(settings), json.loads(shares))
 
 
-def _load(name: str, settings: Mapping[str, Any]) -> Any:
-    """The harness's task.
+def _load(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The harness's task, or those of a group, by their names.
 
     Raises:
         ValueError: see `Harness`.
     """
     try:
-        found = _manager(settings["include_path"]).load(name)["tasks"]
+        found: dict[str, Any] = _manager(settings["include_path"]).load(name)["tasks"]
     except ImportError as error:
         raise ValueError(f"task {PREFIX}{name} needs EleutherAI's harness: pip install 'lm_eval>=0.4.13'") from error
     except KeyError as error:
@@ -145,9 +200,19 @@ def _load(name: str, settings: Mapping[str, Any]) -> Any:
         ) from error
     except Exception as error:  # of the hub, of the network, of a task's own code
         raise ValueError(f"task {PREFIX}{name} cannot be loaded: {type(error).__name__}: {error}") from error
-    if len(found) != 1:
-        raise ValueError(f"task {PREFIX}{name} is a group of {len(found)} tasks: name one, such as {min(found)}")
-    (task,) = found.values()
+    for each, task in found.items():
+        _check(each, task, settings)
+        if settings["num_fewshot"] is not None:
+            task.set_config("num_fewshot", settings["num_fewshot"])
+    return found
+
+
+def _check(name: str, task: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse a task that cannot be asked.
+
+    Raises:
+        ValueError: see `Harness`.
+    """
     if task.OUTPUT_TYPE != "generate_until":
         raise ValueError(f"task {PREFIX}{name} has the output type {task.OUTPUT_TYPE}: name one that generates text")
     if getattr(task, "UNSAFE_CODE", False) and not settings["confirm_run_unsafe_code"]:
@@ -157,9 +222,6 @@ def _load(name: str, settings: Mapping[str, Any]) -> Any:
         )
     if task.config.gen_prefix:
         raise ValueError(f"task {PREFIX}{name} begins the answers itself (gen_prefix), which is not supported")
-    if settings["num_fewshot"] is not None:
-        task.set_config("num_fewshot", settings["num_fewshot"])
-    return task
 
 
 @lru_cache(maxsize=2)
@@ -173,28 +235,6 @@ def _manager(include_path: str | None) -> Any:
 def _until(task: Any) -> list[str]:
     until = (task.config.generation_kwargs or {}).get("until") or []
     return [until] if isinstance(until, str) else list(until)
-
-
-def _other_documents(task: Any) -> list[Any]:
-    """Documents beside those that are evaluated."""
-    documents = list(task.training_docs()) if task.has_training_docs() else []
-    if task.has_validation_docs() and task.has_test_docs():  # else they are the ones that are evaluated
-        documents += task.validation_docs()
-    return documents
-
-
-def _never_the_document_itself(task: Any) -> None:
-    """Let few-shot examples be drawn from the others: the harness sees to that for what it evaluates alone."""
-    build, sampler = task.fewshot_context, getattr(task, "sampler", None)
-    if sampler is None:
-        return
-    draw = sampler.sample
-
-    def context(document: Any, *rest: Any, **options: Any) -> Any:
-        sampler.sample = lambda n, **_: draw(n, eval_doc=document)
-        return build(document, *rest, **options)
-
-    task.fewshot_context = context
 
 
 def _filter_of(task: Any, name: str | None) -> Any:
