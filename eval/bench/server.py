@@ -1,8 +1,8 @@
 """What serving costs: requests a second through the server, over those of `Engine.generate` with as many at once.
 
-Both answer the same prompts by the same engine, in turns. Every draft is accepted: so requests are short, and the share of
-the server is the largest. The clients live in another process, and each has one request at a time; on a machine of few
-cores they take their share of it.
+Both answer the same prompts by the same engine, in turns. Every draft is accepted: so requests are short, and the
+server's share is the largest. The clients live in another process, and each has one request at a time; on a machine of
+few cores they take their share of it.
 """
 
 from __future__ import annotations
