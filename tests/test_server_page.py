@@ -102,9 +102,9 @@ def test_what_was_written_before_a_stop_stays_in_the_conversation(view, running)
     view.locator("#threshold").fill("1")  # the target's own words, one at a time
     view.locator("#prompt").fill(PROMPT)
     view.locator("#send").click()
-    view.wait_for_function("document.querySelector('.words')?.textContent")
+    view.wait_for_function("() => document.querySelector('.words')?.textContent")
     view.locator("#stop").click()
-    view.wait_for_function("!running")
+    view.wait_for_function("() => !running")
     runner.forward = forward
     said = view.evaluate("turns.map(turn => [turn.role, turn.content])")
     assert [role for role, _ in said] == ["user", "assistant"]
