@@ -66,6 +66,16 @@ def test_greedy_speculation_is_the_target_alone(prompt, lookahead, limit, propos
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("first", range(10, 16))
+def test_an_end_that_both_write_is_no_proposal_that_was_wrong(first):
+    prompt, told = [first, 6, 7], list[tuple[int, int]]()
+    ids = contexts("same", prompt)[0].write(9).ids
+    target, draft = contexts("same", prompt, frozenset(ids[1:]) - {ids[0]})
+    written = run(speculate(target, draft, 9, Sampling(), 8, on_pass=lambda *counts: told.append(counts)))
+    assert written.ended == (len({*ids}) > 1)
+    assert all(kept == proposed for proposed, kept in told)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     prompt=st.lists(st.integers(0, 59), min_size=1, max_size=20),
