@@ -3,10 +3,10 @@
 Accuracy is the share of requests whose finished answer the task calls right. Speed-up is the seconds of target-alone
 over the method's, summed over the same requests. Acceptance counts the target's tokens: `accepted_fraction` is accepted
 draft tokens over all draft tokens, `accepted_per_verification` accepted draft tokens over packed passes (the token that
-the target writes after them, which others count as a bonus, is not one of them). `confirmed_fraction` and
-`confirmed_per_pass` are the same of tokens that the draft proposed a few at a time while the target wrote: all there is
-of lossless speculation, and the repairs of PARSE with lookahead. `full_accept_rate` is the share of requests that the
-target wrote nothing of. `wholly_rejected_slowdown` is the method's latency over that of target-alone
+the target writes after them, which others count as a bonus, is not one of them). `lookahead_accepted_fraction` and
+`lookahead_accepted_per_pass` are the same of tokens that the draft proposed a few at a time while the target wrote: all
+there is of lossless speculation, and the repairs of PARSE with lookahead. `full_accept_rate` is the share of requests
+that the target wrote nothing of. `wholly_rejected_slowdown` is the method's latency over that of target-alone
 on the requests of which no draft token was kept. `failures` are requests that failed or could not be checked, by their
 number among the prompts; they count as wrong, and seconds and latencies leave them out. False accepts and rejects count
 verdicts on the cuts of each draft up to and including its first wrong one; a draft after text that is wrong already has
@@ -187,9 +187,7 @@ def summarize(
     drafted, accepted, passes = (
         sum(getattr(s, key) for s in runs) for key in ("draft_tokens", "accepted_tokens", "verify_passes")
     )
-    proposed, confirmed, reads = (
-        sum(getattr(s, key) for s in runs) for key in ("proposed_tokens", "confirmed_tokens", "confirm_passes")
-    )
+    ahead = {key: sum(getattr(s, f"lookahead_{key}") for s in runs) for key in ("tokens", "accepted_tokens", "passes")}
     spent = {key: sum(s.seconds[key] for s in runs) for key in runs[0].seconds}
     return {
         "name": name,
@@ -202,8 +200,8 @@ def summarize(
         "full_accept_rate": sum(s.draft_tokens > 0 and s.target_tokens == 0 for s in runs) / n,
         "accepted_fraction": accepted / drafted if drafted else None,
         "accepted_per_verification": accepted / passes if passes else None,
-        "confirmed_fraction": confirmed / proposed if proposed else None,
-        "confirmed_per_pass": confirmed / reads if reads else None,
+        "lookahead_accepted_fraction": ahead["accepted_tokens"] / ahead["tokens"] if ahead["tokens"] else None,
+        "lookahead_accepted_per_pass": ahead["accepted_tokens"] / ahead["passes"] if ahead["passes"] else None,
         **_verdicts([one for outcome in outcomes for one in judgements_of(outcome, task, opened)]),
         "model_time_fraction": 1 - spent["other"] / max(sum(spent.values()), 1e-9),
         "gpu_memory_gib": max((o.gpu_memory_gib for o in outcomes if o.gpu_memory_gib is not None), default=None),

@@ -53,7 +53,7 @@ DETAILS: tuple[Column, ...] = (
     ("rounds", lambda row: f"{row['rounds']:.2f}"),
     ("accepted", lambda row: _percent(row["accepted_fraction"])),
     ("accepted tokens per pass", lambda row: _number(row["accepted_per_verification"])),
-    ("lookahead: proposals kept, tokens per pass", lambda row: _confirmed(row)),
+    ("lookahead: accepted, tokens per pass", lambda row: _lookahead(row)),
     ("all accepted", lambda row: _percent(row["full_accept_rate"])),
     ("all rejected", lambda row: _percent(row["wholly_rejected_rate"])),
     ("time over target's, when all is rejected", lambda row: _number(row["wholly_rejected_slowdown"])),
@@ -78,7 +78,7 @@ def console_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['name']:16s}{row['accuracy']:9.1%} {f'{low:.1%}-{high:.1%}':>15s}{row['speedup']:9.2f}x "
             f"{f'{slow:.2f}-{fast:.2f}':>14s}{_number(row['seconds_per_request'], 3):>11s}"
             f"{_number(row['first_token_seconds'], 3):>12s}s"
-            f"{_percent(row['accepted_fraction']):>10s}{_percent(row['confirmed_fraction']):>11s}"
+            f"{_percent(row['accepted_fraction']):>10s}{_percent(row['lookahead_accepted_fraction']):>11s}"
             f"{row['accuracy_difference'] * 100:+9.1f}pt"
         )
     return "\n".join(lines)
@@ -344,10 +344,10 @@ def _percentiles(row: Mapping[str, Any], key: str, scale: float = 1) -> str:
     return "-" if None in values else ", ".join(f"{scale * value:.3g}" for value in values)
 
 
-def _confirmed(row: Mapping[str, Any]) -> str:
-    if row["confirmed_fraction"] is None:
+def _lookahead(row: Mapping[str, Any]) -> str:
+    if row["lookahead_accepted_fraction"] is None:
         return "-"
-    return f"{row['confirmed_fraction']:.1%}, {row['confirmed_per_pass']:.2f}"
+    return f"{row['lookahead_accepted_fraction']:.1%}, {row['lookahead_accepted_per_pass']:.2f}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -196,12 +196,12 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         right one (ProcessBench's, arXiv 2412.06559); `accepted_fraction` of the drafts' tokens and
         `oracle_accepted_fraction`, that of who knows the labels; `accuracy_loss`; `ece`, the expected calibration error
         of the confidences as probabilities; `mean_confidence` of all cuts that the policy looks at; `accepted_error`
-        and `confidence_error`, the standard errors of those two means by drafts. Not a number where there is nothing to
-        measure.
+        and `confidence_error`, the standard errors of those two means by prompts. Not a number where there is nothing
+        to measure.
     """
     confidences, valid = judgements(scored)
     kept = [[0, *one.draft.ends][keeps(one, threshold, policy)] for one in scored]
-    sizes = [one.draft.ends[-1] for one in scored]
+    sizes, numbers = [one.draft.ends[-1] for one in scored], [one.draft.number for one in scored]
     stated = [one.confidences[-1:] if policy == "whole" else one.confidences for one in scored]  # as a server sees them
     oracle = 0
     found: dict[bool, list[bool]] = {True: [], False: []}  # by whether the draft is wrong
@@ -221,18 +221,22 @@ def measure(scored: Sequence[Scored], threshold: float, policy: str = "first_fai
         "oracle_accepted_fraction": oracle / sum(sizes),
         "accuracy_loss": accuracy_loss(scored, threshold, policy),
         "ece": _calibration_error(confidences, valid),
-        "accepted_error": _ratio_error(kept, sizes),
+        "accepted_error": _ratio_error(numbers, kept, sizes),
         "mean_confidence": sum(map(sum, stated)) / max(sum(map(len, stated)), 1),
-        "confidence_error": _ratio_error(list(map(sum, stated)), list(map(len, stated))),
+        "confidence_error": _ratio_error(numbers, list(map(sum, stated)), list(map(len, stated))),
     }
 
 
-def _ratio_error(parts: Sequence[float], wholes: Sequence[float]) -> float:
-    """The standard error of the sum of n parts over that of their wholes, by a ratio estimate's residuals.
+def _ratio_error(numbers: Sequence[int], parts: Sequence[float], wholes: Sequence[float]) -> float:
+    """The standard error of the sum of parts over that of their wholes, by a ratio estimate's residuals.
 
     Cochran, Sampling Techniques (1977), section 6.4, without the correction for a finite population.
+
+    Args:
+        numbers: of the prompts, whose drafts are sampled together.
     """
-    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)  # [n] each
+    _, prompts = np.unique(numbers, return_inverse=True)  # [drafts]
+    part, whole = (np.bincount(prompts, np.asarray(each, dtype=float)) for each in (parts, wholes))  # [n] each
     if len(part) < 2 or not whole.sum():
         return float("nan")
     residuals = part - part.sum() / whole.sum() * whole  # [n]

@@ -33,9 +33,9 @@ class Stats:
     target_tokens: int = 0
     rounds: int = 0
     verify_passes: int = 0
-    proposed_tokens: int = 0  # by the draft, a few at a time, while the target wrote (lookahead)
-    confirmed_tokens: int = 0  # those of them that the target chose too; they count among `target_tokens`
-    confirm_passes: int = 0  # of the target over proposals
+    lookahead_tokens: int = 0  # that the draft proposed, a few at a time, while the target wrote
+    lookahead_accepted_tokens: int = 0  # those of them that the target chose too; they count among `target_tokens`
+    lookahead_passes: int = 0  # of the target over proposals
     seconds: dict[str, float] = field(
         default_factory=lambda: {"draft": 0.0, "verify": 0.0, "target": 0.0, "other": 0.0}
     )

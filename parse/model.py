@@ -119,4 +119,4 @@ class Proposer:
     count: int  # of its tokens at a time
     to_draft: Callable[[Sequence[int]], list[int]]  # the answer's tokens -> the same in the draft's
     to_target: Callable[[Sequence[int]], list[int]] | None = None  # and back; None: both have the same tokens
-    on_pass: Callable[[int, int], None] = lambda proposed, confirmed: None  # is told of each pass over proposals
+    on_pass: Callable[[int, int], None] = lambda proposed, accepted: None  # is told of each pass over proposals

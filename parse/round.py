@@ -345,11 +345,11 @@ class Round:
             self.stats.accepted_tokens += len(added)
         self._clock(role)
 
-    def _proposed(self, proposed: int, confirmed: int) -> None:
+    def _proposed(self, proposed: int, accepted: int) -> None:
         """Count a pass of the target over tokens that the draft proposed."""
-        self.stats.confirm_passes += 1
-        self.stats.proposed_tokens += proposed
-        self.stats.confirmed_tokens += confirmed
+        self.stats.lookahead_passes += 1
+        self.stats.lookahead_tokens += proposed
+        self.stats.lookahead_accepted_tokens += accepted
 
     def _end_at_stop(self) -> int:
         """End the answer with the token that completes a stop string, where it holds one; how many were after it."""

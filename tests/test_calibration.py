@@ -103,7 +103,8 @@ def test_nothing_is_lost_where_the_target_is_wrong_by_itself():
 
 def test_figures_leave_out_what_the_target_gets_wrong_too():
     """But for the tokens accepted: those drafts are met as well."""
-    data = [scored([0.9, 0.7], [True, True]), scored([0.8, 0.2], [True, False]), scored([0.6], [True])]
+    drafts = [([0.9, 0.7], [True, True]), ([0.8, 0.2], [True, False]), ([0.6], [True])]
+    data = [scored(*draft, number=number) for number, draft in enumerate(drafts)]
     lost = scored([0.95, 0.9], [True, False], target_right=False)
     figures, alone = measure([*data, lost], 0.5), measure(data, 0.5)
     for key in ("auc", "false_accept_rate", "false_reject_rate", "first_error_f1", "ece", "accuracy_loss"):
@@ -112,6 +113,8 @@ def test_figures_leave_out_what_the_target_gets_wrong_too():
     assert alone["accepted_fraction"] == pytest.approx(4 / 5)
     # kept are 2, 1 and 1 of 2, 2 and 1 tokens, so the residuals from 4/5 are 0.4, -0.6 and 0.2
     assert alone["accepted_error"] == pytest.approx(math.sqrt(0.56 * 3 / 2) / 5)
+    twice = measure([*data, *data], 0.5)  # the same prompts again say nothing new
+    assert twice["accepted_error"] == pytest.approx(alone["accepted_error"])
     assert alone["mean_confidence"] == pytest.approx((0.9 + 0.7 + 0.8 + 0.2 + 0.6) / 5)
     assert measure(data, 0.5, "whole")["mean_confidence"] == pytest.approx((0.7 + 0.2 + 0.6) / 3)
     assert all(math.isnan(measure([lost], 0.5)[key]) for key in ("auc", "ece"))

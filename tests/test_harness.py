@@ -249,34 +249,33 @@ def test_the_harness_generates_by_the_server_as_our_evaluation_does(served, fold
     assert ours > 0.8
 
 
-@pytest.mark.slow
-def test_the_harness_generates_from_raw_texts_as_the_model_itself(served, folder):
+def by_both(served, folder, task, limit):
+    """The harness's runs of a task of a folder: through the server, and with the model itself."""
     pytest.importorskip("tenacity")
     from lm_eval.models.huggingface import HFLM
 
-    written = harness("local-completions", "sums", folder, model_args=arguments(served, "completions"), limit=6)
+    away = harness("local-completions", task, folder, model_args=arguments(served, "completions"), limit=limit)
     model = HFLM(pretrained=served.engine.target, tokenizer=served.engine.tokenizer)
-    alone = harness(model, "sums", folder, limit=6)
-    ours, theirs = ([one["resps"] for one in found["samples"]["sums"]] for found in (written, alone))
+    return away, harness(model, task, folder, limit=limit)
+
+
+@pytest.mark.slow
+def test_the_harness_generates_from_raw_texts_as_the_model_itself(served, folder):
+    found = by_both(served, folder, "sums", limit=6)
+    ours, theirs = ([one["resps"] for one in each["samples"]["sums"]] for each in found)
     assert ours == theirs
     assert all(text for ((text,),) in ours)
 
 
 @pytest.mark.slow
 def test_the_harness_rates_choices_by_the_server_as_by_the_model_itself(served, folder):
-    pytest.importorskip("tenacity")
-    from lm_eval.models.huggingface import HFLM
-
-    rated = harness("local-completions", "sums_choice", folder, model_args=arguments(served, "completions"), limit=8)
-    model = HFLM(pretrained=served.engine.target, tokenizer=served.engine.tokenizer)
-    alone = harness(model, "sums_choice", folder, limit=8)
+    found = by_both(served, folder, "sums_choice", limit=8)
     ours, theirs = (
-        [[float(value) for ((value, _),) in one["resps"]] for one in found["samples"]["sums_choice"]]
-        for found in (rated, alone)
+        [[float(value) for ((value, _),) in one["resps"]] for one in each["samples"]["sums_choice"]] for each in found
     )
     assert torch.tensor(ours) == pytest.approx(torch.tensor(theirs), abs=1e-3)
     figures = [
-        {name: value for name, value in found["results"]["sums_choice"].items() if name.startswith("exact_match,")}
-        for found in (rated, alone)
+        {name: value for name, value in each["results"]["sums_choice"].items() if name.startswith("exact_match,")}
+        for each in found
     ]
     assert figures[0] == figures[1] != {}

@@ -186,7 +186,7 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
     ]
     target[0].generation.stats.seconds["target"] += 1  # of all four, which are one
     proposed = mine[0].generation.stats
-    proposed.proposed_tokens, proposed.confirmed_tokens, proposed.confirm_passes = 8, 6, 2
+    proposed.lookahead_tokens, proposed.lookahead_accepted_tokens, proposed.lookahead_passes = 8, 6, 2
     row = summarize("parse", mine, target, TASKS["ledger"])
     public = "name accuracy accuracy_ci95 speedup speedup_ci95 seconds_per_request tokens_per_second n".split()
     public += "first_token_seconds full_accept_rate accepted_fraction false_accept_rate".split()
@@ -204,8 +204,8 @@ def test_a_summary_has_the_public_keys_and_its_definitions():
     assert row["token_seconds_p50"] == pytest.approx((1.0 - 0.3) / 9)
     assert row["requests_per_second"] == 1
     assert row["accepted_per_verification"] == 15 / 8
-    assert row["confirmed_fraction"] == 6 / 8
-    assert row["confirmed_per_pass"] == 3
+    assert row["lookahead_accepted_fraction"] == 6 / 8
+    assert row["lookahead_accepted_per_pass"] == 3
     assert row["wholly_rejected_rate"] == 0.25
     assert row["wholly_rejected_slowdown"] == 0.5  # it was fast, and wrong
     assert row["false_accept_places"] == [0] * 9 + [1]

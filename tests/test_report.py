@@ -169,11 +169,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     assert "name run folders that `python -m eval` wrote" in capsys.readouterr().err
     folder = evaluated(tmp_path / "old", 2.0)
     summary = json.loads((folder / "eval" / "summary.json").read_text())
-    del summary["methods"][0]["confirmed_fraction"]
+    del summary["methods"][0]["lookahead_accepted_fraction"]
     (folder / "eval" / "summary.json").write_text(json.dumps(summary))
     out = tmp_path / "page.html"
     assert evaluate(["compare", str(folder), "--out", str(out)]) == 2
-    assert "was evaluated by another version (KeyError('confirmed_fraction'))" in capsys.readouterr().err
+    assert "was evaluated by another version (KeyError('lookahead_accepted_fraction'))" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -30,7 +30,7 @@ async def speculate(
     stop: Stop | None = None,
     on_token: Callable[[list[int]], None] | None = None,
     crossing: Crossing | None = None,
-    on_pass: Callable[[int, int], None] = lambda proposed, kept: None,
+    on_pass: Callable[[int, int], None] = lambda proposed, accepted: None,
 ) -> Written:
     """`CachedSequence.decode` of the target, the draft proposing `lookahead` of its tokens at a time: fewer passes.
 
@@ -45,7 +45,7 @@ async def speculate(
 
     Args:
         crossing: for a draft with other tokens.
-        on_pass: is told after each pass over proposals how many tokens they were, and how many of them were kept.
+        on_pass: is told after each pass over proposals how many tokens they were, and how many of them are accepted.
     """
     written: list[int] = []
     # the draft's ends may be among the proposals
@@ -80,9 +80,9 @@ async def speculate(
                 return Written(written, ended=False)
         else:
             token = sample(logits[kept])
-        ended = kept < len(proposed) and token == proposed[kept] and sample.ends(token, target.runner.eos_ids)
+        agreed_end = kept < len(proposed) and token == proposed[kept] and sample.ends(token, target.runner.eos_ids)
         if proposed:
-            on_pass(len(proposed) - ended, kept)  # an end is no token of the text
+            on_pass(len(proposed) - agreed_end, kept)  # an end is no token of the text
         target.rollback(start + kept, logits[kept])
     return Written(written, ended=True)
 

@@ -26,20 +26,20 @@ SHARES = tuple(i / 10 for i in range(1, 11))
 
 
 class Expectation(NamedTuple):
-    """What calibration's test measured of a mean over drafts."""
+    """What calibration's test measured of a mean over the drafts of its prompts."""
 
     mean: float
     error: float = math.nan  # its standard error; not a number where the report does not say
-    drafts: int = 0
+    prompts: int = 0
 
     def alarms(self, mean: float, answers: int) -> bool:
         """Whether the mean over so many answers is elsewhere, by more than chance.
 
-        The spread is that of calibration's drafts, as a few answers that are alike say nothing of it.
+        The spread is that of calibration's prompts, as a few answers that are alike say nothing of it.
         """
-        if answers < FEW or not self.drafts:
+        if answers < FEW or math.isnan(self.error):
             return False
-        error = self.error * math.sqrt(1 + self.drafts / answers)  # of the difference
+        error = self.error * math.sqrt(1 + self.prompts / answers)  # of the difference
         return abs(mean - self.mean) > max(ERRORS * error, LEAST)
 
 
@@ -165,11 +165,11 @@ def expected_of(verifier: str | Path | None) -> Expected | None:
         kinds = content["kinds"]
         # of one kind there may be several rules, each with a threshold of its own
         names = [name for name in kinds if name.split()[0] == saved["kind"] and _same(kinds[name], saved)]
-        figures, drafts = kinds[content["chosen"] if chosen else names[0]], int(content["n_prompts"])
-        accepted = Expectation(figures["accepted_fraction"], figures.get("accepted_error", math.nan), drafts)
+        figures, prompts = kinds[content["chosen"] if chosen else names[0]], int(content["n_prompts"])
+        accepted = Expectation(figures["accepted_fraction"], figures.get("accepted_error", math.nan), prompts)
         if "mean_confidence" not in figures:
             return Expected(accepted)
-        return Expected(accepted, Expectation(figures["mean_confidence"], figures["confidence_error"], drafts))
+        return Expected(accepted, Expectation(figures["mean_confidence"], figures["confidence_error"], prompts))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
