@@ -8,20 +8,18 @@ as well: whether the template opens it, how it is left out, and what of an answe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from parse.local.loading import Messages
 from parse.text import control_pattern, encode_continuation, encode_text
+from parse.threads import in_thread
 
-T = TypeVar("T")
 OPEN, CLOSE = "<think>", "</think>"  # around a model's thinking: Qwen's, DeepSeek's, and most others'
 PRIVATE = range(0xE000, 0xF8FF)  # code points that stand for nothing: they mark places in a text
 SECONDS = 10.0  # that a chat template may take for one prompt
@@ -145,7 +143,7 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: An
     shape = {"tokenize": False, "add_generation_prompt": True, **options}
     name = tokenizer.name_or_path or "this tokenizer"
     try:
-        return cast(str, _within(SECONDS, lambda: tokenizer.apply_chat_template(messages, **shape)))
+        return cast(str, in_thread(lambda: tokenizer.apply_chat_template(messages, **shape), SECONDS))
     except TimeoutError as error:
         raise ValueError(f"the chat template of {name} does not end within {SECONDS:.0f} s: use another") from error
     except Exception as error:  # whatever the template's own code raises
@@ -165,28 +163,6 @@ def _check_template(template: str) -> None:
         return
     if tree.find(nodes.Pow):
         raise ValueError("the chat template computes powers (**), which may take for ever: use another")
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns; TimeoutError where it takes longer, and it is stopped at its next step."""
-    outcome: list[tuple[T | None, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-        raise TimeoutError
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return cast(T, result)
 
 
 def encode_for_draft(

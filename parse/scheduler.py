@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from threading import RLock
@@ -31,11 +31,11 @@ class Work(Protocol):
 class Runner(Protocol):
     """Runs the work of many sequences as one batch."""
 
-    def forward(self, works: Sequence[Any], alone: bool = False) -> list[Any]:
+    def forward(self, works: Sequence[Any], alone: Callable[[], bool] | None = None) -> list[Any]:
         """Their outputs, in order.
 
         Args:
-            alone: nobody else waits, so that each may do more than it was asked for.
+            alone: whether nobody else waits, so that each may do more than it was asked for; None where somebody does.
         """
         ...
 
@@ -187,10 +187,15 @@ class Scheduler:
         else:
             task.advance(output)
 
+    def _is_quiet(self) -> bool:
+        """Whether nobody was submitted whom there is room for, or cancelled, since the step began."""
+        admits = bool(self._waiting) and len(self._running) < self.max_running
+        return not admits and not any(task.cancelled for task in self._running)
+
     def _run(self, runner: Runner, tasks: list[Task[Any]]) -> None:
         alone = len(tasks) == sum(not task.done for task in self._running) and not any(t.watched for t in tasks)
         try:
-            outputs = runner.forward([task.wanted for task in tasks], alone)
+            outputs = runner.forward([task.wanted for task in tasks], self._is_quiet if alone else None)
         except Exception as error:
             for task in tasks:
                 task.advance(error=error)

@@ -85,13 +85,13 @@ def test_on_two_devices_the_draft_writes_while_the_target_judges(target, draft, 
     plain = engine.generate(PROMPT, 32, threshold=0.0, horizon=8)[0].token_ids
     read, write = engine.models["target"].runner.forward, engine.models["draft"].runner.forward
 
-    def reading(passes, alone=False):
+    def reading(passes, alone=None):
         if passes[0].layout:
             verifying.set()
             assert ahead.wait(20), "the draft waits for the verdict"
         return read(passes, alone)
 
-    def writing(passes, alone=False):
+    def writing(passes, alone=None):
         if verifying.is_set():
             ahead.set()
         return write(passes, alone)

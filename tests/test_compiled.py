@@ -1,6 +1,7 @@
 """Compiled passes: one graph without breaks a bucket of shapes, the same answers, and never in the way."""
 
 import warnings
+from itertools import chain, repeat
 from threading import Thread, get_ident
 
 import pytest
@@ -199,6 +200,21 @@ def test_one_text_writes_on_while_another_waits():
     alone.rollback(0)
     alone.read([*long, 9])
     torch.testing.assert_close(waiting.last_logits, alone.last_logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7])
+def test_a_text_that_no_longer_writes_alone_stops_there(tokens):
+    """After any token, also between recorded steps that follow each other, and its next token is what it would be."""
+    model, prompt = random_model("llama", 60), [5, 6, 7]
+    runner = compiled_runner(model, Counter())
+    runner.eos_ids = frozenset()
+    plain = CachedSequence(ModelRunner(model))
+    plain.read(prompt)
+    expected = plain.write(20).ids
+    row, answers = runner.open(), chain([True] * tokens, repeat(False))
+    (first,) = runner.forward([Pass(runner, row, prompt, more=19)])
+    (output,) = runner.forward([Pass(runner, row, [int(first.logits.argmax())], more=19)], lambda: next(answers))
+    assert [*output.written, int(output.logits.argmax())] == expected[1 : 2 + tokens]
 
 
 @settings(max_examples=5, deadline=None)

@@ -102,7 +102,7 @@ def test_what_nobody_watches_is_written_at_once(prompt, limit, end, read, every)
         pass
     written = alone.write(limit, Sampling(), stop)
     assert seen == [written.ids[: i + 1] for i in range(len(written.ids))]
-    assert asked == [True] * len(asked)
+    assert all(asked)
     assert len(asked) <= 2 - read
     assert alone.ids == watched.ids
     assert alone.deferred == watched.deferred
@@ -136,7 +136,7 @@ def test_proposals_that_are_kept_save_passes(monkeypatch):
     passes = []
     forward = ModelRunner.forward
 
-    def counting(self, some, alone=False):
+    def counting(self, some, alone=None):
         if self is target.runner:
             passes.append(len(some[0].ids))
         return forward(self, some, alone)
@@ -253,7 +253,7 @@ def test_proposals_that_cross_as_text_are_kept_and_save_passes(smollm, monkeypat
     passes = []
     forward = ModelRunner.forward
 
-    def counting(self, some, alone=False):
+    def counting(self, some, alone=None):
         passes.append(self is engine.models["target"].runner)
         return forward(self, some, alone)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parse import Engine
+from parse.local.runner import ModelRunner
 from parse.scheduler import Call, Cancelled, Scheduler, run, run_together
 from parse.verifiers import Likelihood
 from tests.conftest import runners_of
@@ -81,7 +82,7 @@ def test_eight_threads_share_one_batch(engine, alone, monkeypatch):
     jobs = [(number, way) for number in range(len(PROMPTS)) for way in range(len(WAYS))] * 2
     expected = [alone(*job) for job in jobs]
     widths, forward = [], type(engine.models["target"].runner).forward
-    noting = lambda self, passes, alone=False: widths.append(len(passes)) or forward(self, passes, alone)
+    noting = lambda self, passes, alone=None: widths.append(len(passes)) or forward(self, passes, alone)
     monkeypatch.setattr(type(engine.models["target"].runner), "forward", noting)
 
     def ask(index):
@@ -98,6 +99,49 @@ def test_eight_threads_share_one_batch(engine, alone, monkeypatch):
     assert max(widths) > 1
 
 
+@pytest.mark.parametrize("event", ["comes", "is cancelled"])
+def test_a_request_ends_a_long_step_where_it(engine, alone, monkeypatch, event):
+    """Who writes alone writes many tokens in a step; not to its end where somebody comes or goes meanwhile."""
+    scheduler, forward, steps = engine.scheduler, ModelRunner._run, []
+    start = lambda number: engine._start(
+        *engine._encoded(PROMPTS[number]), engine.settings(max_new_tokens=18, method="target")
+    )
+    writing, others = scheduler.submit(start(1).answer()), []
+
+    def counting(self, passes, *rest):
+        steps.append(len(passes))
+        if len(steps) == 5:
+            scheduler.cancel(writing) if event == "is cancelled" else others.append(scheduler.submit(start(0).answer()))
+        return forward(self, passes, *rest)
+
+    monkeypatch.setattr(ModelRunner, "_run", counting)
+    while len(steps) < 5:  # a step for the prompt, then one in which it writes on
+        scheduler.step()
+    assert len(steps) == 5
+    if event == "is cancelled":
+        assert writing.done
+        return
+    assert scheduler.wait(writing).token_ids == engine.generate(PROMPTS[1], 18, method="target")[0].token_ids
+    assert scheduler.wait(others[0]).token_ids == engine.generate(PROMPTS[0], 18, method="target")[0].token_ids
+    assert max(steps) == 2
+
+
+def test_a_request_that_there_is_no_room_for_ends_no_step():
+    scheduler, answers = Scheduler(max_running=1), []
+
+    class Asking(Adder):
+        def forward(self, works, alone=None):
+            scheduler.submit(counting(self, 7, 1))
+            answers.append(alone())
+            scheduler.max_running = 2
+            answers.append(alone())
+            return super().forward(works)
+
+    scheduler.submit(counting(Asking(), 0, 1))
+    scheduler.step()
+    assert answers == [True, False]
+
+
 async def failing(work, error):
     await work
     raise error
@@ -109,7 +153,7 @@ class Adder:
     def __init__(self):
         self.batches = []
 
-    def forward(self, works, alone=False):
+    def forward(self, works, alone=None):
         self.batches.append([work.number for work in works])
         if any(work.number < 0 for work in works):
             raise ValueError("a negative number")
@@ -222,7 +266,7 @@ def test_too_long_a_text_fails_alone(engine):
 class Interrupted(Adder):
     """Ctrl-C comes within its second batch, when a part of it is done."""
 
-    def forward(self, works, alone=False):
+    def forward(self, works, alone=None):
         super().forward(works, alone)
         if len(self.batches) == 2:
             raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import torch
 
 from parse import Engine
 from parse.local.locks import lock_of, others_idle
+from parse.threads import in_thread
 from parse.verifiers import Likelihood
 from tests.conftest import runners_of
 from tests.test_engine import PROMPT
@@ -112,3 +113,21 @@ def test_a_draft_of_other_tokens_stays_within_the_limit(smollm, target, tokenize
         assert 0 < len(result.token_ids) <= limit
         assert result.finish_reason == "length"
         assert real.decode(result.token_ids).startswith(result.text)
+
+
+def test_a_call_in_a_thread_of_its_own_gives_what_it_gives():
+    assert in_thread(threading.current_thread) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        in_thread(lambda: 1 / 0)
+    stopped = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                stopped.wait(0.001)
+        except SystemExit:
+            stopped.set()
+
+    with pytest.raises(TimeoutError):
+        in_thread(endless, 0.01)
+    assert stopped.wait(20)

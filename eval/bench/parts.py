@@ -121,7 +121,7 @@ def _step(bench: Bench, role: str, batch: int) -> dict[str, float]:
 
     def loop(tokens: int) -> None:
         passes = [Pass(runner, c.row, ids, more=tokens - 1) for c, ids in zip(contexts, prompts, strict=True)]
-        runner.forward(passes, alone=True)
+        runner.forward(passes, alone=lambda: True)
         for context in contexts:
             runner.cache.truncate(0, context.row)
 

@@ -1,8 +1,9 @@
 """What serving costs: requests a second through the server, over those of `Engine.generate` with as many at once.
 
-Both answer the same prompts by the same engine, in turns. Every draft is accepted: so requests are short, and the
-server's share is the largest. The clients live in another process, and each has one request at a time; on a machine of
-few cores they take their share of it.
+Both answer the same prompts by the same engine, in turns, each in a thread that ends with it, as on a CPU the threads
+of one slow down the other, see `parse.threads`. Every draft is accepted: so requests are short, and the server's share
+is the largest. The clients live in another process, and each has one request at a time; on a machine of few cores they
+take their share of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from subprocess import PIPE, Popen
 from typing import Any
@@ -24,6 +27,7 @@ from eval.tasks.task import Prompt
 from parse import Engine
 from parse.server.app import create_app
 from parse.server.serving import Limits, Serving
+from parse.threads import in_thread
 from parse.verifiers import Likelihood
 from recipes.progress import progress_bar
 
@@ -34,38 +38,46 @@ NAME = "bench"
 
 def measure(loads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A row for each number of clients."""
-    import uvicorn
-
-    target, draft, tokenizer = load_pair("embedded")
-    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(threshold=0.0), compile=True)
-    engine.warm_up(max(loads))
+    engine = in_thread(lambda: _engine(max(loads)))
     rows = []
     with progress_bar("server", total=len(loads) * repeats) as bar:
         for at_once in loads:
             prompts = draw_prompts(TASKS["ledger"], "test", EACH * at_once, seed=1)
-            server = uvicorn.Server(uvicorn.Config(_app(engine, at_once), port=0, log_level="error"))
-            thread = threading.Thread(target=server.run)
-            thread.start()
-            while not server.started:
-                time.sleep(0.01)
-            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-            try:
-                pairs = []
-                for _ in range(repeats + 1):  # the first one warms up
-                    alone = _by_engine(engine, prompts, at_once)
+            pairs = []
+            for _ in range(repeats + 1):  # the first one warms up
+                alone = in_thread(partial(_by_engine, engine, prompts, at_once))
+                with _serving(engine, at_once) as url:
                     pairs.append((alone, _by_clients(url, prompts, at_once)))
-                    bar.update(len(pairs) > 1)
-            finally:
-                server.should_exit = True
-                thread.join()
+                bar.update(len(pairs) > 1)
             ratios = [served / alone for alone, served in pairs[1:]]
             middle = {name: median(pair[i] for pair in pairs[1:]) for i, name in enumerate(("engine", "server"))}
             rows.append({"clients": at_once, "requests": len(prompts), **middle, "ratio": median(ratios)})
     return rows
 
 
-def _app(engine: Engine, at_once: int) -> Any:
-    return create_app(Serving(engine, NAME, {"max_new_tokens": LIMIT}, Limits(at_once=at_once)))
+def _engine(at_once: int) -> Engine:
+    target, draft, tokenizer = load_pair("embedded")
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(threshold=0.0), compile=True)
+    engine.warm_up(at_once)
+    return engine
+
+
+@contextmanager
+def _serving(engine: Engine, at_once: int) -> Iterator[str]:
+    """The address of a server of the engine."""
+    import uvicorn
+
+    app = create_app(Serving(engine, NAME, {"max_new_tokens": LIMIT}, Limits(at_once=at_once)))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _by_engine(engine: Engine, prompts: Sequence[Prompt], at_once: int) -> float:

@@ -6,7 +6,7 @@ Shape letters: B texts, T tokens of the widest pass, P keys of the longest text,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -100,11 +100,11 @@ class ModelRunner:
             heappush(self._free, row)
 
     @torch.inference_mode()
-    def forward(self, passes: Sequence[Pass], alone: bool = False) -> list[Output]:
+    def forward(self, passes: Sequence[Pass], alone: Callable[[], bool] | None = None) -> list[Output]:
         """Run passes as few forward passes, each of like widths; the order is kept.
 
         Args:
-            alone: nobody else waits, so that they may write more.
+            alone: whether nobody else waits, so that they may write more; asked again before each token.
 
         Raises:
             ValueError: for a text that is longer than the model's context.
@@ -116,7 +116,7 @@ class ModelRunner:
             for group in _of_like_width(passes):
                 by_index.update(zip(group, self._together([passes[i] for i in group]), strict=True))
             outputs = [by_index[i] for i in range(len(passes))]
-            return self._write_on(passes, outputs) if alone and all(one.more for one in passes) else outputs
+            return self._write_on(passes, outputs, alone) if alone and all(one.more for one in passes) else outputs
 
     def check_length(self, one: Pass) -> None:
         """Refuse what is wrong without a word, or out of range, with positions that the model does not have."""
@@ -125,7 +125,7 @@ class ModelRunner:
         if self.longest is not None and length > self.longest:
             raise ValueError(f"a text of {length} tokens, and the model's context holds {self.longest}: shorten it")
 
-    def _write_on(self, passes: Sequence[Pass], outputs: Sequence[Output]) -> list[Output]:
+    def _write_on(self, passes: Sequence[Pass], outputs: Sequence[Output], alone: Callable[[], bool]) -> list[Output]:
         """Write on in all texts, to where the first of them stops: steps without a detour through whoever asked."""
         rows, written = [one.row for one in passes], [list[int]() for _ in passes]
         limit = min(one.more for one in passes)
@@ -135,7 +135,7 @@ class ModelRunner:
 
         def take(tokens: Sequence[int]) -> bool:
             """Take a token for each text, unless one of them must not be read. Called for every step: be quick."""
-            if len(written[0]) >= limit or not self.eos_ids.isdisjoint(tokens):
+            if len(written[0]) >= limit or not alone() or not self.eos_ids.isdisjoint(tokens):
                 return False
             if stops and any(stop([*written[i], tokens[i]]) for i, stop in stops):
                 return False

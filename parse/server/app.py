@@ -139,6 +139,12 @@ class Stream(StreamingResponse):
             self.ended()
 
 
+async def _leaving(http: Request) -> None:
+    """Wait until the client, whose body was read, goes away."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _serving(http: Request) -> Serving:
     return http.app.state.serving  # type: ignore[no-any-return]
 
@@ -205,7 +211,7 @@ async def chat(http: Request) -> Response:
     as_calibrated = serving.as_calibrated(asked, asked.limit)
     if asked.stream:
         return _streaming(http, form, rounds, as_calibrated)
-    results = await serving.run([each.answer() for each in rounds], http.is_disconnected, as_calibrated)
+    results = await serving.run([each.answer() for each in rounds], partial(_leaving, http), as_calibrated)
     return _whole(http, form, results, [None] * len(results))
 
 
@@ -237,7 +243,7 @@ async def completions(http: Request) -> Response:
     if asked.stream:
         return _streaming(http, form, rounds, as_calibrated)
     if limit:
-        results = await serving.run([each.answer() for each in rounds], http.is_disconnected, as_calibrated)
+        results = await serving.run([each.answer() for each in rounds], partial(_leaving, http), as_calibrated)
     else:
         results = [Generation("", [], "length", [], each.stats) for each in rounds]
     scores: list[Scores | None] = [None] * len(rounds)
@@ -254,7 +260,7 @@ async def _rated(http: Request, asked: Round, result: Generation, count: int) ->
     stopped = find_stop(text_of(result.token_ids, serving.engine.tokenizer), asked.settings.stop) is not None
     ends = target.eos_ids if result.finish_reason == "stop" and not stopped else ()
     steps = scored(target, [*asked.prompt_ids, *result.token_ids], count, ends)
-    return (await serving.run([steps], http.is_disconnected))[0]
+    return (await serving.run([steps], partial(_leaving, http)))[0]
 
 
 async def page(_: Request) -> HTMLResponse:
@@ -335,7 +341,7 @@ def _failed(http: Request, status: int, code: str | None = None) -> None:
 def _streaming(http: Request, form: Format, rounds: Sequence[Round], as_calibrated: bool) -> StreamingResponse:
     serving, change = _serving(http), asyncio.Event()
     jobs = serving.start([Job(each.answer(), waking(change), watched=each) for each in rounds])
-    changes = serving.changes(jobs, change, http.is_disconnected, as_calibrated)
+    changes = serving.changes(jobs, change, partial(_leaving, http), as_calibrated)
     events = _events(http, form, rounds, jobs, changes)
     return Stream(events, 2 * serving.limits.seconds, partial(serving.cancel, jobs))  # to write it, and to read it
 

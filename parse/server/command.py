@@ -15,6 +15,7 @@ from typing import Any
 
 from parse.options import Parser, add_models, add_settings, count, message_of, quieten
 from parse.sources import load
+from parse.threads import in_thread
 
 KEY = "PARSE_API_KEY"  # the environment variable that may hold the key, so that no list of processes shows it
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             quieten()
-            app = _application(given)
+            app = in_thread(lambda: _application(given))  # what computes from then on is the worker's thread alone
     except Exception as error:
         if (message := message_of(error)) is None:
             raise

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,9 +21,8 @@ from parse.server.protocol import Refused
 from parse.server.worker import Job, Worker
 
 T = TypeVar("T")
-LOOK = 0.1  # seconds between looks at whether a client is still there
 log = logging.getLogger("parse.server")
-IsGone = Callable[[], Awaitable[bool]]  # whether the client has closed the connection
+Leaving = Callable[[], Coroutine[Any, Any, None]]  # waits until the client closes the connection
 
 
 class Gone(Exception):
@@ -143,11 +142,11 @@ class Serving:
             raise Refused(400, str(error), _field_of(str(error))) from error
         return made
 
-    async def run(self, steps: Sequence[Steps[T]], is_gone: IsGone, as_calibrated: bool = False) -> list[T]:
+    async def run(self, steps: Sequence[Steps[T]], leaving: Leaving, as_calibrated: bool = False) -> list[T]:
         """What coroutines return, once all are finished; see `changes`."""
         change = asyncio.Event()
         jobs = self.start([Job(each, waking(change)) for each in steps])
-        async with aclosing(self.changes(jobs, change, is_gone, as_calibrated)) as changes:
+        async with aclosing(self.changes(jobs, change, leaving, as_calibrated)) as changes:
             async for _ in changes:
                 pass
         return [job.result for job in jobs]
@@ -164,7 +163,7 @@ class Serving:
             self.worker.cancel(job)
 
     async def changes(
-        self, jobs: Sequence[Job[Any]], change: asyncio.Event, is_gone: IsGone, as_calibrated: bool = False
+        self, jobs: Sequence[Job[Any]], change: asyncio.Event, leaving: Leaving, as_calibrated: bool = False
     ) -> AsyncGenerator[None, None]:
         """Wait for jobs that were started, and yield whenever one has changed, until all are done.
 
@@ -177,21 +176,23 @@ class Serving:
             Refused: where one of them broke or took too long.
             Gone: where the client is gone.
         """
-        started = time.perf_counter()
+        started, left = time.perf_counter(), asyncio.ensure_future(leaving())
+        left.add_done_callback(lambda _: change.set())
         try:
             while not all(job.done for job in jobs):
-                if time.perf_counter() - started > self.limits.seconds:
+                rest = started + self.limits.seconds - time.perf_counter()
+                if rest <= 0:
                     raise Refused(504, f"the answer took longer than {self.limits.seconds:g} s")
-                try:
-                    await asyncio.wait_for(change.wait(), LOOK)
-                except TimeoutError:
-                    if await is_gone():
-                        raise Gone from None
-                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(rest):
+                        await change.wait()
                 change.clear()
+                if left.done():
+                    raise Gone
                 yield
             yield  # whoever looked just before the last change
         finally:
+            left.cancel()
             self.cancel(jobs)
         for job in jobs:
             try:

@@ -1,7 +1,7 @@
 """The thread that runs an engine's rounds for all requests of a server.
 
-The event loop must not wait for a pass, and the scheduler's lock is held during one: so requests reach this thread
-through a queue, and what changed reaches them through a callback.
+The event loop must not wait for a pass, and the scheduler's lock is held during one: so requests wait in queues for it
+and this thread, and what changed reaches them through a callback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ class Job(Generic[T]):
     watched: Round | None = None  # the answer, where it is told while it grows
     tokens: int = 0  # of it; their text is made where it is told, as that takes time which the models would wait
     segments: int = 0  # of it that are settled
-    cancelled: bool = False
     task: Task[T] | None = field(default=None, repr=False)
     done: bool = False
     ended: float = 0.0  # when it was done, by `time.perf_counter`
@@ -56,7 +55,7 @@ class Worker:
     """Runs jobs, at most so many at once, in the order in which they come."""
 
     def __init__(self, scheduler: Scheduler, at_once: int) -> None:
-        self.scheduler, self.at_once = scheduler, at_once
+        self.scheduler, self.at_once, scheduler.max_running = scheduler, at_once, at_once
         self._inbox: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
         self._jobs: list[Job[Any]] = []  # of this thread
         self.count = 0  # jobs that are not done; changed under the lock
@@ -84,13 +83,13 @@ class Worker:
         """Queue a job; never waits."""
         with self._lock:
             self.count += 1
+        job.task = self.scheduler.submit(job.steps, watched=job.watched is not None)  # who may end a long step for it
         self._inbox.put(job)
 
     def cancel(self, job: Job[Any]) -> None:
-        """Stop a job at the end of the step that runs, whatever it has reached; never waits."""
-        job.cancelled = True
-        if job.task is not None:
-            self.scheduler.cancel(job.task)
+        """Stop a job that was submitted, at the end of the step that runs; never waits."""
+        assert job.task is not None
+        self.scheduler.cancel(job.task)
 
     def close(self) -> None:
         """End the thread; jobs that are left are cancelled."""
@@ -98,7 +97,6 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        self.scheduler.max_running = self.at_once
         with torch.inference_mode():
             while not self._stopping.is_set():
                 self._take(wait=not self._jobs)
@@ -111,15 +109,11 @@ class Worker:
         self._tell()
 
     def _take(self, wait: bool) -> None:
-        """Submit what has come; where nothing runs, wait a moment for something."""
+        """Take up what has come; where nothing runs, wait a moment for something."""
         try:
-            job = self._inbox.get(timeout=IDLE) if wait else self._inbox.get_nowait()
+            self._jobs.append(self._inbox.get(timeout=IDLE) if wait else self._inbox.get_nowait())
             while True:
-                job.task = self.scheduler.submit(job.steps, watched=job.watched is not None)
-                self._jobs.append(job)
-                if job.cancelled:  # before it came here
-                    self.scheduler.cancel(job.task)
-                job = self._inbox.get_nowait()
+                self._jobs.append(self._inbox.get_nowait())
         except queue.Empty:
             return
 
