@@ -100,7 +100,8 @@ async def _ask_all(url: str, prompts: Sequence[str], at_once: int) -> float:
     import httpx
 
     waiting = iter(prompts)
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    kept = httpx.Limits(max_keepalive_connections=at_once)  # a connection for each client, as when they are apart
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=kept) as client:
 
         async def ask() -> None:
             for prompt in waiting:
