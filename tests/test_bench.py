@@ -2,18 +2,23 @@
 
 import json
 import math
+import re
 from threading import Event
 from time import perf_counter
 from unittest.mock import patch
 
+import httpx
 import pytest
 import torch
 
 from eval.bench import __main__ as command
 from eval.bench import engine as bench
-from eval.bench import fakes
+from eval.bench import fakes, server
 from eval.bench.engine import PROMPT
 from eval.bench.fakes import Scripted, ScriptedEngine, agreeing, endless, stopwatch, two_devices
+from eval.tasks import TASKS, draw_prompts
+from parse import Engine
+from parse.verifiers import Likelihood
 from tests.conftest import answer_to
 
 
@@ -140,3 +145,16 @@ def test_ratios_are_taken_within_a_turn(monkeypatch):
     ratio = fakes.take_turns({"one": lambda: None, "other": lambda: None}, repeats=3)
     assert ratio("one", "other") == 2
     assert ratio("other", "one") == 1 / 2
+
+
+def test_the_servers_benchmark_counts_what_its_clients_were_answered(target, draft, tokenizer):
+    engine = Engine(target, tokenizer, draft, tokenizer, Likelihood(threshold=0.0), segments=4, compile=False)
+    prompts = draw_prompts(TASKS["ledger"], "test", 5, seed=1)
+    with server._serving(engine, 2) as url:
+        assert server._by_clients(url, prompts, 2) > 0
+        finished = re.findall(r"vllm:request_success_total{.*} (\S+)", httpx.get(f"{url}/metrics").text)
+        assert sum(map(float, finished)) == 5
+        with pytest.raises(RuntimeError, match="400 Bad Request"):
+            server._by_clients(url, [*prompts, 7], 2)
+    rows = [{"clients": 2, "requests": 5, "engine": 10.0, "server": 9.0, "ratio": 0.9, "ratios": [0.8, 0.9, 0.95]}]
+    assert server.table(rows).rows == [["2", "5", "10.0/s", "9.0/s", "90% (80% to 95%)"]]

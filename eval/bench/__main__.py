@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     engine.add_argument("--repeats", type=int, default=5)
     server = commands.add_parser("server", help="requests a second through the server, over those of the engine")
     server.add_argument("--clients", nargs="+", type=int, default=[8, 32])
-    server.add_argument("--repeats", type=int, default=5)
+    server.add_argument("--repeats", type=int, default=9)
     for command in (engine, server):
         command.add_argument("--out", type=Path, help="a folder for a JSON file, such as docs/results")
     gpu = commands.add_parser("gpu", help="all that only a GPU can show, in nine minutes")

@@ -8,8 +8,8 @@ take their share of it.
 
 from __future__ import annotations
 
-import asyncio
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from subprocess import PIPE, Popen
 from typing import Any
 
 from eval.bench.models import load_pair
@@ -43,15 +42,15 @@ def measure(loads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     with progress_bar("server", total=len(loads) * repeats) as bar:
         for at_once in loads:
             prompts = draw_prompts(TASKS["ledger"], "test", EACH * at_once, seed=1)
-            pairs = []
-            for _ in range(repeats + 1):  # the first one warms up
-                alone = in_thread(partial(_by_engine, engine, prompts, at_once))
+            alone, served = list[float](), list[float]()
+            for turn in range(repeats + 1):  # the first one warms up
+                alone.append(in_thread(partial(_by_engine, engine, prompts, at_once)))
                 with _serving(engine, at_once) as url:
-                    pairs.append((alone, _by_clients(url, prompts, at_once)))
-                bar.update(len(pairs) > 1)
-            ratios = [served / alone for alone, served in pairs[1:]]
-            middle = {name: median(pair[i] for pair in pairs[1:]) for i, name in enumerate(("engine", "server"))}
-            rows.append({"clients": at_once, "requests": len(prompts), **middle, "ratio": median(ratios)})
+                    served.append(_by_clients(url, prompts, at_once))
+                bar.update(turn > 0)
+            ratios = [ours / own for ours, own in zip(served[1:], alone[1:], strict=True)]
+            row = {"clients": at_once, "requests": len(prompts), "ratio": median(ratios), "ratios": ratios}
+            rows.append(row | {"engine": median(alone[1:]), "server": median(served[1:])})
     return rows
 
 
@@ -89,38 +88,17 @@ def _by_engine(engine: Engine, prompts: Sequence[Prompt], at_once: int) -> float
 
 def _by_clients(url: str, prompts: Sequence[Prompt], at_once: int) -> float:
     """Requests a second of so many clients in a process of their own."""
-    work = json.dumps({"url": url, "prompts": prompts, "at_once": at_once})
-    process = Popen([sys.executable, "-m", "eval.bench.server"], stdin=PIPE, stdout=PIPE, text=True)
-    out, _ = process.communicate(work)
-    return len(prompts) / float(out)
-
-
-async def _ask_all(url: str, prompts: Sequence[str], at_once: int) -> float:
-    """The seconds that so many clients take, from the first request on."""
-    import httpx
-
-    waiting = iter(prompts)
-    kept = httpx.Limits(max_keepalive_connections=at_once)  # a connection for each client, as when they are apart
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=kept) as client:
-
-        async def ask() -> None:
-            for prompt in waiting:
-                body = {"model": NAME, "messages": [{"role": "user", "content": prompt}]}
-                (await client.post("/v1/chat/completions", json=body)).raise_for_status()
-
-        started = time.perf_counter()
-        await asyncio.gather(*(ask() for _ in range(at_once)))
-        return time.perf_counter() - started
+    work = json.dumps({"url": url, "model": NAME, "prompts": prompts, "at_once": at_once})
+    done = subprocess.run([sys.executable, "-m", "eval.bench.clients"], input=work, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the clients failed: {done.stderr}")
+    return len(prompts) / float(done.stdout)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     head = ["clients", "requests", "Engine.generate", "server", "server / engine"]
     rates = lambda row: [f"{row[key]:.1f}/s" for key in ("engine", "server")]
-    cells = [[str(row["clients"]), str(row["requests"]), *rates(row), f"{row['ratio']:.0%}"] for row in rows]
+    ratio = lambda row: f"{row['ratio']:.0%} ({min(row['ratios']):.0%} to {max(row['ratios']):.0%})"
+    cells = [[str(row["clients"]), str(row["requests"]), *rates(row), ratio(row)] for row in rows]
     return Table("Requests a second through the server", head, cells)
-
-
-if __name__ == "__main__":
-    work = json.load(sys.stdin)
-    print(asyncio.run(_ask_all(work["url"], work["prompts"], work["at_once"])))
