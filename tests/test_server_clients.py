@@ -20,7 +20,7 @@ JSON = {"content-type": "application/json"}
 
 def of_requests():
     """Threads but for those of the event loop's pool, which stay for the next request."""
-    return sorted(one.name for one in threading.enumerate() if not one.name.startswith("asyncio_"))
+    return sorted(one.name for one in threading.enumerate() if not one.name.startswith(("asyncio_", "uvloop_")))
 
 
 def test_many_clients_of_which_some_misbehave(target, draft, tokenizer):

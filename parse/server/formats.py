@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +58,7 @@ class Format:
         """A chunk that adds text to a choice, and says where it is from once that is settled."""
         choice: dict[str, Any] = {"index": index, **self.added(index, text), "finish_reason": None}
         if segments:
-            choice["parse"] = {"segments": [asdict(segment) for segment in segments]}
+            choice["parse"] = {"segments": [vars(segment) for segment in segments]}
         return self._chunk([choice], self.usage(tokens) if self.asked.every_usage else None)
 
     def last(self, index: int, result: Generation, tokens: int) -> dict[str, Any]:
@@ -151,8 +150,7 @@ class CompletionFormat(Format):
 
 def told(result: Generation) -> dict[str, Any]:
     """What PARSE tells of an answer: its pieces and where they are from, tokens, rounds and seconds."""
-    stats = asdict(result.stats)
-    return {"segments": [asdict(segment) for segment in result.segments], **stats}
+    return {"segments": [vars(segment) for segment in result.segments], **vars(result.stats)}
 
 
 def speculative(all_stats: Sequence[Stats]) -> dict[str, Any]:
