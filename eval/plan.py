@@ -2,8 +2,9 @@
 
 Seconds of forward passes are measured on the recipe's own pair, or follow from a machine's published bandwidth and
 arithmetic. The rest is the algorithm: with `right`, the share of a draft's segments that are accepted where those
-before them were, the expected seconds of an answer are a sum over where the first rejected segment may stand. What the
-engine does between passes is left out: it is a part of the gap that a run shows.
+before them were, the expected seconds of an answer are a sum over where the first rejected segment may stand. After a
+run, the same costs of the rounds that it had tell a draft that errs unevenly, such as at the end of its answers alone,
+from passes that cost otherwise. What the engine does between passes is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,14 +90,8 @@ def parse(work: Workload, target: Costs, draft: Costs, horizon: int | None = Non
     repair = Phases(target=work.segment * target.repair(requests))
     expected = [Phases()]  # by how many segments are left
     for left in range(1, count + 1):
-        first = left == count
         written = min(left, horizon or left)
-        tokens = written * work.segment
-        unread = work.prompt if first else work.segment  # by the draft, before it writes
-        passed = (work.prompt if first else 0) + tokens + written * work.suffix
-        spent = Phases(
-            draft=draft.read(unread, requests) + tokens * draft.step(requests), verify=target.read(passed, requests)
-        )
+        spent = drafted(work, target, draft, written, left == count, requests)
         for accepted in range(written):
             chance, rejected = work.right**accepted * (1 - work.right), left - accepted  # segments from there on
             rest = (
@@ -106,11 +102,53 @@ def parse(work: Workload, target: Costs, draft: Costs, horizon: int | None = Non
     return expected[count]
 
 
+def drafted(work: Workload, target: Costs, draft: Costs, written: int, first: bool, requests: int = 1) -> Phases:
+    """A round: the draft writes so many segments, and the target judges them; the first one reads the prompt."""
+    tokens = written * work.segment
+    unread = work.prompt if first else work.segment  # by the draft, before it writes
+    passed = (work.prompt if first else 0) + tokens + written * work.suffix
+    return Phases(
+        draft=draft.read(unread, requests) + tokens * draft.step(requests), verify=target.read(passed, requests)
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an answer came about."""
+
+    work: Workload  # its own prompt and segments
+    rounds: Sequence[int]  # the segments that were drafted in each
+    repaired: float  # tokens that the target wrote
+
+
+def as_it_went(ways: Sequence[Way], target: Costs, draft: Costs, requests: int = 1) -> Phases:
+    """What the rounds of answers would cost; the mean."""
+    spent = Phases()
+    for way in ways:
+        each = Phases(target=way.repaired * target.repair(requests))
+        for i, written in enumerate(way.rounds):
+            each = each.plus(drafted(way.work, target, draft, written, not i, requests))
+        spent = spent.plus(each, 1 / len(ways))
+    return spent
+
+
+def rounds_of(segments: Sequence[Mapping[str, Any]], horizon: int | None) -> list[int]:
+    """The segments of each round of an answer, which ends where the target writes, and at the horizon."""
+    rounds = list[int]()
+    for source, group in groupby(segments, key=lambda segment: segment["source"]):
+        left = len(list(group)) if source == "draft" else 0
+        while left:
+            rounds.append(min(left, horizon or left))
+            left -= rounds[-1]
+    return rounds
+
+
 @dataclass(frozen=True)
 class Observed:
     """What an evaluation found of PARSE, at its first number of requests at once."""
 
     work: Workload
+    ways: Sequence[Way]
     horizon: int | None  # segments
     requests: int
     seconds: Phases  # of an answer
@@ -132,7 +170,6 @@ def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> Observed
     if not all(by_method.values()):
         return None
     ours = by_method["parse"]
-    drafted = sum(row["stats"]["draft_tokens"] for row in ours)
     judged = accepted = rejected = 0
     for row in ours:
         kept = [segment["accepted"] for segment in row["segments"] if segment["source"] == "draft"]
@@ -143,16 +180,22 @@ def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> Observed
         {key: sum(row["stats"]["seconds"][key] for row in some) / len(some) for key in row["stats"]["seconds"]}
         for some in by_method.values()
     )
+    prompts = [len(encode(row["prompt"])) for row in ours]
     work = Workload(
-        prompt=sum(len(encode(row["prompt"])) for row in ours) / len(ours),
+        prompt=sum(prompts) / len(ours),
         answer=sum(len(row["token_ids"]) for row in by_method["target"]) / len(ours),
-        segment=drafted / max(judged, 1),
+        segment=sum(row["stats"]["draft_tokens"] for row in ours) / max(judged, 1),
         right=accepted / max(accepted + rejected, 1),
         handback=recipe.engine.handback,
     )
     asked, summary = recipe.engine.horizon, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     horizon = 1 if asked == "segment" else max(round(asked / work.segment), 1) if isinstance(asked, int) else None
-    return Observed(work, horizon, summary["at_once"], Phases(**seconds), sum(alone.values()))
+    ways = []
+    for row, prompt in zip(ours, prompts, strict=True):
+        rounds, stats = rounds_of(row["segments"], horizon), row["stats"]
+        own = replace(work, prompt=prompt, segment=stats["draft_tokens"] / max(sum(rounds), 1))
+        ways.append(Way(own, rounds, stats["target_tokens"]))
+    return Observed(work, ways, horizon, summary["at_once"], Phases(**seconds), sum(alone.values()))
 
 
 def tables(work: Workload, costs: Mapping[str, Costs], loads: Sequence[int] = LOADS) -> Iterator[Table]:
@@ -200,17 +243,17 @@ def advice(work: Workload, costs: Mapping[str, Costs]) -> list[str]:
 
 def explained(run: Observed, costs: Mapping[str, Costs]) -> Table:
     """What is predicted of a run beside what was measured: seconds an answer by phase, and the speed-up."""
-    ideal = parse(run.work, costs["target"], costs["draft"], run.horizon, run.requests)
-    pairs = {name: (getattr(ideal, name), getattr(run.seconds, name)) for name in PHASES}
-    rows = [
-        [words, f"{predicted:.4f}", f"{measured:.4f}", f"{measured - predicted:+.4f}"]
-        for words, (predicted, measured) in zip(PHASES.values(), pairs.values(), strict=True)
-    ]
+    evenly = parse(run.work, costs["target"], costs["draft"], run.horizon, run.requests)
+    went = as_it_went(run.ways, costs["target"], costs["draft"], run.requests)
+    rows = []
+    for name, words in PHASES.items():
+        first, second, measured = (getattr(phases, name) for phases in (evenly, went, run.seconds))
+        rows.append([words, f"{first:.4f}", f"{second:.4f}", f"{measured:.4f}", f"{measured - second:+.4f}"])
     alone = target_alone(run.work, costs["target"], run.requests).total
-    rows.append(["target alone", f"{alone:.4f}", f"{run.alone:.4f}", f"{run.alone - alone:+.4f}"])
-    gains = alone / ideal.total, run.speedup
-    rows.append(["speed-up", *map(_times, gains), f"{gains[1] / gains[0] - 1:+.1%}"])
-    return Table("The run's seconds an answer", ["phase", "predicted", "measured", "gap"], rows)
+    rows.append(["target alone", *[f"{alone:.4f}"] * 2, f"{run.alone:.4f}", f"{run.alone - alone:+.4f}"])
+    gains = alone / evenly.total, alone / went.total, run.speedup
+    rows.append(["speed-up", *map(_times, gains), f"{gains[2] / gains[1] - 1:+.1%}"])
+    return Table("The run's seconds an answer", ["phase", "by the shares", "by its rounds", "measured", "gap"], rows)
 
 
 def _times(value: float) -> str:

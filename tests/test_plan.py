@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from eval.__main__ import main as evaluate
 from eval.costs import Costs, interpolate, parameters, published
-from eval.plan import Phases, Workload, parse, speedup, target_alone
+from eval.plan import Observed, Phases, Way, Workload, as_it_went, explained, parse, rounds_of, speedup, target_alone
 from recipes.schema import RecipeError
 
 TARGET = Costs({1: 1.0, 8: 2.0}, {1: 1.0, 1001: 11.0})  # a pass: 1 s, and 1 s more for each hundred tokens
@@ -58,8 +58,8 @@ def test_with_a_lookahead_the_targets_own_words_cost_what_was_measured():
 
 
 def simulated(work, horizon, rng):
-    """One answer, segment by segment."""
-    left, first, spent = round(work.answer / work.segment), True, Phases()
+    """One answer, segment by segment: its seconds, and what a transcript holds of it."""
+    left, first, spent, segments = round(work.answer / work.segment), True, Phases(), []
     while left:
         written = min(left, horizon or left)
         tokens = written * work.segment
@@ -68,19 +68,44 @@ def simulated(work, horizon, rng):
         first, accepted = False, 0
         while accepted < written and rng.random() < work.right:
             accepted += 1
+        segments += [{"source": "draft", "accepted": i < accepted} for i in range(written)]
         left -= accepted
         if accepted < written:
             left -= 1
             spent = spent.plus(Phases(target=work.segment * TARGET.step(1)))
-    return spent.total
+            segments.append({"source": "target", "accepted": True})
+    return spent, segments
 
 
 @given(st.floats(0, 1), st.sampled_from([1, 2, 4, None]), st.integers(1, 12))
 @settings(max_examples=15, deadline=None)
 def test_the_expectation_is_the_mean_of_many_answers(right, horizon, segments):
     work, rng = replace(WORK, right=right, answer=20 * segments), random.Random(0)
-    mean = sum(simulated(work, horizon, rng) for _ in range(3000)) / 3000
+    mean = sum(simulated(work, horizon, rng)[0].total for _ in range(3000)) / 3000
     assert parse(work, TARGET, DRAFT, horizon).total == pytest.approx(mean, rel=0.05)
+
+
+@given(st.floats(0, 1), st.sampled_from([1, 2, 4, None]), st.integers(1, 12), st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_the_rounds_of_answers_cost_what_these_took(right, horizon, segments, rng):
+    work = replace(WORK, right=right, answer=20 * segments)
+    answers = [simulated(work, horizon, rng) for _ in range(3)]
+    repaired = lambda pieces: 20 * sum(piece["source"] == "target" for piece in pieces)
+    ways = [Way(work, rounds_of(pieces, horizon), repaired(pieces)) for _, pieces in answers]
+    found = as_it_went(ways, TARGET, DRAFT)
+    for name in ("draft", "verify", "target"):
+        assert getattr(found, name) == pytest.approx(sum(getattr(spent, name) for spent, _ in answers) / 3)
+
+
+def test_a_draft_that_errs_at_the_end_alone_is_told_from_one_that_errs_evenly():
+    """Nine of ten segments are accepted either way; what errs last costs no further round."""
+    work = replace(WORK, right=0.9)
+    ways, seconds = [Way(work, [10], 20)], Phases(0.1 * read(100) + 20, read(300), 20, 0)
+    run = Observed(work, ways, None, 1, seconds, alone=read(100) + 200)
+    table = {row[0]: row[1:] for row in explained(run, {"target": TARGET, "draft": DRAFT}).rows}
+    assert [row[3] for row in table.values()] == ["+0.0000"] * 6 + ["+0.0%"]
+    assert float(table["verifying"][0]) > float(table["verifying"][1])
+    assert table["speed-up"][1] == table["speed-up"][2] == f"{(read(100) + 200) / seconds.total:.2f}x"
 
 
 def test_several_requests_share_a_pass():
