@@ -14,6 +14,7 @@ from recipes.schema import RecipeError
 
 if TYPE_CHECKING:
     from parse import Engine
+    from parse.model import Model
 
 HARDWARE = {  # bytes a second of memory, dense bfloat16 operations a second; from the makers' data sheets
     "a100": (2.04e12, 312e12),
@@ -84,35 +85,76 @@ def parameters(text: str) -> float:
     return float(found[1]) * {"B": 1e9, "M": 1e6, "": 1}[found[2]]
 
 
-def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads: Sequence[int], answer: int) -> Costs:
-    """The costs of one of an engine's models: the medians of several measurements, after one to warm up.
+def measured(
+    engine: Engine, prompts: Sequence[Any], loads: Sequence[int], answer: int, lookahead: int = 0
+) -> dict[str, Costs]:
+    """The costs of an engine's target and draft: medians over turns, after one to warm up.
 
-    A step costs more as the text grows, so whole answers are written.
+    All is measured in each turn, as a machine is faster at one moment than at another. A step costs more as the text
+    grows, so whole answers are written.
 
     Args:
-        role: "target" or "draft".
-        prompts: token ids, at least as many as the largest load.
-        answer: tokens of an answer; fewer are written where the model's context ends before.
+        prompts: at least as many as the largest load.
+        loads: requests at once.
+        answer: tokens of an answer; fewer are written where a model's context ends before.
+        lookahead: tokens that the draft proposes at a time where the target writes within PARSE.
     """
+    from recipes.progress import progress_bar
+
+    ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
+    ways: dict[tuple[str, str, int], Callable[[], float]] = {}
+    for role, texts in ids.items():
+        ways |= {(role, "steps", count): partial(_step, engine, role, texts[:count], answer) for count in loads}
+        ways |= {(role, "passes", size): partial(_pass, engine.models[role], texts[0], size) for size in DRAFTS}
+    if lookahead:
+        repair = partial(_repair, engine, lookahead=lookahead, answer=answer)
+        ways |= {("target", "repairs", count): partial(repair, prompts[:count]) for count in loads}
+    taken = {way: list[float]() for way in ways}
+    with progress_bar("measuring passes", total=len(ways) * (REPEATS + 1)) as bar:
+        for _ in range(REPEATS + 1):
+            for way, measure in ways.items():
+                taken[way].append(measure())
+                bar.update()
+    costs = {}
+    for role in ids:
+        steps, passes, repairs = (
+            {size: median(seconds[1:]) for (of, what, size), seconds in taken.items() if (of, what) == (role, name)}
+            for name in ("steps", "passes", "repairs")
+        )
+        costs[role] = Costs(steps, {1: steps[min(steps)]} | passes, repairs or None)
+    return costs
+
+
+def _step(engine: Engine, role: str, prompts: Sequence[Sequence[int]], answer: int) -> float:
+    """Seconds of a decoding step with so many prompts (token ids) at once."""
     from eval.bench.fakes import endless
-    from eval.generation import write_all
-    from parse.sampling import Written
-    from parse.scheduler import run
-    from parse.verifiers import Needs
+    from eval.generation import write_after
+    from parse.scheduler import run_together
 
     model = engine.models[role]
     room = answer if model.context_length is None else model.context_length - max(map(len, prompts)) - 1
     length = max(min(answer, room), 1)
 
-    def writing(count: int, limit: int) -> float:
+    def writing(limit: int) -> float:
+        started = perf_counter()
         with endless(engine):
-            return _seconds(lambda: write_all(model, prompts[:count], limit, count, f"{role}, {count} at once"))
+            list(run_together((write_after(model, ids, limit) for ids in prompts), len(prompts)))
+        return perf_counter() - started
 
-    async def passing(tokens: int) -> float:
-        sequence = model.open(prompts[0])
+    return (writing(1 + length) - writing(1)) / length
+
+
+def _pass(model: Model, prompt: Sequence[int], tokens: int) -> float:
+    """Seconds of a verification of so many tokens after a prompt (token ids)."""
+    from parse.sampling import Written
+    from parse.scheduler import run
+    from parse.verifiers import Needs
+
+    async def passing() -> float:
+        sequence = model.open(prompt)
         try:
             await sequence.prefill()
-            ids = [prompts[0][i % len(prompts[0])] for i in range(tokens)]
+            ids = [prompt[i % len(prompt)] for i in range(tokens)]
             started = perf_counter()
             evidence = await sequence.verify([], Written(ids, False), [tokens], Needs(token_logprobs=True))
             evidence.log_prob.sum().item()  # waits for the device
@@ -120,29 +162,11 @@ def measured(engine: Engine, role: str, prompts: Sequence[Sequence[int]], loads:
         finally:
             sequence.close()
 
-    def often(measure: Callable[[], float]) -> float:
-        return median([measure() for _ in range(REPEATS + 1)][1:])
-
-    steps = {
-        count: often(lambda count=count: (writing(count, 1 + length) - writing(count, 1)) / length)  # type: ignore[misc]
-        for count in loads
-    }
-    passes = {1: steps[min(steps)]} | {size: often(partial(lambda n: run(passing(n)), size)) for size in DRAFTS}
-    return Costs(steps, passes)
+    return run(passing())
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started
-
-
-def repairing(engine: Engine, prompts: Sequence[Any], lookahead: int, answer: int) -> float:
-    """Seconds of a step in which the target writes a token of each answer, the draft proposing so many at a time.
-
-    Args:
-        answer: tokens of an answer, at most.
-    """
+def _repair(engine: Engine, prompts: Sequence[Any], lookahead: int, answer: int) -> float:
+    """Seconds of a step in which the target writes a token of each answer, the draft proposing so many at a time."""
 
     def writing(limit: int) -> tuple[float, int]:
         started = perf_counter()
@@ -150,8 +174,5 @@ def repairing(engine: Engine, prompts: Sequence[Any], lookahead: int, answer: in
         answers = engine.generate(prompts, limit, **settings)
         return perf_counter() - started, sum(len(answer.token_ids) for answer in answers)
 
-    found = []
-    for _ in range(REPEATS):
-        (first, few), (last, many) = writing(1), writing(1 + answer)
-        found.append((last - first) * len(prompts) / max(many - few, 1))
-    return median(found)
+    (first, few), (last, many) = writing(1), writing(1 + answer)
+    return (last - first) * len(prompts) / max(many - few, 1)

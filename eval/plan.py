@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.bench.tables import Table, text_table
-from eval.costs import HARDWARE, Costs, measured, parameters, published, repairing
+from eval.costs import HARDWARE, Costs, measured, parameters, published
 from recipes.command import run_command
 from recipes.schema import Recipe, RecipeError
 
@@ -330,14 +330,10 @@ def _of_recipe(
     task = load_task(recipe.task, to_dict(recipe.data))
     prompts = [prompt for _, prompt in prompts_of(recipe, task, "eval").prompts][: max(usable)]
     loads = [count for count in usable if count <= len(prompts)]
-    ids = {"target": list(map(engine.encode, prompts)), "draft": list(map(engine.encode_for_draft, prompts))}
     run = observed(recipe, engine.encode)
-    work = run.work if run else Workload(prompt=len(ids["target"][0]), handback=recipe.engine.handback)
+    work = run.work if run else Workload(prompt=len(engine.encode(prompts[0])), handback=recipe.engine.handback)
     answer = min(round(given.get("answer", work.answer)), recipe.engine.max_new_tokens)
-    costs = {role: measured(engine, role, ids[role], loads, answer) for role in ("target", "draft")}
-    if recipe.engine.lookahead:
-        repairs = {count: repairing(engine, prompts[:count], recipe.engine.lookahead, answer) for count in loads}
-        costs["target"] = replace(costs["target"], repairs=repairs)
+    costs = measured(engine, prompts, loads, answer, recipe.engine.lookahead)
     return costs, work, run
 
 
