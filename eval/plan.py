@@ -126,7 +126,7 @@ def as_it_went(ways: Sequence[Way], target: Costs, draft: Costs, requests: int =
     spent = Phases()
     for way in ways:
         each = Phases(target=way.repaired * target.repair(requests))
-        for i, written in enumerate(way.rounds):
+        for i, written in enumerate(way.rounds or [0]):  # also where the draft wrote nothing, the prompt was read
             each = each.plus(drafted(way.work, target, draft, written, not i, requests))
         spent = spent.plus(each, 1 / len(ways))
     return spent

@@ -35,7 +35,8 @@ class Runner(Protocol):
         """Their outputs, in order.
 
         Args:
-            alone: whether nobody else waits, so that each may do more than it was asked for; None where somebody does.
+            alone: whether nobody else waits, so that each may do more than it was asked for; None where somebody does,
+                or looks at one of them after each step.
         """
         ...
 
@@ -187,13 +188,16 @@ class Scheduler:
         else:
             task.advance(output)
 
+    def _unfinished(self) -> int:
+        return sum(not task.done for task in self._running)
+
     def _is_quiet(self) -> bool:
         """Whether nobody was submitted whom there is room for, or cancelled, since the step began."""
-        admits = bool(self._waiting) and len(self._running) < self.max_running
+        admits = bool(self._waiting) and self._unfinished() < self.max_running
         return not admits and not any(task.cancelled for task in self._running)
 
     def _run(self, runner: Runner, tasks: list[Task[Any]]) -> None:
-        alone = len(tasks) == sum(not task.done for task in self._running) and not any(t.watched for t in tasks)
+        alone = len(tasks) == self._unfinished() and not any(task.watched for task in tasks)
         try:
             outputs = runner.forward([task.wanted for task in tasks], self._is_quiet if alone else None)
         except Exception as error:

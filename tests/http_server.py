@@ -27,7 +27,7 @@ class Running:
         self.serving = Serving(
             engine, "tiny", {"max_new_tokens": 40}, limits, expected=Expected(Expectation(0.5), Expectation(0.5))
         )
-        config = uvicorn.Config(create_app(self.serving, **options), port=0, log_level="error")
+        config = uvicorn.Config(create_app(self.serving, **options), port=0, log_level="error", http="h11")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)  # a test that fails does not wait for it
         self.thread.start()

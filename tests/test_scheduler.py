@@ -142,6 +142,22 @@ def test_a_request_that_there_is_no_room_for_ends_no_step():
     assert answers == [True, False]
 
 
+def test_who_is_done_within_a_step_makes_room_for_who_waits():
+    """Also before the step ends: another runner's batch, which comes later in it, does not make them wait."""
+    scheduler, answers = Scheduler(max_running=2), []
+
+    class Asking(Adder):
+        def forward(self, works, alone=None):
+            answers.append(alone and alone())
+            return super().forward(works)
+
+    runners = Adder(), Asking()
+    for runner in (*runners, runners[0]):  # the third waits
+        scheduler.submit(counting(runner, 0, 1))
+    scheduler.step()
+    assert answers == [False]
+
+
 async def failing(work, error):
     await work
     raise error

@@ -67,11 +67,13 @@ def _serving(engine: Engine, at_once: int) -> Iterator[str]:
     import uvicorn
 
     app = create_app(Serving(engine, NAME, {"max_new_tokens": LIMIT}, Limits(at_once=at_once)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http="h11"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the server did not start")
             time.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
@@ -97,7 +99,7 @@ def _by_clients(url: str, prompts: Sequence[Prompt], at_once: int) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
-    head = ["clients", "requests", "Engine.generate", "server", "server / engine"]
+    head = ["clients", "requests", "Engine.generate", "server", "server / engine, median of turns (range)"]
     rates = lambda row: [f"{row[key]:.1f}/s" for key in ("engine", "server")]
     ratio = lambda row: f"{row['ratio']:.0%} ({min(row['ratios']):.0%} to {max(row['ratios']):.0%})"
     cells = [[str(row["clients"]), str(row["requests"]), *rates(row), ratio(row)] for row in rows]

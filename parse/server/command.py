@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once all is finished
         wait = int(app.state.serving.limits.seconds) + 1  # once it is told to stop, for clients that do not read
         options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": wait}
+        options["http"] = "h11"  # which limits how long a request's head may be
         Stopping(uvicorn.Config(app, host=host, port=port, **options)).run()
     return 0
 

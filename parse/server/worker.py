@@ -1,7 +1,7 @@
 """The thread that runs an engine's rounds for all requests of a server.
 
-The event loop must not wait for a pass, and the scheduler's lock is held during one: so requests wait in queues for it
-and this thread, and what changed reaches them through a callback.
+The event loop must not wait for a pass, and the scheduler's lock is held during one: so it only puts requests into
+queues, the scheduler's and this thread's, and what changed reaches them through a callback.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Worker:
         """Queue a job; never waits."""
         with self._lock:
             self.count += 1
-        job.task = self.scheduler.submit(job.steps, watched=job.watched is not None)  # who may end a long step for it
+        job.task = self.scheduler.submit(job.steps, watched=job.watched is not None)  # which may end a long step for it
         self._inbox.put(job)
 
     def cancel(self, job: Job[Any]) -> None:
