@@ -108,6 +108,11 @@ def test_a_draft_that_errs_at_the_end_alone_is_told_from_one_that_errs_evenly():
     assert table["speed-up"][1] == table["speed-up"][2] == f"{(read(100) + 200) / seconds.total:.2f}x"
 
 
+def test_where_the_draft_wrote_nothing_the_prompt_was_read():
+    found = as_it_went([Way(WORK, [], 200)], TARGET, DRAFT)
+    assert found == Phases(DRAFT.read(100), TARGET.read(100), 200 * 1.0)
+
+
 def test_several_requests_share_a_pass():
     assert TARGET.step(8) == 2.0 / 8
     assert TARGET.read(100, 8) == pytest.approx(read(800) / 8)
