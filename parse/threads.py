@@ -14,7 +14,7 @@ def in_thread(call: Callable[[], T], seconds: float | None = None) -> T:
     """What a call returns, made in a thread that ends with it.
 
     On a CPU, each thread in which torch computes keeps helpers of OpenMP's. Where they are more than there are cores,
-    they sleep between operations, and a small model takes twice as long: so whoever computes once, such as to load a
+    they sleep between operations, which slows down small models most: so whoever computes once, such as to load a
     model, does it here, and the helpers end with the thread.
 
     Args:

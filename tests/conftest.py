@@ -328,3 +328,14 @@ def browser() -> Iterator[Any]:
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         yield playwright.chromium.launch(executable_path=chromium, args=flags)
+
+
+@pytest.fixture
+def running(target, draft, tokenizer):
+    """A server of a tiny engine, which has to be idle at the end."""
+    from tests.http_server import Running, tiny
+
+    one = Running(tiny(target, draft, tokenizer))
+    yield one
+    assert one.idle()
+    one.close()

@@ -17,14 +17,6 @@ from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
 from tests.vllm_like import VllmLike
 
 
-@pytest.fixture
-def running(target, draft, tokenizer):
-    one = Running(tiny(target, draft, tokenizer))
-    yield one
-    assert one.idle()
-    one.close()
-
-
 def test_a_chat_is_what_the_engine_generates(running):
     expected = running.engine.generate(PROMPT, 30)[0]
     answer = running.client.chat.completions.create(**CHAT)

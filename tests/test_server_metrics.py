@@ -10,15 +10,7 @@ import pytest
 from parse import Generation, Segment
 from parse.generation import Stats
 from parse.server.metrics import Expectation, Expected, Metrics, expected_of
-from tests.http_server import CHAT, PROMPT, TEXT, Running, tiny
-
-
-@pytest.fixture
-def running(target, draft, tokenizer):
-    one = Running(tiny(target, draft, tokenizer))
-    yield one
-    assert one.idle()
-    one.close()
+from tests.http_server import CHAT, PROMPT, TEXT
 
 
 def test_figures_for_prometheus(running):
