@@ -27,7 +27,7 @@ from parse.local.loading import (
     tokenizer_of,
     whole_model,
 )
-from parse.prompts import as_messages, encode_prompt, render
+from parse.prompts import encode_prompt, render, split_beginning
 from parse.text import encode_text, text_of
 from parse.verifiers import PromptVerifier
 from parse.verifiers.adapter import suffix_of
@@ -137,8 +137,9 @@ def _check_words(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
 
 def _check_reading(recipe: Recipe, prompt: Prompt, tokenizer: Any) -> None:
     """A prompt that comes back from its tokens as another text is not what the target will read."""
-    text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
-    words = as_messages(prompt)[-1]["content"]
+    asked, _ = split_beginning(prompt)
+    text = render(asked, tokenizer) if tokenizer.chat_template else str(prompt)
+    words = asked[-1]["content"]
     if _letters(words) not in _letters(text):
         raise RecipeError(
             f"task: the target's chat template leaves out words of a prompt: of {words!r:.200} it makes {text!r:.200}"

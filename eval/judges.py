@@ -46,20 +46,20 @@ class Checked:
     """The task's own checker. What a model thought before its answer does not count."""
 
     task: Task
-    opened: bool = False  # whether prompts begin the thinking, see `parse.prompts.opens_thinking`
+    opened: bool = False  # whether the chat template begins the thinking, see `parse.prompts.opens_thinking`
 
     async def is_right(self, prompt: Prompt, answer: str) -> bool:
         """Whether the task calls the answer right; what follows a stop string is none of it."""
-        return self.task.check(prompt, before_stop(final_answer(answer, self.opened), self.task.stop))
+        return self.task.check(prompt, before_stop(final_answer(answer, self.opened, prompt), self.task.stop))
 
     def first_wrong(self, prompt: Prompt, answer: str) -> int | None:
         """Index of the first wrong sentence of an answer or a prefix of one, of a task that knows it."""
         assert self.task.first_wrong is not None
-        return self.task.first_wrong(prompt, final_answer(answer, self.opened))
+        return self.task.first_wrong(prompt, final_answer(answer, self.opened, prompt))
 
     def corrupted(self, prompt: Prompt, answer: str, rng: random.Random) -> str | None:
         """A right answer with a fault, after the same thinking; None where the task makes none, or it is no fault."""
-        final = final_answer(answer, self.opened)
+        final = final_answer(answer, self.opened, prompt)
         wrong = self.task.corrupted(prompt, final, rng) if self.task.corrupted else None
         if not wrong or self.task.check(prompt, wrong):
             return None
@@ -129,16 +129,16 @@ class Agreement:
         if key_of(prompt) not in self.references:
             own = await write_after(self.engine.models["target"], self.engine.encode(prompt), self.limit)
             self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
-        reference, answer = self.final(self.references[key_of(prompt)]), self.final(answer)
+        reference, answer = (self.final(prompt, text) for text in (self.references[key_of(prompt)], answer))
         if not answer.strip():
             return False
         if reference.split() == answer.split():
             return True
         return (await self.probability_same(prompt, reference, answer)) >= self.threshold
 
-    def final(self, text: str) -> str:
+    def final(self, prompt: Prompt, text: str) -> str:
         """What of an answer comes after its thinking."""
-        return final_answer(text, self._opened)
+        return final_answer(text, self._opened, prompt)
 
     async def probability_same(self, prompt: Prompt, reference: str, answer: str) -> float:
         """P(yes) against P(no) to the question whether two answers say the same, the mean over both orders."""
@@ -168,7 +168,7 @@ def controls(
             written = await write_after(
                 agreement.engine.models["target"], agreement.engine.encode(prompt), agreement.limit, sample
             )
-            texts.append(agreement.final(text_of(written.ids, agreement.engine.tokenizer)))
+            texts.append(agreement.final(prompt, text_of(written.ids, agreement.engine.tokenizer)))
         if texts[0].split() == texts[1].split():
             return 1.0
         return await agreement.probability_same(prompts[first], *texts)

@@ -178,7 +178,7 @@ def summarize(
     """One row of the evaluation: the keys of the public JSON, and the paired difference.
 
     Args:
-        opened: whether prompts begin the thinking, see `parse.prompts.opens_thinking`.
+        opened: whether the chat template begins the thinking, see `parse.prompts.opens_thinking`.
         max_accuracy_loss: the promised one.
     """
     n = len(outcomes)

@@ -11,10 +11,12 @@ from typing import Any, cast
 import openai
 
 from eval.tasks.task import Prompt
+from parse.prompts import as_messages, split_beginning
 from recipes.schema import RecipeError, Server
 
 REFUSED_PROMPT = (400, 413, 422)  # as this prompt will be at every try
 LIKELIEST = 20  # words, of which "yes" and "no" are looked for: as many as the protocol allows
+CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}  # the answer that a prompt begins
 UNSETTLED = (10, 0.1)  # questions that a judge may leave open: so many, or that share of all
 REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)  # as every request will be
 
@@ -130,14 +132,14 @@ class Client:
             RecipeError: where the server cannot be reached, or refuses the model or the key.
             openai.APIError: for what may go better another time, or with another prompt.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages, begun = as_messages(prompt), bool(split_beginning(prompt)[1])
         try:
             completion = self._client.chat.completions.create(
                 model=self.model,
                 messages=cast(Any, messages),
                 max_tokens=limit,
                 temperature=0.0,
-                extra_body=self.server.extra_body,
+                extra_body=(CONTINUE if begun else {}) | self.server.extra_body,
                 **more,
             )
         except openai.APITimeoutError:

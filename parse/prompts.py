@@ -1,8 +1,9 @@
 """Prompts: from text or chat messages to the tokens in front of an answer.
 
 The control tokens of a prompt are those of the chat template alone: what looks like one in a user's words is encoded
-as text. A template that refuses messages, or never ends, is an error that says so. A model's thinking is handled here
-as well: whether the template opens it, how it is left out, and what of an answer comes after it.
+as text. A last message of the assistant is the beginning of the answer, after which the model goes on. A template that
+refuses messages, or never ends, is an error that says so. A model's thinking is handled here as well: whether the
+template opens it, how it is left out, and what of an answer comes after it.
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ def shown(value: Any) -> str:
 def encode_prompt(
     prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bool = False, opening: str | None = None
 ) -> list[int]:
-    """The tokens of a prompt up to where the answer begins; text is a user's turn of the chat template.
+    """The tokens of a prompt up to where the model goes on; text is a user's turn of the chat template.
 
     Args:
         raw: `prompt` is the whole text that the model reads: no template, and control tokens in it are control tokens.
-        opening: how the prompt begins the model's thinking; None as the template does.
+        opening: how the prompt begins the model's thinking; None as the template does. Of no account for a prompt that
+            begins the answer: that one is given without thinking, or begins with it.
 
     Raises:
         ValueError: for a prompt that is none, see `checked_prompt`, or that the chat template refuses.
@@ -103,7 +105,7 @@ def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bo
         if not control_pattern(tokenizer).search(prompt):
             return list(tokenizer.encode(prompt))
         return [*tokenizer.encode(""), *encode_continuation(prompt, tokenizer)]
-    messages = as_messages(prompt)
+    messages, beginning = split_beginning(prompt)
     if unfit := next((turn["role"] for turn in messages if control_pattern(tokenizer).search(turn["role"])), None):
         raise ValueError(f"the role {unfit!r} holds a control token: use a role that the chat template knows")
     contents = "".join(turn["content"] for turn in messages)
@@ -115,6 +117,10 @@ def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bo
         for turn in messages
     ]
     text = render(marked, tokenizer)
+    if begins_thinking(beginning):
+        opening = ""
+    elif beginning:
+        opening = _opening(tokenizer) + no_thinking(tokenizer)
     if opening is not None:
         text = text.removesuffix(_opening(tokenizer)) + opening
     first, *rest = re.split(f"{mark}([0-9a-fA-F]+){mark}", text)
@@ -125,12 +131,26 @@ def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bo
         words = bytes.fromhex(look_alike).decode()
         ids += encode_continuation(words[0], tokenizer) + encode_continuation(words[1:], tokenizer)
         ids += encode_continuation(template, tokenizer, control=True)
-    return ids
+    return ids + encode_continuation(beginning, tokenizer)
 
 
 def as_messages(prompt: str | Messages) -> Messages:
     """A prompt as messages: text is a user's turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def split_beginning(prompt: str | Messages) -> tuple[Messages, str]:
+    """The messages that are to be answered, and the beginning of the answer: a last message of the assistant, or empty.
+
+    Raises:
+        ValueError: where nothing is to be answered.
+    """
+    messages = as_messages(prompt)
+    if messages[-1]["role"] != "assistant":
+        return messages, ""
+    if len(messages) == 1:
+        raise ValueError("the prompt is a turn of the assistant alone: give a turn in front of it that is answered")
+    return messages[:-1], messages[-1]["content"]
 
 
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
@@ -205,7 +225,7 @@ def unsuited(prompt: str | Messages, ids: Sequence[int], tokenizer: PreTrainedTo
     if unknown is not None and unknown not in special and unknown in ids:
         return f"the tokenizer of {tokenizer.name_or_path} does not know all words of the prompt {prompt!r:.200}"
     made_for = tokenizer.init_kwargs.get("made_for") or {}
-    asked = as_messages(checked_prompt(prompt))[-1]["content"]
+    asked = split_beginning(checked_prompt(prompt))[0][-1]["content"]
     if made_for and not re.fullmatch(made_for["pattern"], asked):
         own = f"{tokenizer.name_or_path} was made for {made_for['words']}"
         return f"{own}, not for {asked!r:.200}: its answer may be wrong"
@@ -260,12 +280,15 @@ def _is_open(text: str) -> bool:
     return text.rfind(OPEN) > text.rfind(CLOSE)
 
 
-def final_answer(text: str, opened: bool = False) -> str:
+def final_answer(text: str, opened: bool = False, prompt: str | Messages = "") -> str:
     """What of an answer comes after its thinking; nothing where that does not end.
 
     Args:
-        opened: the prompt has begun the thinking, see `opens_thinking`.
+        opened: the chat template begins the thinking, see `opens_thinking`.
+        prompt: what was answered: where it begins the answer, that decides what is open.
     """
+    if beginning := split_beginning(prompt)[1]:
+        opened = begins_thinking(beginning) and _is_open(beginning)
     while opened or begins_thinking(text):
         _, closed, rest = text.partition(CLOSE)
         if not closed:

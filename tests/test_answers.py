@@ -7,8 +7,8 @@ import pytest
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
-from eval.server import Answered
-from recipes.schema import load_recipe
+from eval.server import Answered, Client
+from recipes.schema import Server, load_recipe
 from tests.conftest import MODELS, OpenAIServer
 from train.__main__ import main as train
 from train.answers import Encoding
@@ -64,6 +64,18 @@ def test_a_server_is_asked_what_else_it_knows(recipe, server):
     extra = "extra_body: {chat_template_kwargs: {enable_thinking: false}}"
     assert train([recipe, f"answers.server={{url: {server.url}, model: big, {extra}}}"]) == 0
     assert [one["chat_template_kwargs"] for one in server.asked] == [{"enable_thinking": False}] * len(PROMPTS)
+
+
+def test_a_server_is_told_that_an_answer_is_begun(recipe, server):
+    """As vLLM is; else it would answer the assistant."""
+    begun = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "that is"}]
+    client = Client(Server(url=server.url, extra_body={"min_p": 0.1}), "big", 60)
+    for prompt in (PROMPTS[0], begun):
+        assert client.answer(prompt).text == "that is 11 coins ."
+    plain, told = server.asked
+    assert told["messages"] == begun
+    assert (told["continue_final_message"], told["add_generation_prompt"], told["min_p"]) == (True, False, 0.1)
+    assert not {"continue_final_message", "add_generation_prompt"} & plain.keys()
 
 
 def test_what_nothing_can_be_learnt_from_is_kept_with_its_reason(recipe, server):

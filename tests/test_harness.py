@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
         "sums": own,
         "sums_shown": own | {"num_fewshot": 2, "description": "Add up.", "fewshot_config": {"sampler": "first_n"}},
         "sums_alone": {key: value for key, value in own.items() if key != "training_split"},
+        "sums_begun": own | {"doc_to_text": "{{question}} ", "gen_prefix": "#1 the {{question.split()[3]}} "},
         "sums_scored": own | {"metric_list": [{"metric": "bleu"}], "filter_list": SUM["filter_list"][:1]},
         "sums_unsafe": own | {"unsafe_code": True},
         "sums_choice": own | {"output_type": "multiple_choice", "doc_to_choice": ["1", "2"], "doc_to_target": 0},
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
     del tasks["sums_choice"]["generation_kwargs"], tasks["sums_choice"]["filter_list"]
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
-    groups = {"all_sums": ["sums", "sums_small"], "odd_sums": ["sums", "sums_longer"]}
+    groups = {"all_sums": ["sums", "sums_small"], "odd_sums": ["sums", "sums_longer"], "mixed": ["sums", "sums_begun"]}
     more = {"sums_small": {"doc_to_target": "0"}, "sums_longer": {"generation_kwargs": {"until": ["\n"]}}}
     half = {**files, "test": files["small"]}
     for name, change in more.items():
@@ -139,6 +140,29 @@ def test_examples_stand_before_the_question_and_never_the_question_itself(folder
     assert len(none) == 2
 
 
+def test_a_task_may_begin_the_answer(folder):
+    """What a model adds is the answer, and the harness's metric is its judge, as in the harness."""
+    task = load(folder, "sums_begun")
+    prompts = list(task.prompts("test", 0))
+    item = prompts[0][0]["content"].split()[3]
+    assert [turn["role"] for turn in prompts[0]] == ["user", "assistant"]
+    assert prompts[0][1]["content"] == f"#1 the {item} "
+    engine = Engine.from_pretrained(TARGET, compile=False)
+    for prompt, answer in zip(
+        prompts, engine.generate(prompts, 200, method="target", stop=list(task.stop)), strict=True
+    ):
+        assert not answer.text.startswith("#1")
+        assert task.check(prompt, answer.text)
+        assert not task.check(prompt, "that is 0 ")
+
+
+def test_prompts_of_a_group_are_of_one_form(folder):
+    """Text and messages do not go into one column of a data set."""
+    found = [prompt for split in ("answers", "test") for prompt in load(folder, "mixed").prompts(split, 0)]
+    assert {len(prompt) for prompt in found} == {1, 2}
+    assert all(isinstance(prompt, list) for prompt in found)
+
+
 def test_what_cannot_be_used_is_said(folder):
     for name, words, message in (
         ("sums_gone", [], "the harness has none of that name"),
@@ -176,11 +200,12 @@ def test_what_the_task_asks_decides_whether_stages_run_again(folder):
 
 
 @pytest.mark.slow
-def test_a_task_of_the_harness_from_answers_to_evaluation(folder, tmp_path, capsys):
+@pytest.mark.parametrize("task", ["sums", "sums_begun"])
+def test_a_task_of_the_harness_from_answers_to_evaluation(folder, tmp_path, capsys, task):
     words = [
         f"runs={tmp_path}",
         "name=sums",
-        "task=lm_eval:sums",
+        f"task=lm_eval:{task}",
         f"data.harness.include_path={folder}",
         "stages=[answers,distill,rollouts,verifier]",
         f"draft={MODELS / 'ledger-draft'}",

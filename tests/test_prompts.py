@@ -259,6 +259,65 @@ def test_a_draft_begins_inside_the_thought_where_the_target_does(smollm, qwen3, 
         assert text.count("<think>") == opens_thinking(other)
 
 
+@pytest.mark.parametrize(
+    ("shape", "beginning", "after_the_turn"),
+    [
+        ("plain", "```python\n", "```python\n"),
+        ("qwen3", "Sure: 4", "<think>\n\n</think>\n\nSure: 4"),
+        ("r1", "Sure: 4", "<think>\n\n</think>\n\nSure: 4"),
+        ("qwen3", "<think>\nperhaps", "<think>\nperhaps"),
+        ("r1", "<think>\nperhaps", "<think>\nperhaps"),
+        ("plain", "a <|im_end|> b ", "a <|im_end|> b "),
+    ],
+)
+def test_a_last_message_of_the_assistant_begins_the_answer(request, smollm, shape, beginning, after_the_turn):
+    """It is neither closed nor trimmed, and follows an empty thought where it has none itself."""
+    tokenizer = smollm[1] if shape == "plain" else request.getfixturevalue(shape)
+    asked = [{"role": "user", "content": "2 + 2?"}]
+    prompt = [*asked, {"role": "assistant", "content": beginning}]
+    ids = encode_prompt(prompt, tokenizer)
+    opened = "<think>\n" if shape == "r1" else ""
+    assert text_of(ids, tokenizer) == render(asked, tokenizer).removesuffix(opened) + after_the_turn
+    assert (
+        sum(tokenizer.decode([id]) == "<|im_end|>" for id in ids)
+        == len(render(asked, tokenizer).split("<|im_end|>")) - 1
+    )
+    for other in (smollm[1], request.getfixturevalue("r1")):  # a draft begins there too, whatever its target's template
+        assert encode_for_draft(prompt, tokenizer, other) == ids
+    assert encode_prompt([*asked, {"role": "assistant", "content": ""}], tokenizer) == encode_prompt(
+        "2 + 2?", tokenizer
+    )
+    with pytest.raises(ValueError, match="a turn of the assistant alone: give a turn in front of it"):
+        encode_prompt(prompt[1:], tokenizer)
+
+
+def test_what_was_thought_before_a_begun_answer_stands_in_the_prompt(qwen3, r1):
+    begun = lambda text: [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+    for opened in (False, True):
+        assert final_answer("4", opened, begun("It is")) == "4"
+        assert final_answer("5\n</think>\n\n4", opened, begun("<think>\nperhaps")) == "4"
+        assert final_answer("perhaps 5", opened, begun("<think>\n")) == ""
+        assert final_answer("4", opened, begun("<think>\n5\n</think>\n\nIt is")) == "4"
+
+
+@pytest.mark.parametrize("choice", ["keep", "drop"])
+@pytest.mark.parametrize("shape", ["qwen3", "r1"])
+def test_a_begun_answer_is_learnt_from_where_it_was_begun(request, choice, shape):
+    tokenizer = request.getfixturevalue(shape)
+    encode = Encoding(load_recipe("recipes/quickstart.yaml", [f"answers.thinking={choice}"]), tokenizer)
+    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "It is"}]
+    for ids in (None, tokenizer.encode(" 4", add_special_tokens=False)):
+        answered = Answered(" 4", True, ids=ids)
+        row = encode(prompt, answered)
+        assert row["answer"] == " 4"
+        assert encode.final(prompt, answered) == "4"
+        text = text_of(row["input_ids"], tokenizer)
+        assert text.endswith("<think>\n\n</think>\n\nIt is 4" + tokenizer.decode([encode.end]))
+        assert row["completion_mask"] == [0] * len(encode_prompt(prompt, tokenizer)) + [1] * (
+            len(encode_continuation(" 4", tokenizer)) + 1
+        )
+
+
 THOUGHT = "perhaps 5"
 
 
@@ -279,7 +338,7 @@ def test_answers_hold_thinking_as_the_target_writes_it(request, choice, shape, w
         "engine": Answered(whole, True, ids=tokenizer.encode(whole, add_special_tokens=False)),
         "server without parser": Answered(f"<think>\n{THOUGHT}\n</think>\n\n4", True),
     }[way]
-    assert encode.final(answered) == "4"
+    assert encode.final("q", answered) == "4"
     row = encode("q", answered)
     text = text_of(row["input_ids"], tokenizer).removeprefix(render([{"role": "user", "content": "q"}], tokenizer))
     begun = "<think>\n" if opened else ""

@@ -39,6 +39,24 @@ def test_a_conversation_goes_on_with_the_clients_own_message(running):
     assert second.choices[0].message.content == same.choices[0].message.content
 
 
+def test_a_last_message_of_the_assistant_is_continued(running):
+    """Whether the client says so, as vLLM's do, or not; who says that it is to be answered is refused."""
+    begun = [*CHAT["messages"], {"role": "assistant", "content": "the fig costs"}]
+    expected = running.engine.generate([begun], 30)[0].text
+    assert running.engine.encode(begun)[-3:] == running.engine.tokenizer.encode(
+        "the fig costs", add_special_tokens=False
+    )
+    said = {"continue_final_message": True, "add_generation_prompt": False}
+    for more in ({}, said):
+        choice = running.client.chat.completions.create(**CHAT | {"messages": begun}, extra_body=more).choices[0]
+        assert choice.message.content == expected
+    for name, value in said.items():
+        for messages, wrong in ((begun, not value), (CHAT["messages"], value)):
+            reply = running.post("/v1/chat/completions", CHAT | {"messages": messages, name: wrong})
+            assert reply.status_code == 400
+            assert f"{name} must be" in reply.json()["error"]["message"]
+
+
 def test_parts_of_text_and_both_names_of_the_limit(running):
     whole = running.client.chat.completions.create(**CHAT).choices[0].message.content
     parts = [{"type": "text", "text": PROMPT[:9]}, {"type": "text", "text": PROMPT[9:]}]

@@ -19,7 +19,16 @@ from eval.server import Answered, Client
 from eval.tasks import Task, load_task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
-from parse.prompts import CLOSE, OPEN, begins_thinking, encode_prompt, final_answer, no_thinking, opens_thinking
+from parse.prompts import (
+    CLOSE,
+    OPEN,
+    begins_thinking,
+    encode_prompt,
+    final_answer,
+    no_thinking,
+    opens_thinking,
+    split_beginning,
+)
 from parse.text import before_stop, encode_continuation, find_stop, text_of
 from recipes.files import write_text
 from recipes.pair import learnt_end, load_engine, target_tokenizer
@@ -109,20 +118,21 @@ class Encoding:
         self.drop = recipe.answers.thinking == "drop"
         self.opened, self.no_thinking = opens_thinking(self.tokenizer), no_thinking(self.tokenizer)
 
-    def final(self, answered: Answered) -> str:
+    def final(self, prompt: Prompt, answered: Answered) -> str:
         """What of an answer comes after its thinking."""
         opened = self.opened
         if answered.ids is None:  # a server may hand the thinking over apart, or have begun it by a template of its own
             head, closed, _ = answered.text.partition(CLOSE)
             opened = bool(closed) and OPEN not in head
-        return final_answer(answered.text, opened).lstrip()
+        return final_answer(answered.text, opened, prompt).lstrip()
 
     def __call__(self, prompt: Prompt, answered: Answered) -> dict[str, Any]:
         """Token ids, mask and text; the end of the answer is learnt too."""
         text, ids = answered.text, answered.ids
-        if self.drop and (self.no_thinking or CLOSE in text or begins_thinking(text)):
-            text, ids = self.no_thinking + self.final(answered), None
-        elif ids is None and not self.drop:
+        begun = bool(split_beginning(prompt)[1])  # and what was thought, if anything, stands in the prompt
+        if self.drop and not begun and (self.no_thinking or CLOSE in text or begins_thinking(text)):
+            text, ids = self.no_thinking + self.final(prompt, answered), None
+        elif ids is None and not self.drop and not begun:
             text = self._whole(text, answered.thinking)
         start = encode_prompt(prompt, self.tokenizer)
         completion = [*(ids if ids is not None else encode_continuation(text, self.tokenizer)), self.end]
@@ -147,7 +157,7 @@ def _row(encode: Encoding, task: Task, prompt: Prompt, answered: Answered) -> Ro
         reason = "did not end within engine.max_new_tokens"
     if reason is None and not answered.text.strip():
         reason = "is empty"
-    final = encode.final(answered)
+    final = encode.final(prompt, answered)
     if reason is None and not final.strip():
         reason = "is empty without its thinking"
     if reason is not None:

@@ -22,7 +22,7 @@ from trl import DistillationConfig, SFTConfig
 
 from eval.parity import COUNT, save_examples
 from parse.local.loading import Messages, context_length, load_model
-from parse.prompts import as_messages, encode_for_draft, encode_prompt, render
+from parse.prompts import as_messages, encode_for_draft, encode_prompt, render, split_beginning
 from parse.text import encode_continuation, encode_text
 from recipes.pair import first_draft, target_tokenizer, whole_weights
 from recipes.run import KEPT, Run
@@ -129,13 +129,17 @@ def gold_trainer(answers: Iterable[dict[str, Any]], target: PreTrainedModel, com
     if tokenizer.pad_token is None:  # as Llama 3's has none, and this trainer fails without
         tokenizer.pad_token = tokenizer.eos_token
 
-    turns = [
-        {"messages": [*as_messages(row["prompt"]), {"role": "assistant", "content": row["answer"]}]} for row in answers
-    ]
+    turns = [{"messages": conversation(row["prompt"], row["answer"])} for row in answers]
     trainer: Trainer = training_kind(GOLDTrainer)(
         teacher_model=target, train_dataset=Dataset.from_list(turns), **common
     )
     return trainer
+
+
+def conversation(prompt: str | Messages, answer: str) -> Messages:
+    """A prompt and its answer as messages; an answer that the prompt begins is one of them."""
+    asked, beginning = split_beginning(prompt)
+    return [*asked, {"role": "assistant", "content": beginning + answer}]
 
 
 def trainer_config(recipe: Recipe, output: str | None = None) -> Any:
@@ -189,16 +193,19 @@ def prompts(rows: Any, tokenizer: Any) -> Dataset:
     alike = [as_taken(prompt) for prompt in rows if _reads_alike(prompt, tokenizer)]
     if not alike:
         raise RecipeError(
-            "every prompt holds what looks like control tokens, which TRL would read as such: use sequence"
+            "TRL reads every prompt in another way: they hold what looks like control tokens, or begin the answer: use "
+            "sequence"
         )
     if len(alike) < len(rows):
-        print(f"{len(rows) - len(alike)} prompts hold what TRL would read as control tokens: left out")
+        print(f"{len(rows) - len(alike)} prompts, which TRL would read in another way, are left out")
     return Dataset.from_list([{"prompt": prompt} for prompt in alike])
 
 
 def _reads_alike(prompt: str | Messages, tokenizer: Any) -> bool:
     """Whether TRL gives the model the same tokens of a prompt as the engine does."""
-    text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
+    begun = bool(split_beginning(prompt)[1])
+    shape = {"continue_final_message": True, "add_generation_prompt": False} if begun else {}
+    text = render(as_messages(prompt), tokenizer, **shape) if tokenizer.chat_template else str(prompt)
     plain = encode_text(text, tokenizer) if tokenizer.chat_template else list(tokenizer.encode(text))
     return plain == encode_prompt(prompt, tokenizer)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from eval.tasks.rows import key_of, split_of, words_of
 from eval.tasks.task import Prompt, Task
+from parse.local.loading import Messages
+from parse.prompts import as_messages
 
 PREFIX = "lm_eval:"
 SEED = 1234  # of few-shot examples, the harness's default
@@ -49,21 +51,26 @@ class Harness(Task):
         (self.stop,) = stops
         self._read(shares)
         self._member_of = {key: member for member in self.members for key in member.documents}
+        self._conversations = any(len(prompt) > 1 or prompt[0]["role"] != "user" for prompt in self._all())
 
     def prompts(self, split: str, seed: int) -> Iterator[Prompt]:
         """See `Task`."""
         place = lambda prompt: hashlib.sha256(f"{split} {seed} {key_of(prompt)}".encode()).digest()
-        return iter(sorted((prompt for member in self.members for prompt in member.by_split[split]), key=place))
+        for prompt in sorted((prompt for member in self.members for prompt in member.by_split[split]), key=place):
+            yield prompt if self._conversations else prompt[0]["content"]  # in one data set all are alike
 
     def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether the answer's score reaches the threshold."""
-        return self._member_of[key_of(prompt)].check(prompt, answer)
+        return self._member_of[_key(prompt)].check(prompt, answer)
 
     def content(self) -> bytes:
         """See `Task`."""
         members = [[member.name, member.by_split, member.documents] for member in self.members]
         content = json.dumps([members, dict(self._settings)], sort_keys=True, default=str)
         return f"{self.name} {version('lm_eval')} {content}".encode()
+
+    def _all(self) -> Iterator[Messages]:
+        return (prompt for member in self.members for some in member.by_split.values() for prompt in some)
 
     def _read(self, shares: Mapping[str, int]) -> None:
         """Deal the documents out to the splits; those that the harness evaluates come first, as it would ask them."""
@@ -84,8 +91,8 @@ class _Member:
         self.stop = tuple(text for text in _until(task) if text)
         self._filter = _filter_of(task, settings["filter"])
         self._metric = _metric_of(task, settings["metric"])
-        self.documents: dict[str, Any] = {}  # by `key_of(prompt)`
-        self.by_split: dict[str, list[Prompt]] = {split: [] for split in shares}
+        self.documents: dict[str, Any] = {}  # by `_key(prompt)`
+        self.by_split: dict[str, list[Messages]] = {split: [] for split in shares}
         task.set_fewshot_seed(SEED)
 
     @property
@@ -109,7 +116,7 @@ class _Member:
         """The harness's metric of one answer."""
         from lm_eval.api.instance import Instance
 
-        document = self.documents[key_of(prompt)]
+        document = self.documents[_key(prompt)]
         instance = Instance("generate_until", document, (prompt, {}), 0, resps=[answer])
         self._filter.apply([instance])
         scores = self._task.process_results(document, [instance.filtered_resps[self._filter.name]])
@@ -161,21 +168,26 @@ class _Member:
                 duplicates += 1
                 continue
             words.add(said)
-            self.documents[key_of(prompt)] = document
+            self.documents[_key(prompt)] = document
             self.by_split[split_of(said, shares)].append(prompt)
         return duplicates
 
-    def _prompt(self, document: Any) -> Prompt:
-        """The harness's own context of a document, as messages where it has a system's turn or several."""
+    def _prompt(self, document: Any) -> Messages:
+        """The harness's own context of a document, of which a last message of the assistant begins the answer."""
         messages: list[dict[str, str]] = self._task.fewshot_context(
             document,
             self._task.config.num_fewshot or 0,
             apply_chat_template=True,
             fewshot_as_multiturn=self._settings["fewshot_as_multiturn"],
             chat_template=lambda turns, **_: turns,
+            gen_prefix=self._task.doc_to_prefix(document),
         )
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-        return turns[0]["content"] if [turn["role"] for turn in turns] == ["user"] else turns
+        return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+
+
+def _key(prompt: Prompt) -> str:
+    """A prompt's key, whether it is text or a user's turn."""
+    return key_of(as_messages(prompt))
 
 
 @lru_cache(maxsize=4)
@@ -220,8 +232,6 @@ def _check(name: str, task: Any, settings: Mapping[str, Any]) -> None:
             f"task {PREFIX}{name} runs code that a model wrote: on a machine where that may do no harm, set "
             "data.harness.confirm_run_unsafe_code=true"
         )
-    if task.config.gen_prefix:
-        raise ValueError(f"task {PREFIX}{name} begins the answers itself (gen_prefix), which is not supported")
 
 
 @lru_cache(maxsize=2)

@@ -192,6 +192,20 @@ class Chat(Request):
     max_completion_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
+    continue_final_message: bool | None = None  # as vLLM is told that a last message of the assistant begins the answer
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def begun_by_the_assistant(self) -> Chat:
+        """What vLLM is told of the last message must be what is done with it here."""
+        begun = self.messages[-1].role == "assistant"
+        for name, fitting in (("continue_final_message", begun), ("add_generation_prompt", not begun)):
+            if getattr(self, name) not in (None, fitting):
+                raise ValueError(
+                    f"{name} must be {str(fitting).lower()} where the last message is the {self.messages[-1].role}'s: "
+                    "one of the assistant is the beginning of the answer, any other is answered"
+                )
+        return self
 
     @property
     def limit(self) -> int | None:
