@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from eval.bench.tables import Table, text_table
 from eval.methods import Outcome
 from eval.page import Part, page
-from eval.report import report_parts, requests, row_of, sentence, tables_of, transcripts
+from eval.report import CHOICE, report_parts, requests, row_of, sentence, tables_of, transcripts
 from eval.verifier_report import read_report
 from recipes.command import run_command
 from recipes.files import write_text
@@ -113,7 +113,7 @@ def comparison(runs: Runs) -> str:
             own_kinds = [f"{kind}-{number}" for kind in one["kinds"]]
             answers.append({**one, "kinds": ["all", *own_kinds], "title": _of(name, one["title"])})
         filters |= {f"{kind}-{number}": f"{name}: {words}" for kind, words in kinds.items()}
-    return page("PARSE: runs side by side", told, parts, answers, filters)
+    return page("PARSE: runs side by side", told, parts, answers, filters, choice=CHOICE)
 
 
 def _made(runs: Runs) -> Part:

@@ -20,6 +20,7 @@ from eval.tasks import Task, load_task
 from eval.verifier_metrics import loss_at
 from eval.verifier_report import read_report
 from parse import Engine
+from parse.local.model import LocalModel
 from parse.prompts import opens_thinking
 from parse.remote.model import RemoteModel, cached_share
 from recipes import strict
@@ -53,6 +54,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     outcomes = found[first]
     summary: dict[str, Any] = {
         "name": recipe.name,
+        "task": {"name": recipe.task, "about": task.about},
+        "models": {role: _size(role, engine) for role in engine.models},
         "draft": draft and str(draft),
         "verifier": verifier and str(verifier),
         "hardware": hardware(),
@@ -79,6 +82,16 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     _write(recipe, summary, outcomes, report)
     _show(recipe, summary, tables)
     return summary
+
+
+def _size(role: str, engine: Engine) -> dict[str, Any]:
+    """A model's name, and what is known of its size where it is on this machine."""
+    model = engine.models[role]
+    size: dict[str, Any] = {"name": model.name, "parameters": None, "layers": None}
+    if isinstance(model, LocalModel):
+        size["parameters"] = sum(parameter.numel() for parameter in model.runner.model.parameters())
+        size["layers"] = model.runner.model.config.get_text_config().num_hidden_layers
+    return size
 
 
 def _metrics(engine: Engine) -> str:

@@ -33,6 +33,7 @@ def page(
     transcripts: Sequence[Mapping[str, Any]] = (),
     filters: Mapping[str, str] | None = None,
     origin: Mapping[str, Any] | None = None,
+    choice: str = "",
 ) -> str:
     """The page's HTML.
 
@@ -42,6 +43,7 @@ def page(
             written, the classes of `page.css`), `text` and `confidence`.
         filters: their words, by name.
         origin: how it was made: `facts`, pairs of words, and `recipe`, YAML.
+        choice: how the transcripts were chosen, in words.
     """
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -52,4 +54,5 @@ def page(
         transcripts=transcripts,
         filters=filters or {},
         origin=origin,
+        choice=choice,
     )

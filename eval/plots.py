@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ COLOURS = tuple(f"#0300{i:02x}" for i in range(9))  # --c0, --c1 ... of the page
 MARKERS = "osD^vP*Xh<>pd"
 PHASES = {"draft": 4, "verify": 7, "target": 0, "other": 2}  # of Stats.seconds, and their colours
 IN_TURN = (0, 7, 4, 2, 5, 6, 3, 8, 1)  # colours of kinds, neighbours as unlike as can be
+LARGEST = 400.0  # points squared, of a mark that stands for all cuts
 RULES = 4  # kinds that share a colour, at most, where their names begin with the same word
 RC: Any = {
     "svg.fonttype": "none",
@@ -73,7 +74,8 @@ def speed_and_accuracy(rows: Sequence[Row], sweep: Sequence[Row], threshold: flo
     def draw(axes: Axes) -> None:
         if sweep:
             points = sorted((point["speedup"], point["accuracy"]) for point in sweep)
-            line: Any = {"color": _colour("parse"), "linewidth": 1, "marker": ".", "label": "parse, other thresholds"}
+            line: Any = {"color": _colour("parse"), "linewidth": 1, "linestyle": ":", "marker": "."}
+            line |= {"label": "parse, other thresholds"}
             axes.plot(*zip(*points, strict=True), **line)
         for row in rows:
             label = row["name"]
@@ -91,7 +93,10 @@ def speed_and_accuracy(rows: Sequence[Row], sweep: Sequence[Row], threshold: flo
     if sweep:
         timed = sweep[0]["n"]
         by = "by the verifier's labelled test prompts" if sweep[0]["by_labels"] else f"on {timed} prompts"
-        caption += f" The line is PARSE at other thresholds, timed on {timed} prompts; what they lose or gain is {by}."
+        caption += (
+            f" The line is PARSE at other thresholds, timed on the first {timed} prompts, so that it need not meet the "
+            f"calibrated point; what they lose or gain is {by}."
+        )
     return _picture("Speed against accuracy", caption, draw)
 
 
@@ -158,9 +163,11 @@ def verifier_curves(report: Row) -> list[Picture]:
     curves: Mapping[str, Mapping[str, Curve]] = report["curves"]
     styles = line_styles(list(curves))
     most = max(5 * report["max_accuracy_loss"], 0.05)
+    alone = [kind for kind, style in styles.items() if style.marker] or list(styles)  # no rules, which state nothing
 
-    def lines(axes: Axes, key: str) -> None:
-        for kind, style in styles.items():
+    def lines(axes: Axes, key: str, kinds: Collection[str] = styles.keys()) -> None:
+        for kind in kinds:
+            style = styles[kind]
             points = [point[-2:] for point in curves[kind][key]]
             options: Any = {"color": style.colour, "linewidth": style.width, "label": _plain(kind)}
             options |= {"linestyle": (0, style.dashes) if style.dashes else "-", "solid_capstyle": "round"}
@@ -176,7 +183,12 @@ def verifier_curves(report: Row) -> list[Picture]:
 
     def reliability(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as it should be")
-        lines(axes, "reliability")
+        lines(axes, "reliability", alone)
+        for kind in alone:
+            marks = [point for point in curves[kind]["reliability"] if len(point) == 3]  # older reports have no shares
+            sizes = [LARGEST * share for share, *_ in marks]
+            x, y = [x for _, x, _ in marks], [y for *_, y in marks]
+            axes.scatter(x, y, sizes, color=styles[kind].colour, alpha=0.35, linewidths=0)
         axes.set(xlabel="confidence", ylabel="share of valid cuts", xlim=(0, 1))
 
     def use(axes: Axes) -> None:
@@ -186,7 +198,12 @@ def verifier_curves(report: Row) -> list[Picture]:
 
     pictures = (
         ("ROC", "How well each kind tells valid cuts from invalid ones: the higher the line, the better.", roc),
-        ("Reliability", "Whether a confidence of 80% is right in 80% of the cuts.", reliability),
+        (
+            "Reliability",
+            "Whether a confidence of 80% is right in 80% of the cuts; a larger dot stands for more of them. Rules on "
+            "the likelihood state no confidence.",
+            reliability,
+        ),
         ("Use", "What each kind accepts at thresholds that lose so much: the higher at the promise, the faster.", use),
     )
     return [_picture(*picture) for picture in pictures]

@@ -16,6 +16,7 @@ from eval.verifier_report import verifier_parts
 from parse.prompts import as_messages
 
 SHOWN = 12  # transcripts of each kind
+CHOICE = f"These are PARSE's answers: the first {SHOWN} prompts of each kind, and the {SHOWN} slowest answers."
 KINDS = {
     "all": "all that are shown",
     "false-accept": "wrong, where the target is right",
@@ -28,6 +29,14 @@ VERDICTS = {
     "refuted": "worse by more than the promised {points}",
     "open": "{n} prompts cannot tell whether it is worse by more than the promised {points}",
 }
+PAIR_TERMS = {
+    "foreign prefix": "a right beginning of an answer in words that the target would not have chosen",
+    "best free rule": "the best of the rules on likelihoods that a pass of the target gives anyway",
+    "AUC": "how often a valid cut gets a higher confidence than an invalid one: 1 is always, 0.5 is chance",
+    "oracle, lossless": "what a faultless verifier would keep; what is kept where each token must be the target's",
+}
+SMALL = 100e6  # parameters: smaller targets are for demonstration
+CLEARLY = 1.05  # times as fast
 COUNTED = (
     "Accepted tokens per pass are the draft's alone: the token that the target writes after them, elsewhere called a "
     "bonus, is not counted."
@@ -191,15 +200,69 @@ def html_report(
         verifier: what the verifier's `report.json` holds.
         origin: how it was made, see `page`.
     """
-    sentences = [sentence(summary), _sample(summary["methods"], list(tables_of(summary)))]
+    tables = tables_of(summary)
+    sentences = [sentence(summary), _models(summary), _faster(tables), _waiting(tables)]
+    sentences.append(_sample(summary["methods"], list(tables)))
     shown, filters = transcripts(outcomes)
-    return page(f"PARSE: {summary['name']}", sentences, report_parts(summary, verifier), shown, filters, origin)
+    parts = report_parts(summary, verifier)
+    return page(f"PARSE: {summary['name']}", sentences, parts, shown, filters, origin, CHOICE)
 
 
 def report_parts(summary: dict[str, Any], verifier: dict[str, Any] | None) -> list[Part]:
     """All tables and plots of an evaluation; its arguments are those of `html_report`."""
     of_pair = [*_pair_part(summary["pair"]), _parity_part(summary["parity"])]
     return [*_method_parts(summary), *verifier_parts(verifier), *of_pair]
+
+
+def _models(summary: Mapping[str, Any]) -> str:
+    """What was asked, and of which models."""
+    sizes = [
+        f"{'the target ' if role == 'target' else 'the draft '}{one['name']}{_parameters(one)}"
+        for role, one in summary.get("models", {}).items()
+    ]
+    if not sizes:
+        return ""
+    task = summary["task"]
+    about = f" ({task['about']})" if task["about"] else ""
+    text = f"The task is {task['name']}{about}; {' and '.join(sizes)} answered."
+    if (summary["models"]["target"]["parameters"] or SMALL) < SMALL:
+        text += " Models so small show that the method works; how fast it is with larger ones, they cannot show."
+    return text
+
+
+def _parameters(size: Mapping[str, Any]) -> str:
+    """A model's size in brackets; empty where it is not known."""
+    if size["parameters"] is None:
+        return ""
+    count, word = (
+        (size["parameters"] / 1e9, "billion") if size["parameters"] >= 1e9 else (size["parameters"] / 1e6, "million")
+    )
+    return f" ({count:.3g} {word} parameters in {size['layers']} layers)"
+
+
+def _faster(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
+    """The fastest methods, where they were as often right as PARSE and clearly faster."""
+    found = []
+    for at_once, rows in tables.items():
+        parse = row_of(rows, "parse")
+        able = [row for row in rows if parse and row["accuracy"] >= parse["accuracy"]]
+        best = max(able, key=lambda row: float(row["speedup"]), default=None)
+        if parse and best and best["speedup"] >= CLEARLY * parse["speedup"]:
+            found.append(f"{best['name']} with {requests(at_once)} ({best['speedup']:.1f} times as fast as the target)")
+    return f"As often right as PARSE, and faster: {', '.join(found)}." if found else ""
+
+
+def _waiting(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
+    """How long a reader waits for the first word."""
+    waits = []
+    for at_once, rows in tables.items():
+        parse, target = row_of(rows, "parse"), row_of(rows, "target")
+        if parse and target and None not in (parse["first_token_seconds"], target["first_token_seconds"]):
+            seconds = f"{parse['first_token_seconds']:.2f} s instead of {target['first_token_seconds']:.2f} s"
+            waits.append(f"{seconds} with {requests(at_once)}")
+    if not waits:
+        return ""
+    return f"PARSE shows nothing before it is judged, so its first word came after {', '.join(waits)}."
 
 
 def _sample(rows: Sequence[dict[str, Any]], loads: Sequence[int]) -> str:
@@ -241,6 +304,8 @@ def _methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     text += "." if at_once == 1 else "; a request's are those of a block of requests, divided by their number."
     if lookahead := summary.get("lookahead"):
         text += f" While the target writes within PARSE, the draft proposes {lookahead} tokens at a time (lookahead)."
+    if row_of(rows, "speculation") or row_of(rows, "assisted"):
+        text += " What a draft proposes in lossless speculation or as an assistant counts as the target's own words."
     if at_once != summary["at_once"] and row_of(summary["methods"], "assisted") and not row_of(rows, "assisted"):
         text += " Assisted generation takes one request at a time, and so stands in the first table alone."
     terms = {row["name"]: WHAT[row["name"]] for row in rows}
@@ -263,8 +328,12 @@ def _method_pictures(summary: dict[str, Any]) -> list[Picture]:
 def _pair_part(pair: dict[str, Any] | None) -> list[Part]:
     if not pair:
         return []
-    text = "These figures say whether the task needs a semantic verifier at all."
-    return [Part("The pair of models", ["what", "value"], pair_rows(pair), text)]
+    text = (
+        "These figures say whether the task needs a semantic verifier at all. They are of whole answers that the draft "
+        f"wrote alone; AUC and kept tokens are of {pair['judged']} of them with all their cuts. So they need not agree "
+        "with the verifiers' table, whose drafts are others, nor with the seconds of the methods' table."
+    )
+    return [Part("The pair of models", ["what", "value"], pair_rows(pair), text, terms=PAIR_TERMS)]
 
 
 def _parity_part(parity: dict[str, str]) -> Part:

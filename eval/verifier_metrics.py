@@ -261,8 +261,8 @@ def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, li
     """What a verifier could do at other thresholds, as points.
 
     Returns:
-        `roc`, invalid against valid cuts accepted; `reliability`, stated against true confidence; `use`, a threshold,
-        the accuracy lost there and the share of the drafts' tokens accepted.
+        `roc`, invalid against valid cuts accepted; `reliability`, the share of cuts, their stated and their true
+        confidence; `use`, a threshold, the accuracy lost there and the share of the drafts' tokens accepted.
     """
     confidences, valid = judgements(scored)
     roc: list[list[float]] = []
@@ -275,8 +275,7 @@ def curves(scored: Sequence[Scored], policy: str = "first_fail") -> dict[str, li
     for threshold in stated[_spread(len(stated))]:
         kept = sum([0, *one.draft.ends][keeps(one, threshold, policy)] for one in scored)
         use.append([float(threshold), accuracy_loss(scored, threshold, policy), kept / total])
-    reliable = [[stated_mean, true_share] for _, stated_mean, true_share in reliability(confidences, valid)]
-    return {"roc": roc, "reliability": reliable, "use": use}
+    return {"roc": roc, "reliability": [list(each) for each in reliability(confidences, valid)], "use": use}
 
 
 def loss_at(use: Sequence[Sequence[float]], threshold: float) -> float:

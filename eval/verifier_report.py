@@ -12,7 +12,7 @@ from eval.page import Part, page
 
 COLUMNS = (  # key of report.json, title, format
     ("auc", "AUC", "{:.4f}"),
-    ("threshold", "threshold", "{:.4f}"),
+    ("threshold", "threshold", "{:.4g}"),
     ("false_accept_rate", "false accepts", "{:.1%}"),
     ("false_reject_rate", "false rejects", "{:.1%}"),
     ("first_error_f1", "first error F1", "{:.3f}"),
@@ -21,6 +21,18 @@ COLUMNS = (  # key of report.json, title, format
     ("ece", "ECE", "{:.3f}"),
     ("milliseconds_per_cut", "ms a cut", "{:.2f}"),
 )
+TERMS = {
+    "cut": "where a draft may be cut, such as the end of a sentence; valid, if all before it is right",
+    "likelihood ..., divergence ...": "rules on what a pass of the target gives anyway; nothing is trained",
+    "prompt": "the target is asked in words whether what it reads is right",
+    "probe": "a small network on the target's states",
+    "folded": "the same as more rows of the target's LM head, so that a server such as vLLM can compute it",
+    "adapter": "a LoRA of the target that is asked after each cut",
+    "false accepts, false rejects": "the share of invalid cuts that were accepted, and of valid ones that were not",
+    "first error F1": "how well the first invalid cut of a draft is found: 1 is always",
+    "accepted": "the share of the drafts' tokens that are kept",
+    "ECE": "expected calibration error: how far confidences are from the share of valid cuts, on average",
+}
 
 
 def read_report(verifier: Path) -> dict[str, Any] | None:
@@ -71,14 +83,15 @@ def verifier_parts(report: dict[str, Any] | None) -> list[Part]:
         f"On the verifier's own {report['n_prompts']} test prompts with {report['n_prefixes']} prefixes. Each kind "
         f"stands at the threshold that keeps the accuracy loss under {report['max_accuracy_loss']:.1%} by the "
         "calibration prompts; what it loses on these may be more or less. The saved kind accepted most of the held-out "
-        "training drafts; among equals its confidences were the nearest to the labels. Test prompts decide nothing. "
+        "training drafts; among equals its confidences were the nearest to the labels. Test prompts decide nothing, so "
+        "another kind may look better in this table. "
         f"An oracle that knows the labels accepts {oracle:.1%}. Cuts count up to a draft's first invalid one."
     )
     rows = [[_name(kind, report), *kind_cells(figures)] for kind, figures in report["kinds"].items()]
     head = ["kind", *(title for _, title, _ in COLUMNS)]
     pictures = plots.verifier_curves(report) if report.get("curves") else []
     saved = _name(report["chosen"], report)
-    return [Part("Verifiers", head, rows, text, saved, pictures=pictures), *_curve(report)]
+    return [Part("Verifiers", head, rows, text, saved, TERMS, pictures), *_curve(report)]
 
 
 def kind_cells(figures: dict[str, float]) -> list[str]:
@@ -101,4 +114,4 @@ def _curve(report: dict[str, Any]) -> list[Part]:
         "prompts would help (rollouts.train)."
     )
     rows = [[f"{one['prompts']:.0f}", f"{one['acceptable']:.1%}", f"{one['loss']:.3f}"] for one in points]
-    return [Part("More labelled prompts?", ["prompts", "acceptable tokens", "loss (nats a draft)"], rows, text)]
+    return [Part("More labelled prompts?", ["prompts", "acceptable tokens", "log loss of a draft"], rows, text)]

@@ -35,6 +35,11 @@ def figures(speed: float = 2.0) -> tuple[dict, dict]:
     rows = [summarize(name, some, target, TASKS["ledger"]) for name, some in outcomes.items()]
     summary = {
         "name": "x & y",
+        "task": {"name": "ledger", "about": TASKS["ledger"].about},
+        "models": {
+            "target": {"name": "big", "parameters": 3_200_000, "layers": 12},
+            "draft": {"name": "small", "parameters": None, "layers": None},
+        },
         "hardware": "2 CPU cores",
         "max_accuracy_loss": 0.01,
         "threshold": 0.9,
@@ -71,6 +76,31 @@ def test_the_first_sentence_says_what_happened():
     assert sentence(asked | {"methods": [target, parse]} | loads).startswith(
         "PARSE answered 2.0 times as fast as the target alone (1.2 times with 8 requests at once); "
     )
+
+
+def test_the_next_sentences_say_of_which_models_what_was_faster_and_how_long_one_waits():
+    summary, outcomes = figures()
+    made = html_report(summary, outcomes)
+    assert (
+        "The task is ledger (a numbered list of purchases, told in sentences with a running total); the target big "
+        in made
+    )
+    assert "(3.2 million parameters in 12 layers) and the draft small answered. Models so small show that" in made
+    assert (
+        "As often right as PARSE, and faster: draft with one request at a time (20.0 times as fast as the target), "
+        "draft with 8 requests at once (20.0 times as fast as the target)."
+    ) in made
+    waits = "0.30 s instead of 0.30 s"
+    assert f"its first word came after {waits} with one request at a time, {waits} with 8 requests at once." in made
+    large = {"target": {"name": "big", "parameters": 8_000_000_000, "layers": 36}}
+    worse = [row | {"accuracy": 0.1} if row["name"] == "draft" else row for row in summary["methods"]]
+    own = {"models": large, "task": {"name": "my.jsonl", "about": ""}, "methods": worse, "concurrency": []}
+    made = html_report(summary | own, outcomes)
+    assert "The task is my.jsonl; the target big (8 billion parameters in 36 layers) answered." in made
+    assert "Models so small" not in made
+    assert "As often right" not in made
+    older = {key: value for key, value in summary.items() if key not in ("task", "models")}
+    assert "The task is" not in html_report(older, outcomes)
 
 
 def test_agreement_is_not_called_right():

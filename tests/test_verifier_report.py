@@ -92,7 +92,23 @@ def test_every_kind_stands_in_the_legend_of_every_picture():
     axes.append(("accuracy lost", "draft tokens accepted"))
     for picture, names in zip(pictures, axes, strict=True):
         words = re.findall(r"<text[^>]*>([^<]+)</text>", picture)
-        assert {*KINDS, *names} <= {*words}
+        rules = {kind for kind in KINDS if " " in kind}  # which state no confidence
+        assert {*KINDS, *names} - {*words} == (rules if "confidence" in names else set())
+
+
+def test_a_larger_dot_stands_for_more_cuts():
+    """Reports of before have no shares, and no dots."""
+    facts = report(["probe"])
+
+    def widths(points: list[list[float]]) -> list[float]:
+        facts["curves"]["probe"]["reliability"] = points
+        dots = re.findall(r'<path d="([^"]+)"[^>]*fill-opacity', html_report("a run", facts))
+        across = [[float(x) for x in re.findall(r"([\d.]+) [\d.]+", dot)] for dot in dots]
+        return sorted({round(max(xs) - min(xs), 3) for xs in across})
+
+    small, large = widths([[0.1, 0.2, 0.1], [0.9, 0.8, 0.9]])
+    assert (large / small) ** 2 == pytest.approx(9, abs=0.01)  # areas
+    assert widths([[0.2, 0.1], [0.8, 0.9]]) == []
 
 
 def test_the_curves_are_few_points_from_end_to_end():
@@ -115,7 +131,7 @@ def test_the_curves_are_few_points_from_end_to_end():
 def test_a_kind_with_a_single_point_is_seen_and_one_with_nothing_to_measure_is_no_error():
     rows = [Scored(Draft([1], [1, 2], [2], True, [True], number=n), [1.0]) for n in range(4)]
     figures, found = measure(rows, 0.5) | {"milliseconds_per_cut": 1.0}, curves(rows)
-    assert found == {"roc": [], "reliability": [[1.0, 1.0]], "use": [[1.0, 0.0, 1.0]]}
+    assert found == {"roc": [], "reliability": [[1.0, 1.0, 1.0]], "use": [[1.0, 0.0, 1.0]]}
     facts = {"kinds": {"probe": figures}, "curves": {"probe": found}, "chosen": "probe"}
     facts |= {"n_prompts": 4, "n_prefixes": 4, "max_accuracy_loss": 0.01}
     assert html_report("a run", facts).count("<svg") == 3

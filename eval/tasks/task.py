@@ -29,6 +29,7 @@ class Task(ABC):
     foreign_prefix: Callable[[Prompt, random.Random], str] | None = None  # a right beginning in another writer's words
     references: Mapping[str, tuple[str, ...]] = {}  # right answers by `key_of(prompt)`, where they are given
     stop: tuple[str, ...] = ()  # strings that end an answer where the first of them begins
+    about = ""  # what is asked, in words, where somebody wrote it down
     duplicates = 0  # prompts that were left out, since an earlier one is the same
 
     @abstractmethod
@@ -53,6 +54,8 @@ class Generated(Task):
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
+        _, _, about = (module.__doc__ or "").partition("\n")[0].partition(": ")
+        self.about = about.rstrip(".")
         self.first_wrong = module.first_wrong
         self.corrupted = getattr(module, "corrupted", None)
         self.foreign_prefix = getattr(module, "foreign_prefix", None)
