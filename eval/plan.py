@@ -169,7 +169,7 @@ def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> Observed
     by_method = {name: [row for row in rows if row["method"] == name] for name in ("target", "parse")}
     if not all(by_method.values()):
         return None
-    ours = by_method["parse"]
+    ours, summary = by_method["parse"], json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     judged = accepted = rejected = 0
     for row in ours:
         kept = [segment["accepted"] for segment in row["segments"] if segment["source"] == "draft"]
@@ -186,9 +186,10 @@ def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> Observed
         answer=sum(len(row["token_ids"]) for row in by_method["target"]) / len(ours),
         segment=sum(row["stats"]["draft_tokens"] for row in ours) / max(judged, 1),
         right=accepted / max(accepted + rejected, 1),
+        suffix=_suffix(summary["verifier"]),
         handback=recipe.engine.handback,
     )
-    asked, summary = recipe.engine.horizon, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    asked = recipe.engine.horizon
     horizon = 1 if asked == "segment" else max(round(asked / work.segment), 1) if isinstance(asked, int) else None
     ways = []
     for row, prompt in zip(ours, prompts, strict=True):
@@ -196,6 +197,12 @@ def observed(recipe: Recipe, encode: Callable[[Any], Sequence[int]]) -> Observed
         own = replace(work, prompt=prompt, segment=stats["draft_tokens"] / max(sum(rounds), 1))
         ways.append(Way(own, rounds, stats["target_tokens"]))
     return Observed(work, ways, horizon, summary["at_once"], Phases(**seconds), sum(alone.values()))
+
+
+def _suffix(verifier: str | None) -> int:
+    """The tokens that a saved verifier appends to each prefix."""
+    record = Path(verifier or "") / "verifier.json"
+    return len(json.loads(record.read_text(encoding="utf-8"))["suffix_ids"]) if record.is_file() else 0
 
 
 def tables(work: Workload, costs: Mapping[str, Costs], loads: Sequence[int] = LOADS) -> Iterator[Table]:

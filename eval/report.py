@@ -16,7 +16,7 @@ from eval.verifier_report import verifier_parts
 from parse.prompts import as_messages
 
 SHOWN = 12  # transcripts of each kind
-CHOICE = f"These are PARSE's answers: the first {SHOWN} prompts of each kind, and the {SHOWN} slowest answers."
+CHOICE = f"PARSE's answers: of each kind that can be chosen here the first {SHOWN} prompts, and the {SHOWN} slowest."
 KINDS = {
     "all": "all that are shown",
     "false-accept": "wrong, where the target is right",
@@ -27,14 +27,21 @@ KINDS = {
 VERDICTS = {
     "shown": "not worse by more than the promised {points}",
     "refuted": "worse by more than the promised {points}",
-    "open": "{n} prompts cannot tell whether it is worse by more than the promised {points}",
+    "open": "{n} prompts cannot tell whether it loses more than the promised {points}",
 }
 PAIR_TERMS = {
     "foreign prefix": "a right beginning of an answer in words that the target would not have chosen",
     "best free rule": "the best of the rules on likelihoods that a pass of the target gives anyway",
     "AUC": "how often a valid cut gets a higher confidence than an invalid one: 1 is always, 0.5 is chance",
-    "oracle, lossless": "what a faultless verifier would keep; what is kept where each token must be the target's",
+    "oracle, lossless": (
+        "what a faultless verifier would keep of one draft, while PARSE drafts again after a repair; what is kept "
+        "where each token must be the target's"
+    ),
 }
+ALGORITHM = (
+    "PARSE lets a small draft model write a whole answer; the large target judges every prefix of it in one pass, "
+    "keeps the longest one that is right, and goes on from there."
+)
 SMALL = 100e6  # parameters: smaller targets are for demonstration
 CLEARLY = 1.05  # times as fast
 COUNTED = (
@@ -224,7 +231,7 @@ def _models(summary: Mapping[str, Any]) -> str:
         return ""
     task = summary["task"]
     about = f" ({task['about']})" if task["about"] else ""
-    text = f"The task is {task['name']}{about}; {' and '.join(sizes)} answered."
+    text = f"{ALGORITHM} The task is {task['name']}{about}; {' and '.join(sizes)} answered."
     if (summary["models"]["target"]["parameters"] or SMALL) < SMALL:
         text += " Models so small show that the method works; how fast it is with larger ones, they cannot show."
     return text
@@ -272,7 +279,7 @@ def _sample(rows: Sequence[dict[str, Any]], loads: Sequence[int]) -> str:
         f"Every method answered the same {rows[0]['n']} test prompts in turn, {', then '.join(map(requests, loads))}."
     )
     if parse and (loss := parse["detectable_loss"]) is not None:
-        text += f" The smallest loss that so many prompts could have told from none is {100 * loss:.1f} points."
+        text += f" So many prompts cannot tell a loss under {100 * loss:.1f} points from none."
     return text
 
 
@@ -300,8 +307,14 @@ def _method_parts(summary: dict[str, Any]) -> list[Part]:
 def _methods_part(summary: dict[str, Any], at_once: int, title: str) -> Part:
     """The methods with so many requests at once."""
     rows = tables_of(summary)[at_once]
-    text = f"{rows[0]['n']} prompts on {summary['hardware']}, {requests(at_once)}. Seconds are end to end"
-    text += "." if at_once == 1 else "; a request's are those of a block of requests, divided by their number."
+    text = f"{rows[0]['n']} prompts on {summary['hardware']}, {requests(at_once)}. "
+    if at_once == 1:
+        text += "Seconds are end to end."
+    else:
+        text += (
+            "Seconds per request are those of all together, divided by their number: how long one takes beside the "
+            "others is its latency, among the details."
+        )
     if lookahead := summary.get("lookahead"):
         text += f" While the target writes within PARSE, the draft proposes {lookahead} tokens at a time (lookahead)."
     if row_of(rows, "speculation") or row_of(rows, "assisted"):
@@ -361,10 +374,11 @@ def transcripts(outcomes: Mapping[str, Sequence[Outcome]]) -> tuple[list[dict[st
     for kind, indices in members.items():
         if count := len({*indices} & {*shown}):
             filters[kind] = f"{KINDS[kind]} ({count} of {len(indices)})"
-    return [_transcript(parse[i], [kind for kind, indices in members.items() if i in indices]) for i in shown], filters
+    kinds = {i: [kind for kind, indices in members.items() if i in indices] for i in shown}
+    return [_transcript(i + 1, parse[i], kinds[i]) for i in shown], filters
 
 
-def _transcript(outcome: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
+def _transcript(number: int, outcome: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
     """An answer as the page shows it."""
     pieces = [
         {
@@ -374,7 +388,7 @@ def _transcript(outcome: Outcome, kinds: Sequence[str]) -> dict[str, Any]:
         }
         for segment in outcome.generation.segments
     ]
-    title = f"{'Right' if outcome.right else 'Wrong'}, {latency(outcome):.2f} s"
+    title = f"Prompt {number}: {'right' if outcome.right else 'wrong'}, {latency(outcome):.2f} s"
     if outcome.error:
         title += f"; {outcome.error}"
     words = "\n\n".join(

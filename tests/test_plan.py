@@ -1,5 +1,6 @@
 """The prediction: closed forms, a simulation of the algorithm, and what the command says."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -9,8 +10,23 @@ from hypothesis import strategies as st
 
 from eval.__main__ import main as evaluate
 from eval.costs import Costs, interpolate, parameters, published
-from eval.plan import Observed, Phases, Way, Workload, as_it_went, explained, parse, rounds_of, speedup, target_alone
-from recipes.schema import RecipeError
+from eval.plan import (
+    Observed,
+    Phases,
+    Way,
+    Workload,
+    as_it_went,
+    explained,
+    observed,
+    parse,
+    rounds_of,
+    speedup,
+    target_alone,
+)
+from parse import Segment
+from recipes.schema import RecipeError, load_recipe
+from tests.conftest import QUICK
+from tests.test_measure import BAD, FIG, PROMPT, TEA, outcome
 
 TARGET = Costs({1: 1.0, 8: 2.0}, {1: 1.0, 1001: 11.0})  # a pass: 1 s, and 1 s more for each hundred tokens
 DRAFT = Costs({1: 0.1, 8: 0.2}, {1: 0.1, 1001: 1.1})
@@ -55,6 +71,28 @@ def test_with_a_lookahead_the_targets_own_words_cost_what_was_measured():
     assert parse(replace(WORK, right=0.0), ahead, DRAFT).target == pytest.approx(200 * 0.25)
     assert target_alone(WORK, ahead) == target_alone(WORK, TARGET)  # which has no draft
     assert ahead.repair(8) == 0.5 / 8
+
+
+def test_a_run_says_what_its_draft_and_its_verifier_were_like(tmp_path):
+    recipe = load_recipe(QUICK, [f"runs={tmp_path}", "engine.horizon=20"])
+    assert observed(recipe, str.split) is None
+    kept, cut = Segment(FIG, "draft", 0.9, True), Segment(BAD, "draft", 0.1, False)
+    repair = Segment(TEA, "target", None, True)
+    rows = {"target": [outcome([repair])], "parse": [outcome([kept, cut, repair, kept], drafted=30, written=5)]}
+    verifier, folder = tmp_path / "verifier", recipe.folder / "eval"
+    for path in (verifier, folder):
+        path.mkdir(parents=True)
+    (verifier / "verifier.json").write_text(json.dumps({"suffix_ids": [1, 2, 3]}))
+    lines = [json.dumps({"method": name, **one.record}) + "\n" for name, some in rows.items() for one in some]
+    (folder / "transcripts.jsonl").write_text("".join(lines))
+    for named, suffix in ((str(verifier), 3), (None, 0)):
+        (folder / "summary.json").write_text(json.dumps({"at_once": 2, "verifier": named}))
+        run = observed(recipe, str.split)
+        prompt = len(PROMPT.split())
+        expected = Workload(prompt=prompt, answer=10, segment=10, right=2 / 3, suffix=suffix, handback="segment")
+        assert run.work == expected
+        assert (run.horizon, run.requests, run.speedup) == (2, 2, pytest.approx(1.0))
+        assert run.ways == [Way(expected, [2, 1], 5)]
 
 
 def simulated(work, horizon, rng):
