@@ -47,6 +47,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     calibration = engine.verifier.calibration if engine.verifier else None
     thresholds = calibration.thresholds if calibration else {}
     before = _metrics(engine)
+    sizes = {role: _size(role, engine) for role in engine.models}
     found = _compared(recipe, task, engine, thresholds)
     cached = cached_share(before, _metrics(engine))
     tables = {at_once: _summarized(task, engine, outcomes, promised) for at_once, outcomes in found.items()}
@@ -55,7 +56,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "name": recipe.name,
         "task": {"name": recipe.task, "about": task.about},
-        "models": {role: _size(role, engine) for role in engine.models},
+        "models": sizes,
         "draft": draft and str(draft),
         "verifier": verifier and str(verifier),
         "hardware": hardware(),
@@ -89,8 +90,8 @@ def _size(role: str, engine: Engine) -> dict[str, Any]:
     model = engine.models[role]
     size: dict[str, Any] = {"name": model.name, "parameters": None, "layers": None}
     if isinstance(model, LocalModel):
-        size["parameters"] = sum(parameter.numel() for parameter in model.runner.model.parameters())
-        size["layers"] = model.runner.model.config.get_text_config().num_hidden_layers
+        size["parameters"] = model.runner.model.num_parameters()
+        size["layers"] = getattr(model.runner.model.config.get_text_config(), "num_hidden_layers", None)
     return size
 
 

@@ -16,7 +16,7 @@ from eval.tasks import Task
 from eval.tasks.rows import key_of
 from eval.tasks.task import Prompt
 from parse import Engine
-from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking
+from parse.prompts import encode_prompt, final_answer, no_thinking, opens_thinking, split_beginning
 from parse.sampling import Sampling
 from parse.scheduler import Call, Steps
 from parse.text import before_stop, encode_text, text_of
@@ -130,7 +130,7 @@ class Agreement:
             own = await write_after(self.engine.models["target"], self.engine.encode(prompt), self.limit)
             self.references[key_of(prompt)] = text_of(own.ids, self.engine.tokenizer)
         reference, answer = (self.final(prompt, text) for text in (self.references[key_of(prompt)], answer))
-        if not answer.strip():
+        if not answer.strip() and not split_beginning(prompt)[1]:
             return False
         if reference.split() == answer.split():
             return True
@@ -195,9 +195,13 @@ def controls(
 
 
 def question_of(prompt: Prompt, reference: str = "", answer: str = "") -> str:
-    """What the target is asked about two answers to a prompt: of a conversation, every turn."""
-    words = prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
-    return QUESTION.format(prompt=words, reference=reference, answer=answer)
+    """What the target is asked about two answers to a prompt: of a conversation, every turn.
+
+    Answers that the prompt begins are shown with their beginning.
+    """
+    asked, beginning = split_beginning(prompt)
+    words = "\n\n".join(turn["content"] for turn in asked)
+    return QUESTION.format(prompt=words, reference=beginning + reference, answer=beginning + answer)
 
 
 def labeller_of(recipe: Recipe, task: Task) -> str:

@@ -168,8 +168,8 @@ def _rights(parse: float, target: float, judge: Mapping[str, Any] | None) -> str
 
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Method, prompt and reason of the requests that failed."""
-    return [[row["name"], str(one["prompt"]), one["error"]] for row in rows for one in row.get("failures", ())]
+    """Method, prompt (the first is 1) and reason of the requests that failed."""
+    return [[row["name"], str(one["prompt"] + 1), one["error"]] for row in rows for one in row.get("failures", ())]
 
 
 def csv_table(summary: dict[str, Any]) -> str:
@@ -252,19 +252,19 @@ def _faster(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
     found = []
     for at_once, rows in tables.items():
         parse = row_of(rows, "parse")
-        able = [row for row in rows if parse and row["accuracy"] >= parse["accuracy"]]
+        able = [row for row in rows if parse and row["accuracy"] >= parse["accuracy"] and row["name"] != "target"]
         best = max(able, key=lambda row: float(row["speedup"]), default=None)
         if parse and best and best["speedup"] >= CLEARLY * parse["speedup"]:
             found.append(f"{best['name']} with {requests(at_once)} ({best['speedup']:.1f} times as fast as the target)")
-    return f"As often right as PARSE, and faster: {', '.join(found)}." if found else ""
+    return f"No less accurate than PARSE, and faster: {', '.join(found)}." if found else ""
 
 
 def _waiting(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
-    """How long a reader waits for the first word."""
+    """How long a reader waits for the first word, where that is longer than with the target alone."""
     waits = []
     for at_once, rows in tables.items():
         parse, target = row_of(rows, "parse"), row_of(rows, "target")
-        if parse and target and None not in (parse["first_token_seconds"], target["first_token_seconds"]):
+        if parse and target and (parse["first_token_seconds"] or 0) > (target["first_token_seconds"] or 0):
             seconds = f"{parse['first_token_seconds']:.2f} s instead of {target['first_token_seconds']:.2f} s"
             waits.append(f"{seconds} with {requests(at_once)}")
     if not waits:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import openai
 
 from eval.tasks.task import Prompt
-from parse.prompts import as_messages, split_beginning
+from parse.prompts import split_beginning
 from recipes.schema import RecipeError, Server
 
 REFUSED_PROMPT = (400, 413, 422)  # as this prompt will be at every try
@@ -79,6 +79,9 @@ class Client:
             ValueError,
         ) as error:  # whatever a broken server may send
             return Answered("", False, failed=f"got no answer that can be read: {type(error).__name__}: {error}")
+        beginning = split_beginning(prompt)[1].strip()
+        if beginning and (choice.message.content or "").lstrip().startswith(beginning):
+            return Answered("", False, error="was begun anew by the server, which knows no continue_final_message")
         thinking = fields.get("reasoning_content") or fields.get("reasoning")
         return Answered(choice.message.content or "", choice.finish_reason == "stop", thinking)
 
@@ -132,14 +135,15 @@ class Client:
             RecipeError: where the server cannot be reached, or refuses the model or the key.
             openai.APIError: for what may go better another time, or with another prompt.
         """
-        messages, begun = as_messages(prompt), bool(split_beginning(prompt)[1])
+        asked, beginning = split_beginning(prompt)
+        messages = [*asked, {"role": "assistant", "content": beginning}] if beginning else asked
         try:
             completion = self._client.chat.completions.create(
                 model=self.model,
                 messages=cast(Any, messages),
                 max_tokens=limit,
                 temperature=0.0,
-                extra_body=(CONTINUE if begun else {}) | self.server.extra_body,
+                extra_body=(CONTINUE if beginning else {}) | self.server.extra_body,
                 **more,
             )
         except openai.APITimeoutError:

@@ -105,7 +105,7 @@ def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bo
         if not control_pattern(tokenizer).search(prompt):
             return list(tokenizer.encode(prompt))
         return [*tokenizer.encode(""), *encode_continuation(prompt, tokenizer)]
-    messages, beginning = split_beginning(prompt)
+    messages = as_messages(prompt)
     if unfit := next((turn["role"] for turn in messages if control_pattern(tokenizer).search(turn["role"])), None):
         raise ValueError(f"the role {unfit!r} holds a control token: use a role that the chat template knows")
     contents = "".join(turn["content"] for turn in messages)
@@ -116,13 +116,15 @@ def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bo
         {**turn, "content": control_pattern(tokenizer, turn["role"] != "assistant").sub(taken_apart, turn["content"])}
         for turn in messages
     ]
-    text = render(marked, tokenizer)
+    asked, beginning = split_beginning(marked)
+    text = render(asked, tokenizer)
     if begins_thinking(beginning):
         opening = ""
     elif beginning:
         opening = _opening(tokenizer) + no_thinking(tokenizer)
     if opening is not None:
         text = text.removesuffix(_opening(tokenizer)) + opening
+    text += _as_the_template_trims(beginning, tokenizer)
     first, *rest = re.split(f"{mark}([0-9a-fA-F]+){mark}", text)
     if any(mark in template for template in (first, *rest[1::2])):
         raise ValueError(f"the chat template of {tokenizer.name_or_path} changes the words of a prompt: use another")
@@ -131,7 +133,7 @@ def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bo
         words = bytes.fromhex(look_alike).decode()
         ids += encode_continuation(words[0], tokenizer) + encode_continuation(words[1:], tokenizer)
         ids += encode_continuation(template, tokenizer, control=True)
-    return ids + encode_continuation(beginning, tokenizer)
+    return ids
 
 
 def as_messages(prompt: str | Messages) -> Messages:
@@ -142,6 +144,8 @@ def as_messages(prompt: str | Messages) -> Messages:
 def split_beginning(prompt: str | Messages) -> tuple[Messages, str]:
     """The messages that are to be answered, and the beginning of the answer: a last message of the assistant, or empty.
 
+    As `transformers` and vLLM take it who are told `continue_final_message`.
+
     Raises:
         ValueError: where nothing is to be answered.
     """
@@ -151,6 +155,25 @@ def split_beginning(prompt: str | Messages) -> tuple[Messages, str]:
     if len(messages) == 1:
         raise ValueError("the prompt is a turn of the assistant alone: give a turn in front of it that is answered")
     return messages[:-1], messages[-1]["content"]
+
+
+def _as_the_template_trims(beginning: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of an answer without the spaces around it that the template takes from an assistant's turn."""
+    if not beginning:
+        return ""
+    front, back = _trims(tokenizer, str(tokenizer.chat_template))
+    beginning = beginning.lstrip() if front else beginning
+    return beginning.rstrip() if back else beginning
+
+
+@lru_cache(maxsize=64)
+def _trims(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, bool]:
+    """Whether a template takes spaces from the front and from the back of an assistant's turn."""
+    answer, space = "ANSWER", "\n \n"
+    turns = [("user", "?"), ("assistant", space + answer + space)]
+    text = render([{"role": role, "content": content} for role, content in turns], tokenizer)
+    before, _, after = text.partition(answer)
+    return not before.endswith(space), not after.startswith(space)
 
 
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:

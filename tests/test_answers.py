@@ -70,12 +70,23 @@ def test_a_server_is_told_that_an_answer_is_begun(recipe, server):
     """As vLLM is; else it would answer the assistant."""
     begun = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "that is"}]
     client = Client(Server(url=server.url, extra_body={"min_p": 0.1}), "big", 60)
-    for prompt in (PROMPTS[0], begun):
-        assert client.answer(prompt).text == "that is 11 coins ."
+    assert client.answer(PROMPTS[0]).text == "that is 11 coins ."
+    server.reply = lambda prompt: (200, {"content": " 11 coins ."}, "stop")
+    assert client.answer(begun).text == " 11 coins ."
+    server.reply = lambda prompt: (200, {"content": "that is 11 coins ."}, "stop")
     plain, told = server.asked
     assert told["messages"] == begun
     assert (told["continue_final_message"], told["add_generation_prompt"], told["min_p"]) == (True, False, 0.1)
     assert not {"continue_final_message", "add_generation_prompt"} & plain.keys()
+    empty = [begun[0], {"role": "assistant", "content": ""}]
+    assert client.answer(empty).text == "that is 11 coins ."
+    assert server.asked[-1]["messages"] == empty[:1]  # else it would be a turn that is closed
+
+
+def test_a_server_that_begins_a_begun_answer_anew_is_noticed(server):
+    begun = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": " that is "}]
+    answered = Client(Server(url=server.url), "big", 60).answer(begun)
+    assert answered.error == "was begun anew by the server, which knows no continue_final_message"
 
 
 def test_what_nothing_can_be_learnt_from_is_kept_with_its_reason(recipe, server):

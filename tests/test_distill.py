@@ -243,7 +243,6 @@ def test_other_tokens_are_learnt_from_the_text(begin, smollm):
     assert same[0]["input_ids"] == answers[0]["input_ids"]
 
 
-@pytest.mark.slow
 def test_a_begun_answer_is_one_message_of_a_conversation():
     asked = [{"role": "user", "content": "q"}]
     whole = [*asked, {"role": "assistant", "content": "It is 4"}]
@@ -251,6 +250,7 @@ def test_a_begun_answer_is_one_message_of_a_conversation():
     assert train.distill.conversation("q", "It is 4") == whole
 
 
+@pytest.mark.slow
 def test_a_draft_with_other_tokens_learns_by_gold(begin, smollm, tmp_path):
     """Two small models with random weights; the target has SmolLM2's tokens, the draft fewer, made from the answers."""
     words = ["distill.method=gold", "distill.trainer={max_steps: 2, per_device_train_batch_size: 2, max_length: 400}"]

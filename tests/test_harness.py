@@ -65,8 +65,10 @@ def folder(tmp_path_factory):
     del tasks["sums_choice"]["generation_kwargs"], tasks["sums_choice"]["filter_list"]
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name}))
-    groups = {"all_sums": ["sums", "sums_small"], "odd_sums": ["sums", "sums_longer"], "mixed": ["sums", "sums_begun"]}
+    groups = {"all_sums": ["sums", "sums_small"], "odd_sums": ["sums", "sums_longer"]}
+    groups |= {"mixed": ["sums", "sums_small_begun"], "twice": ["sums", "sums_begun"]}
     more = {"sums_small": {"doc_to_target": "0"}, "sums_longer": {"generation_kwargs": {"until": ["\n"]}}}
+    more["sums_small_begun"] = {"gen_prefix": "#1 the"}
     half = {**files, "test": files["small"]}
     for name, change in more.items():
         task = own | {"task": name, "dataset_kwargs": {"data_files": half}} | change
@@ -161,6 +163,13 @@ def test_prompts_of_a_group_are_of_one_form(folder):
     found = [prompt for split in ("answers", "test") for prompt in load(folder, "mixed").prompts(split, 0)]
     assert {len(prompt) for prompt in found} == {1, 2}
     assert all(isinstance(prompt, list) for prompt in found)
+
+
+def test_a_question_is_in_one_split_however_its_answer_begins(folder):
+    twice = load(folder, "twice")
+    assert twice.duplicates == 1 + 431
+    for split in ("answers", "train", "test"):
+        assert list(twice.prompts(split, 0)) == list(load(folder, "sums").prompts(split, 0))
 
 
 def test_what_cannot_be_used_is_said(folder):

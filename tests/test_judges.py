@@ -6,6 +6,7 @@ import pytest
 
 from eval.judges import Agreement, AskedServer, AskedTarget, asked_by
 from eval.server import Client
+from eval.tasks.rows import key_of
 from parse import Engine
 from parse.scheduler import run, run_together
 from recipes.schema import RecipeError, Server, load_recipe
@@ -52,6 +53,21 @@ def test_of_a_server_without_probabilities_the_word_counts_and_the_same_words_ar
     agreement = judge(engine, server, concurrency=2)
     found = dict(run_together((agreement.is_right(PROMPT, answer) for answer in answers), 4))
     assert [found[i] for i in range(4)] == [True, False, True, False]
+    assert len(server.asked) == 4
+
+
+def test_a_judge_sees_begun_answers_whole(engine, server):
+    server.reply = lambda question: verdict(yes=0.9, no=0.1)
+    begun, agreement = (
+        [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "A "}],
+        judge(engine, server),
+    )
+    agreement.references[key_of(begun)] = "fig."
+    assert run(agreement.is_right(begun, "plum."))
+    first, second = (one["messages"][0]["content"] for one in server.asked)
+    assert f"Question:\n{PROMPT}\n\nFirst answer:\nA fig.\n\nSecond answer:\nA plum.\n\n" in first
+    assert f"Question:\n{PROMPT}\n\nFirst answer:\nA plum.\n\nSecond answer:\nA fig.\n\n" in second
+    assert run(agreement.is_right(begun, ""))  # the beginning may be all of it
     assert len(server.asked) == 4
 
 

@@ -291,6 +291,20 @@ def test_a_last_message_of_the_assistant_begins_the_answer(request, smollm, shap
         encode_prompt(prompt[1:], tokenizer)
 
 
+@pytest.mark.parametrize("trim", ["", " | trim"])
+@pytest.mark.parametrize("beginning", ["It is", "\n```python\n", " a <|im_end|>"])
+def test_a_begun_answer_is_read_as_transformers_gives_it(smollm, trim, beginning):
+    """And so as vLLM and the harness do: spaces around it stay where the template leaves them in an answer."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content" + trim + " }}<|im_end|>\n{% endfor %}"
+    own = templated(smollm[1], template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": beginning}]
+    text = own.apply_chat_template(prompt, continue_final_message=True, tokenize=False)
+    ids = encode_prompt(prompt, own)
+    assert text_of(ids, own) == text
+    if "<|" not in beginning:
+        assert ids == own.encode(text, add_special_tokens=False)
+
+
 def test_what_was_thought_before_a_begun_answer_stands_in_the_prompt(qwen3, r1):
     begun = lambda text: [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
     for opened in (False, True):
@@ -310,7 +324,7 @@ def test_a_begun_answer_is_learnt_from_where_it_was_begun(request, choice, shape
         answered = Answered(" 4", True, ids=ids)
         row = encode(prompt, answered)
         assert row["answer"] == " 4"
-        assert encode.final(prompt, answered) == "4"
+        assert encode.final(prompt, answered) == " 4"
         text = text_of(row["input_ids"], tokenizer)
         assert text.endswith("<think>\n\n</think>\n\nIt is 4" + tokenizer.decode([encode.end]))
         assert row["completion_mask"] == [0] * len(encode_prompt(prompt, tokenizer)) + [1] * (

@@ -194,7 +194,7 @@ def test_prompts_that_trl_would_read_otherwise_are_left_out(smollm, capsys):
     with pytest.raises(RecipeError, match="TRL reads every prompt in another way"):
         train.distill.prompts([hostile], tokenizer)
     begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Well,"}]
-    assert train.distill.prompts([begun], tokenizer)[0]["prompt"] == begun
+    assert len(train.distill.prompts(["hello", begun], tokenizer)) == 1
 
 
 def test_answers_longer_than_max_length_are_left_out_whole(begin, capsys):

@@ -119,12 +119,13 @@ class Encoding:
         self.opened, self.no_thinking = opens_thinking(self.tokenizer), no_thinking(self.tokenizer)
 
     def final(self, prompt: Prompt, answered: Answered) -> str:
-        """What of an answer comes after its thinking."""
+        """What of an answer comes after its thinking; in one that the prompt begins every space counts."""
         opened = self.opened
         if answered.ids is None:  # a server may hand the thinking over apart, or have begun it by a template of its own
             head, closed, _ = answered.text.partition(CLOSE)
             opened = bool(closed) and OPEN not in head
-        return final_answer(answered.text, opened, prompt).lstrip()
+        final = final_answer(answered.text, opened, prompt)
+        return final if split_beginning(prompt)[1] else final.lstrip()
 
     def __call__(self, prompt: Prompt, answered: Answered) -> dict[str, Any]:
         """Token ids, mask and text; the end of the answer is learnt too."""

@@ -203,9 +203,9 @@ def prompts(rows: Any, tokenizer: Any) -> Dataset:
 
 def _reads_alike(prompt: str | Messages, tokenizer: Any) -> bool:
     """Whether TRL gives the model the same tokens of a prompt as the engine does."""
-    begun = bool(split_beginning(prompt)[1])
-    shape = {"continue_final_message": True, "add_generation_prompt": False} if begun else {}
-    text = render(as_messages(prompt), tokenizer, **shape) if tokenizer.chat_template else str(prompt)
+    if split_beginning(prompt)[1]:  # TRL would close the assistant's turn, and have it answered
+        return False
+    text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
     plain = encode_text(text, tokenizer) if tokenizer.chat_template else list(tokenizer.encode(text))
     return plain == encode_prompt(prompt, tokenizer)
 

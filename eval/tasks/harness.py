@@ -18,7 +18,7 @@ from typing import Any
 from eval.tasks.rows import key_of, split_of, words_of
 from eval.tasks.task import Prompt, Task
 from parse.local.loading import Messages
-from parse.prompts import as_messages
+from parse.prompts import as_messages, split_beginning
 
 PREFIX = "lm_eval:"
 SEED = 1234  # of few-shot examples, the harness's default
@@ -51,26 +51,21 @@ class Harness(Task):
         (self.stop,) = stops
         self._read(shares)
         self._member_of = {key: member for member in self.members for key in member.documents}
-        self._conversations = any(len(prompt) > 1 or prompt[0]["role"] != "user" for prompt in self._all())
 
     def prompts(self, split: str, seed: int) -> Iterator[Prompt]:
         """See `Task`."""
         place = lambda prompt: hashlib.sha256(f"{split} {seed} {key_of(prompt)}".encode()).digest()
-        for prompt in sorted((prompt for member in self.members for prompt in member.by_split[split]), key=place):
-            yield prompt if self._conversations else prompt[0]["content"]  # in one data set all are alike
+        return iter(sorted((prompt for member in self.members for prompt in member.by_split[split]), key=place))
 
     def check(self, prompt: Prompt, answer: str) -> bool:
         """Whether the answer's score reaches the threshold."""
-        return self._member_of[_key(prompt)].check(prompt, answer)
+        return self._member_of[key_of(prompt)].check(prompt, answer)
 
     def content(self) -> bytes:
         """See `Task`."""
         members = [[member.name, member.by_split, member.documents] for member in self.members]
         content = json.dumps([members, dict(self._settings)], sort_keys=True, default=str)
         return f"{self.name} {version('lm_eval')} {content}".encode()
-
-    def _all(self) -> Iterator[Messages]:
-        return (prompt for member in self.members for some in member.by_split.values() for prompt in some)
 
     def _read(self, shares: Mapping[str, int]) -> None:
         """Deal the documents out to the splits; those that the harness evaluates come first, as it would ask them."""
@@ -81,6 +76,9 @@ class Harness(Task):
             if more:
                 member.never_the_document_itself()
                 self.duplicates += member.add(more, {split: shares[split] for split in OTHERS}, words)
+        if not any(member.has_conversations for member in self.members):
+            for member in self.members:
+                member.ask_in_text()
 
 
 class _Member:
@@ -91,8 +89,8 @@ class _Member:
         self.stop = tuple(text for text in _until(task) if text)
         self._filter = _filter_of(task, settings["filter"])
         self._metric = _metric_of(task, settings["metric"])
-        self.documents: dict[str, Any] = {}  # by `_key(prompt)`
-        self.by_split: dict[str, list[Messages]] = {split: [] for split in shares}
+        self.documents: dict[str, Any] = {}  # by `key_of(prompt)`
+        self.by_split: dict[str, list[Prompt]] = {split: [] for split in shares}
         task.set_fewshot_seed(SEED)
 
     @property
@@ -116,7 +114,7 @@ class _Member:
         """The harness's metric of one answer."""
         from lm_eval.api.instance import Instance
 
-        document = self.documents[_key(prompt)]
+        document = self.documents[key_of(prompt)]
         instance = Instance("generate_until", document, (prompt, {}), 0, resps=[answer])
         self._filter.apply([instance])
         scores = self._task.process_results(document, [instance.filtered_resps[self._filter.name]])
@@ -163,14 +161,27 @@ class _Member:
         duplicates = 0
         for document in documents:
             prompt = self._prompt(document)
-            said = words_of(prompt)
+            said = words_of(split_beginning(prompt)[0])
             if said in words:
                 duplicates += 1
                 continue
             words.add(said)
-            self.documents[_key(prompt)] = document
+            self.documents[key_of(prompt)] = document
             self.by_split[split_of(said, shares)].append(prompt)
         return duplicates
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether any prompt is more than one turn of the user."""
+        prompts = (prompt for some in self.by_split.values() for prompt in some)
+        return any([turn["role"] for turn in as_messages(prompt)] != ["user"] for prompt in prompts)
+
+    def ask_in_text(self) -> None:
+        """Ask every user's turn as text."""
+        text = lambda prompt: as_messages(prompt)[0]["content"]
+        self.by_split = {split: [text(prompt) for prompt in some] for split, some in self.by_split.items()}
+        asked = [prompt for some in self.by_split.values() for prompt in some]
+        self.documents = {key_of(prompt): self.documents[key_of(as_messages(prompt))] for prompt in asked}
 
     def _prompt(self, document: Any) -> Messages:
         """The harness's own context of a document, of which a last message of the assistant begins the answer."""
@@ -183,11 +194,6 @@ class _Member:
             gen_prefix=self._task.doc_to_prefix(document),
         )
         return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-
-
-def _key(prompt: Prompt) -> str:
-    """A prompt's key, whether it is text or a user's turn."""
-    return key_of(as_messages(prompt))
 
 
 @lru_cache(maxsize=4)
