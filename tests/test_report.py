@@ -97,7 +97,8 @@ def test_the_next_sentences_say_of_which_models_what_was_faster_and_how_long_one
     waits = "0.40 s instead of 0.30 s"
     assert f"its first word came after {waits} with one request at a time, {waits} with 8 requests at once." in made
     large = {"target": {"name": "big", "parameters": 8_000_000_000, "layers": 36}}
-    worse = [row | {"accuracy": 0.1} if row["name"] == "draft" else row for row in summary["methods"]]
+    worse = [row | ({"accuracy": 0.1} if row["name"] == "draft" else {}) for row in summary["methods"]]
+    worse = [row | ({"speedup": 0.5} if row["name"] == "parse" else {}) for row in worse]  # than the target, too
     own = {"models": large, "task": {"name": "my.jsonl", "about": ""}, "methods": worse, "concurrency": []}
     made = html_report(summary | own, outcomes)
     assert "The task is my.jsonl; the target big (8 billion parameters in 36 layers) answered." in made

@@ -202,9 +202,10 @@ def prompts(rows: Any, tokenizer: Any) -> Dataset:
 
 
 def _reads_alike(prompt: str | Messages, tokenizer: Any) -> bool:
-    """Whether TRL gives the model the same tokens of a prompt as the engine does."""
-    if split_beginning(prompt)[1]:  # TRL would close the assistant's turn, and have it answered
-        return False
+    """Whether TRL gives the model the same tokens of a prompt as the engine does.
+
+    It reads words as control tokens, and has answers that a prompt begins answered.
+    """
     text = render(as_messages(prompt), tokenizer) if tokenizer.chat_template else str(prompt)
     plain = encode_text(text, tokenizer) if tokenizer.chat_template else list(tokenizer.encode(text))
     return plain == encode_prompt(prompt, tokenizer)
