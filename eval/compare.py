@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from eval.bench.tables import Table, text_table
 from eval.methods import Outcome
 from eval.page import Part, page
-from eval.report import CHOICE, report_parts, requests, row_of, sentence, tables_of, transcripts
+from eval.report import CHOICE, report_parts, transcripts
+from eval.sentences import requests, row_of, sentence, tables_of
 from eval.verifier_report import read_report
 from recipes.command import run_command
 from recipes.files import write_text

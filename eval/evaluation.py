@@ -15,7 +15,8 @@ from eval.measure import summarize
 from eval.methods import KINDS, Outcome, compare, loads_of, methods_of, parts_of, settings_of
 from eval.prompts import prompts_of
 from eval.properties import measure_pair
-from eval.report import console_table, csv_table, failures, html_report, pair_table, requests, sentence
+from eval.report import console_table, csv_table, failures, html_report, pair_table
+from eval.sentences import requests, sentence
 from eval.tasks import Task, load_task
 from eval.verifier_metrics import loss_at
 from eval.verifier_report import read_report

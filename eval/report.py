@@ -12,6 +12,7 @@ from eval.measure import PERCENTILES, latency
 from eval.methods import WHAT, Outcome
 from eval.page import Part, page
 from eval.plots import Picture
+from eval.sentences import interval, opening, points, requests, row_of, tables_of
 from eval.verifier_report import verifier_parts
 from parse.prompts import as_messages
 
@@ -24,11 +25,6 @@ KINDS = {
     "wrong": "wrong answers",
     "slow": "the slowest",
 }
-VERDICTS = {
-    "shown": "not worse by more than the promised {points}",
-    "refuted": "worse by more than the promised {points}",
-    "open": "{n} prompts cannot tell whether it loses more than the promised {points}",
-}
 PAIR_TERMS = {
     "foreign prefix": "a right beginning of an answer in words that the target would not have chosen",
     "best free rule": "the best of the rules on likelihoods that a pass of the target gives anyway",
@@ -38,12 +34,6 @@ PAIR_TERMS = {
         "where each token must be the target's"
     ),
 }
-ALGORITHM = (
-    "PARSE lets a small draft model write a whole answer; the large target judges every prefix of it in one pass, "
-    "keeps the longest one that is right, and goes on from there."
-)
-SMALL = 100e6  # parameters: smaller targets are for demonstration
-CLEARLY = 1.05  # times as fast
 COUNTED = (
     "Accepted tokens per pass are the draft's alone: the token that the target writes after them, elsewhere called a "
     "bonus, is not counted."
@@ -51,8 +41,8 @@ COUNTED = (
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # a title, and how a row shows it
 METHODS: tuple[Column, ...] = (
     ("method", lambda row: row["name"]),
-    ("speed-up (95%)", lambda row: f"{row['speedup']:.2f}x ({_interval(row['speedup_ci95'], '.2f')})"),
-    ("right (95%)", lambda row: f"{row['accuracy']:.1%} ({_interval(row['accuracy_ci95'], '.1%')})"),
+    ("speed-up (95%)", lambda row: f"{row['speedup']:.2f}x ({interval(row['speedup_ci95'], '.2f')})"),
+    ("right (95%)", lambda row: f"{row['accuracy']:.1%} ({interval(row['accuracy_ci95'], '.1%')})"),
     ("against target, points (95%)", lambda row: _difference(row)),
     ("s/request", lambda row: _number(row["seconds_per_request"], 3)),
     ("first token, s", lambda row: _number(row["first_token_seconds"], 3)),
@@ -100,11 +90,6 @@ def console_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def requests(at_once: int) -> str:
-    """How many requests run, in words."""
-    return "one request at a time" if at_once == 1 else f"{at_once} requests at once"
-
-
 def pair_table(pair: dict[str, Any]) -> str:
     """The properties of the pair as text."""
     return "\n".join(f"  {name:38s}{value}" for name, value in pair_rows(pair))
@@ -130,41 +115,6 @@ def pair_rows(pair: dict[str, Any]) -> list[tuple[str, str]]:
         ("target's time a token over draft's", f"{pair['cost_ratio']:.1f}"),
         ("generate's time over our target's", f"{pair['generate_over_target_loop']:.2f}"),
     ]
-
-
-def sentence(summary: Mapping[str, Any]) -> str:
-    """What happened, in plain words; empty where PARSE was not among the methods.
-
-    Args:
-        summary: what `eval/summary.json` holds.
-    """
-    rows, most = summary["methods"], summary["max_accuracy_loss"]
-    parse, target = row_of(rows, "parse"), row_of(rows, "target")
-    if not parse or not target:
-        return ""
-    points = f"{100 * most:g} point{'s' if most != 0.01 else ''}"
-    verdict = VERDICTS[parse["non_inferiority"]].format(points=points, n=parse["n"])
-    loads = {one["at_once"]: row_of(one["methods"], "parse") for one in summary["concurrency"]}
-    more = ", ".join(f"{row['speedup']:.1f} times with {requests(n)}" for n, row in loads.items() if row)
-    return (
-        f"PARSE answered {parse['speedup']:.1f} times as fast as the target alone{f' ({more})' if more else ''}; "
-        f"{_rights(parse['accuracy'], target['accuracy'], summary.get('judge'))}: {verdict} "
-        f"(95% interval of the difference: {_points(parse['accuracy_difference_ci95'])} points)."
-    )
-
-
-def _rights(parse: float, target: float, judge: Mapping[str, Any] | None) -> str:
-    """How many answers were right, or, where somebody compares them with the target's own, how many say the same."""
-    if not judge:
-        return f"{parse:.1%} of its answers were right, and {target:.1%} of the target's"
-    missed, confused = judge["same_called_different"], judge["different_called_same"]
-    errors = ""
-    if missed is not None and confused is not None:
-        errors = f", who calls {missed:.0%} of equal answers different and {confused:.0%} of different ones the same"
-    return (
-        f"{parse:.1%} of its answers say the same as the target's own, as {judge['by']} judges{errors}; "
-        f"{target:.1%} of the target's came to an end"
-    )
 
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -207,86 +157,15 @@ def html_report(
         verifier: what the verifier's `report.json` holds.
         origin: how it was made, see `page`.
     """
-    tables = tables_of(summary)
-    sentences = [sentence(summary), _models(summary), _faster(tables), _waiting(tables)]
-    sentences.append(_sample(summary["methods"], list(tables)))
     shown, filters = transcripts(outcomes)
     parts = report_parts(summary, verifier)
-    return page(f"PARSE: {summary['name']}", sentences, parts, shown, filters, origin, CHOICE)
+    return page(f"PARSE: {summary['name']}", opening(summary), parts, shown, filters, origin, CHOICE)
 
 
 def report_parts(summary: dict[str, Any], verifier: dict[str, Any] | None) -> list[Part]:
     """All tables and plots of an evaluation; its arguments are those of `html_report`."""
     of_pair = [*_pair_part(summary["pair"]), _parity_part(summary["parity"])]
     return [*_method_parts(summary), *verifier_parts(verifier), *of_pair]
-
-
-def _models(summary: Mapping[str, Any]) -> str:
-    """What was asked, and of which models."""
-    sizes = [
-        f"{'the target ' if role == 'target' else 'the draft '}{one['name']}{_parameters(one)}"
-        for role, one in summary.get("models", {}).items()
-    ]
-    if not sizes:
-        return ""
-    task = summary["task"]
-    about = f" ({task['about']})" if task["about"] else ""
-    text = f"{ALGORITHM} The task is {task['name']}{about}; {' and '.join(sizes)} answered."
-    if (summary["models"]["target"]["parameters"] or SMALL) < SMALL:
-        text += " Models so small show that the method works; how fast it is with larger ones, they cannot show."
-    return text
-
-
-def _parameters(size: Mapping[str, Any]) -> str:
-    """A model's size in brackets; empty where it is not known."""
-    if size["parameters"] is None:
-        return ""
-    count, word = (
-        (size["parameters"] / 1e9, "billion") if size["parameters"] >= 1e9 else (size["parameters"] / 1e6, "million")
-    )
-    return f" ({count:.3g} {word} parameters in {size['layers']} layers)"
-
-
-def _faster(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
-    """The fastest methods, where they were as often right as PARSE and clearly faster."""
-    found = []
-    for at_once, rows in tables.items():
-        parse = row_of(rows, "parse")
-        able = [row for row in rows if parse and row["accuracy"] >= parse["accuracy"] and row["name"] != "target"]
-        best = max(able, key=lambda row: float(row["speedup"]), default=None)
-        if parse and best and best["speedup"] >= CLEARLY * parse["speedup"]:
-            found.append(f"{best['name']} with {requests(at_once)} ({best['speedup']:.1f} times as fast as the target)")
-    return f"No less accurate than PARSE, and faster: {', '.join(found)}." if found else ""
-
-
-def _waiting(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
-    """How long a reader waits for the first word, where that is longer than with the target alone."""
-    waits = []
-    for at_once, rows in tables.items():
-        parse, target = row_of(rows, "parse"), row_of(rows, "target")
-        if parse and target and (parse["first_token_seconds"] or 0) > (target["first_token_seconds"] or 0):
-            seconds = f"{parse['first_token_seconds']:.2f} s instead of {target['first_token_seconds']:.2f} s"
-            waits.append(f"{seconds} with {requests(at_once)}")
-    if not waits:
-        return ""
-    return f"PARSE shows nothing before it is judged, so its first word came after {', '.join(waits)}."
-
-
-def _sample(rows: Sequence[dict[str, Any]], loads: Sequence[int]) -> str:
-    """How it was measured, and what a test of this size could have found."""
-    parse = row_of(rows, "parse")
-    text = (
-        f"Every method answered the same {rows[0]['n']} test prompts in turn, {', then '.join(map(requests, loads))}."
-    )
-    if parse and (loss := parse["detectable_loss"]) is not None:
-        text += f" So many prompts cannot tell a loss under {100 * loss:.1f} points from none."
-    return text
-
-
-def tables_of(summary: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """The methods' rows by the number of requests at once, the first one first."""
-    first = {summary["at_once"]: summary["methods"]}
-    return first | {other["at_once"]: other["methods"] for other in summary["concurrency"]}
 
 
 def _method_parts(summary: dict[str, Any]) -> list[Part]:
@@ -402,24 +281,10 @@ def _drafted(outcome: Outcome) -> bool:
     return any(segment.source == "draft" and segment.accepted for segment in outcome.generation.segments)
 
 
-def row_of(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """A method's row, or None."""
-    return next((row for row in rows if row["name"] == name), None)
-
-
-def _interval(ends: Sequence[float], form: str) -> str:
-    return " to ".join(format(end, form) for end in ends)
-
-
-def _points(shares: Sequence[float]) -> str:
-    """An interval of a difference in points."""
-    return _interval([100 * share for share in shares], "+.1f")
-
-
 def _difference(row: Mapping[str, Any]) -> str:
     if row["name"] == "target":
         return "-"
-    return f"{100 * row['accuracy_difference']:+.1f} ({_points(row['accuracy_difference_ci95'])})"
+    return f"{100 * row['accuracy_difference']:+.1f} ({points(row['accuracy_difference_ci95'])})"
 
 
 def _percentiles(row: Mapping[str, Any], key: str, scale: float = 1) -> str:

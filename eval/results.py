@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from eval.bench.tables import Table, gpu_tables, markdown_table
-from eval.report import requests, sentence
+from eval.sentences import requests, sentence
 from eval.verifier_report import COLUMNS, kind_cells
 from recipes.files import write_text
 

@@ -12,7 +12,8 @@ import pytest
 from eval.__main__ import main as evaluate
 from eval.measure import summarize
 from eval.methods import Outcome
-from eval.report import SHOWN, csv_table, html_report, sentence
+from eval.report import SHOWN, csv_table, html_report
+from eval.sentences import sentence
 from eval.tasks import TASKS
 from parse import Segment
 from tests.test_measure import BAD, END, FIG, TEA, outcome

@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parse.generation import Generation
 from parse.local.model import LocalModel
-from parse.prompts import encode_prompt
 from parse.round import Round
 from parse.server.formats import ChatFormat, CompletionFormat, Format
 from parse.server.protocol import Chat, Completion, Detokenize, Refused, Switches, Tokenize, read
@@ -180,7 +179,7 @@ async def tokenize(http: Request) -> dict[str, Any]:
 
     def encoded() -> list[int]:
         if asked.messages:
-            return encode_prompt([one.turn() for one in asked.messages], tokenizer)
+            return serving.engine.encode([one.turn() for one in asked.messages])
         return list(tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens))
 
     try:
