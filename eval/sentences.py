@@ -12,14 +12,14 @@ VERDICTS = {
 }
 ALGORITHM = (
     "PARSE lets a small draft model write a whole answer; the large target judges every prefix of it in one pass, "
-    "keeps the longest one that is right, and goes on from there."
+    "keeps the longest one that is right, and continues from there."
 )
 SMALL = 100e6  # parameters: smaller targets are for demonstration
 CLEARLY = 1.05  # times as fast
 
 
 def opening(summary: dict[str, Any]) -> list[str]:
-    """All of them, of which some may be empty.
+    """All sentences in their order; those that do not apply are empty.
 
     Args:
         summary: what `eval/summary.json` holds.
@@ -76,7 +76,7 @@ def _models(summary: Mapping[str, Any]) -> str:
     about = f" ({task['about']})" if task["about"] else ""
     text = f"{ALGORITHM} The task is {task['name']}{about}; {' and '.join(sizes)} answered."
     if (summary["models"]["target"]["parameters"] or SMALL) < SMALL:
-        text += " Models so small show that the method works; how fast it is with larger ones, they cannot show."
+        text += " Models so small show that the method works. They do not show how fast it is with larger ones."
     return text
 
 
@@ -92,14 +92,16 @@ def _parameters(size: Mapping[str, Any]) -> str:
 
 def _faster(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:
     """The fastest methods, where they were as often right as PARSE and clearly faster."""
-    found = []
+    faster = []
     for at_once, rows in tables.items():
         parse = row_of(rows, "parse")
         able = [row for row in rows if parse and row["accuracy"] >= parse["accuracy"] and row["name"] != "target"]
         best = max(able, key=lambda row: float(row["speedup"]), default=None)
         if parse and best and best["speedup"] >= CLEARLY * parse["speedup"]:
-            found.append(f"{best['name']} with {requests(at_once)} ({best['speedup']:.1f} times as fast as the target)")
-    return f"No less accurate than PARSE, and faster: {', '.join(found)}." if found else ""
+            faster.append(
+                f"{best['name']} with {requests(at_once)} ({best['speedup']:.1f} times as fast as the target)"
+            )
+    return f"No less accurate than PARSE, and faster: {', '.join(faster)}." if faster else ""
 
 
 def _waiting(tables: Mapping[int, Sequence[dict[str, Any]]]) -> str:

@@ -206,7 +206,7 @@ class Engine:
         Args:
             prompts: text, chat messages, or a list of either. Text is asked as a user's turn where the
                 target has a chat template; what looks like a control token in it, or in a message, is text. A last
-                message of the assistant is the beginning of the answer, which is continued without thinking.
+                message of the assistant is the beginning of the answer, which is continued.
             max_new_tokens: at most so many of the target's tokens an answer, cut to the end of its context. Where the
                 draft's context ends before, the target goes on alone.
             threshold: accept confidences at or above it; None takes the verifier's own, which is calibrated for a

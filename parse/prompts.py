@@ -1,7 +1,7 @@
 """Prompts: from text or chat messages to the tokens in front of an answer.
 
 The control tokens of a prompt are those of the chat template alone: what looks like one in a user's words is encoded
-as text. A last message of the assistant is the beginning of the answer, after which the model goes on. A template that
+as text. A last message of the assistant is the beginning of the answer, which the model continues. A template that
 refuses messages, or never ends, is an error that says so. A model's thinking is handled here as well: whether the
 template opens it, how it is left out, and what of an answer comes after it.
 """
@@ -80,7 +80,7 @@ def shown(value: Any) -> str:
 def encode_prompt(
     prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, raw: bool = False, opening: str | None = None
 ) -> list[int]:
-    """The tokens of a prompt up to where the model goes on; text is a user's turn of the chat template.
+    """The tokens of a prompt, after which the model writes; text is a user's turn of the chat template.
 
     Args:
         raw: `prompt` is the whole text that the model reads: no template, and control tokens in it are control tokens.
@@ -144,7 +144,8 @@ def as_messages(prompt: str | Messages) -> Messages:
 def split_beginning(prompt: str | Messages) -> tuple[Messages, str]:
     """The messages that are to be answered, and the beginning of the answer: a last message of the assistant, or empty.
 
-    As `transformers` and vLLM take it who are told `continue_final_message`.
+    The beginning is what others call a prefill or `gen_prefix`: `transformers` and vLLM take a last message of the
+    assistant in the same way if they are told `continue_final_message`.
 
     Raises:
         ValueError: where nothing is to be answered.
@@ -158,7 +159,7 @@ def split_beginning(prompt: str | Messages) -> tuple[Messages, str]:
 
 
 def _as_the_template_trims(beginning: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of an answer without the spaces around it that the template takes from an assistant's turn."""
+    """The beginning of an answer without the spaces around it that the template strips from an assistant's turn."""
     if not beginning:
         return ""
     front, back = _trims(tokenizer, str(tokenizer.chat_template))
@@ -168,7 +169,7 @@ def _as_the_template_trims(beginning: str, tokenizer: PreTrainedTokenizerBase) -
 
 @lru_cache(maxsize=64)
 def _trims(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, bool]:
-    """Whether a template takes spaces from the front and from the back of an assistant's turn."""
+    """Whether a template strips spaces from the front and from the back of an assistant's turn."""
     answer, space = "ANSWER", "\n \n"
     turns = [("user", "?"), ("assistant", space + answer + space)]
     text = render([{"role": role, "content": content} for role, content in turns], tokenizer)

@@ -366,6 +366,9 @@ def test_the_shipped_pair_says_what_it_was_not_made_for(recwarn):
     for prompt in draw_prompts(TASKS["ledger"], "test", 20, seed=3):
         engine.generate(prompt, 1, method="target")
     assert not [w for w in recwarn if "was made for" in str(w.message) or "know all words" in str(w.message)]
+    begun = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "#1 the"}]
+    engine.generate([begun], 1, method="target")
+    assert not [w for w in recwarn if "was made for" in str(w.message)]
     short = "list : #1 fig rome 4 ; #2 tea oslo 7 ."
     for call in (engine.generate, engine.stream):
         with pytest.warns(UserWarning, match="was made for lists of 7 to 9 purchases, .* not for 'list : #1 fig"):

@@ -12,7 +12,7 @@ import pytest
 from eval.__main__ import main as evaluate
 from eval.measure import summarize
 from eval.methods import Outcome
-from eval.report import SHOWN, csv_table, html_report
+from eval.report import SHOWN, csv_table, failures, html_report
 from eval.sentences import sentence
 from eval.tasks import TASKS
 from parse import Segment
@@ -84,7 +84,7 @@ def test_the_next_sentences_say_of_which_models_what_was_faster_and_how_long_one
     rows = [row | {"first_token_seconds": 0.4} if row["name"] == "parse" else row for row in summary["methods"]]
     made = html_report(summary | {"methods": rows, "concurrency": [{"at_once": 8, "methods": rows}]}, outcomes)
     assert (
-        "and goes on from there. The task is ledger (a numbered list of purchases, told in sentences with a running "
+        "and continues from there. The task is ledger (a numbered list of purchases, told in sentences with a running "
         "total); the " in made
     )
     assert (
@@ -108,6 +108,13 @@ def test_the_next_sentences_say_of_which_models_what_was_faster_and_how_long_one
     assert "shows nothing" not in made
     older = {key: value for key, value in summary.items() if key not in ("task", "models")}
     assert "The task is" not in html_report(older, outcomes)
+
+
+def test_a_failed_request_has_the_number_of_its_transcript():
+    summary, outcomes = figures()
+    rows = [row | {"failures": [{"prompt": 1, "error": "ValueError: full"}]} for row in summary["methods"][-1:]]
+    assert failures(rows) == [["parse", "2", "ValueError: full"]]
+    assert "Prompt 2: wrong, 1.00 s" in html_report(summary, outcomes)
 
 
 def test_agreement_is_not_called_right():

@@ -192,7 +192,7 @@ class Chat(Request):
     max_completion_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    continue_final_message: bool | None = None  # as vLLM is told that a last message of the assistant begins the answer
+    continue_final_message: bool | None = None  # vLLM's fields for a begun answer
     add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
